@@ -1,0 +1,101 @@
+// Package state is the port of a cluster's own state: last-good intents, nodes
+// and allocations, durable; what nodes observe, in memory. Everything is read
+// from immutable snapshots. The implementations are etcd (embedded or remote)
+// and mem, in the sub-packages of those names; statetest is the suite that both
+// pass.
+//
+// Concurrency: safe for concurrent use. A Snapshot and all that it holds is
+// never changed after it was handed out; readers must not change it either.
+package state
+
+import (
+	"context"
+	"time"
+
+	"github.com/portolan-io/portolan/federation/api/clusterv1"
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/nodev1"
+)
+
+// Snapshot is everything at one generation.
+type Snapshot struct {
+	// Generation grows with every change, observed ones included.
+	Generation int64
+	// IntentRevision is the watermark of the newest committed intents, 0 before
+	// the first. Intents are by resource name.
+	IntentRevision int64
+	Intents        map[string]*linkv1.Intent
+	Nodes          map[string]*clusterv1.Node
+	Allocations    map[string]*clusterv1.Allocation
+	// Settled is the IntentRevision that the manager has fully looked past: all
+	// that follows from it is in Allocations. Written by manager.
+	Settled int64
+	// NodeStatus is what each node reported, in memory.
+	NodeStatus map[string]*NodeStatus
+	// Pending says for replicas that found no node why, by workload key
+	// "tenant/workload". Written by manager, in memory.
+	Pending map[string][]PendingReason
+}
+
+// PendingReason is a rolled-up refusal of the scheduler.
+type PendingReason struct {
+	Replica string
+	Code    string
+	Message string
+	Count   int
+}
+
+// NodeStatus is the observed side of a node.
+type NodeStatus struct {
+	Connected bool
+	// LastSeen is when its last report or session sign of life came.
+	LastSeen time.Time
+	Session  int64
+	Facts    *nodev1.NodeFacts
+	// Applied by the agent and all its proxies.
+	Applied     *nodev1.Watermark
+	Allocations map[string]*nodev1.AllocationStatus
+	Proxies     map[string]*nodev1.ProxyStatus
+}
+
+// Change is what the manager writes in one transaction.
+type Change struct {
+	// Base is the generation of the snapshot it was decided on; fails with
+	// api.Conflict when an allocation or node that it touches changed since.
+	Base              int64
+	PutAllocations    []*clusterv1.Allocation
+	DeleteAllocations []string
+	PutNodes          []*clusterv1.Node
+	DeleteNodes       []string
+	// Settled, when > 0, becomes Snapshot.Settled with the same generation.
+	Settled int64
+}
+
+// Store is the port.
+type Store interface {
+	Snapshot() *Snapshot
+	// Wait blocks until the generation is greater than after.
+	Wait(ctx context.Context, after int64) error
+	// CommitIntents makes intents the newest last-good generation; at least five
+	// are kept. An older revision than the newest is api.Conflict. Written by link.
+	CommitIntents(ctx context.Context, revision int64, intents map[string]*linkv1.Intent, now time.Time) error
+	// Commit writes the manager's change.
+	Commit(ctx context.Context, c Change) error
+	// Observe replaces what is known of a node's observed side; an older session
+	// than the one seen is api.Conflict. Written by dispatch.
+	Observe(node string, s *NodeStatus) error
+	// SetPending replaces Pending. Written by manager.
+	SetPending(map[string][]PendingReason)
+
+	// PutToken, Token and Tokens keep join tokens. Written by dispatch.
+	PutToken(ctx context.Context, hash string, t *clusterv1.NodeToken) error
+	Token(ctx context.Context, hash string) (*clusterv1.NodeToken, error)
+	// LoadBlob and SaveBlob keep sealed bytes under a key, for identity/ca.
+	// LoadBlob of an absent key is api.NotFound. SaveBlob with create fails with
+	// api.Exists when present.
+	LoadBlob(ctx context.Context, key string) ([]byte, error)
+	SaveBlob(ctx context.Context, key string, data []byte, create bool) error
+
+	Ping(ctx context.Context) error
+	Close() error
+}

@@ -29,7 +29,9 @@ const (
 // Replica is what Ensure brings about.
 type Replica struct {
 	Allocation string
-	Address    netip.Addr
+	// Tenant whose services answer to short names; empty: none do.
+	Tenant  string
+	Address netip.Addr
 	// Capture is off for gateways, which use the node's own namespace: then
 	// nothing is made and NetNS is empty.
 	Capture bool
@@ -59,7 +61,9 @@ type Networker interface {
 	// Routes makes the node's routes to peers exactly these.
 	Routes(ctx context.Context, routes []Route) error
 	// CloseConnections destroys established TCP connections inside the replica's
-	// namespace whose remote address is one of those and whose local port is port
-	// (0: any). It returns how many.
+	// namespace whose remote address is one of those (a remote of port 0 stands for
+	// every port of that address) and which came in for port (0: any). Captured
+	// connections end at the proxy, so their local port is InboundPort: those match
+	// every port. It returns how many.
 	CloseConnections(ctx context.Context, allocation string, remotes []netip.AddrPort, port uint16) (int, error)
 }

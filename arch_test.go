@@ -26,7 +26,7 @@ var layers = map[string]int{
 	"federation/admit": 1, "federation/place": 1, "federation/rollout": 1,
 	"cluster/reconcile": 1, "cluster/schedule": 1, "cluster/autoscale": 1,
 	"xds/model": 1, "xds/translate": 1, "nodeagent/task": 1,
-	"federation/store": 2, "nodeagent/engine": 2,
+	"federation/store": 2, "federation/client": 2, "nodeagent/engine": 2,
 	"policy/opa": 2, "policy/bundle": 2, "policy/policytest": 2, "policy/worker": 2, "policy/compile": 2,
 	"identity/ca": 2, "identity/trust": 2, "identity/attest": 2, "identity/workloadapi": 2, "identity/source": 2,
 	"cluster/state": 3, "xds/distribute": 3, "nodeagent/network": 3, "nodeagent/proxy": 3,

@@ -215,6 +215,7 @@ const (
 	ClusterAdminService_CreateNodeJoinToken_FullMethodName = "/portolan.link.v1.ClusterAdminService/CreateNodeJoinToken"
 	ClusterAdminService_ListNodes_FullMethodName           = "/portolan.link.v1.ClusterAdminService/ListNodes"
 	ClusterAdminService_ExplainPending_FullMethodName      = "/portolan.link.v1.ClusterAdminService/ExplainPending"
+	ClusterAdminService_ListLaggards_FullMethodName        = "/portolan.link.v1.ClusterAdminService/ListLaggards"
 )
 
 // ClusterAdminServiceClient is the client API for ClusterAdminService service.
@@ -227,6 +228,9 @@ type ClusterAdminServiceClient interface {
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 	// Why replicas of a workload are pending, over nodes.
 	ExplainPending(ctx context.Context, in *ExplainPendingRequest, opts ...grpc.CallOption) (*ExplainPendingResponse, error)
+	// Consumers of the cluster that have not applied a revision. Asked by whoever
+	// waits for convergence; never stored.
+	ListLaggards(ctx context.Context, in *ListLaggardsRequest, opts ...grpc.CallOption) (*ListLaggardsResponse, error)
 }
 
 type clusterAdminServiceClient struct {
@@ -267,6 +271,16 @@ func (c *clusterAdminServiceClient) ExplainPending(ctx context.Context, in *Expl
 	return out, nil
 }
 
+func (c *clusterAdminServiceClient) ListLaggards(ctx context.Context, in *ListLaggardsRequest, opts ...grpc.CallOption) (*ListLaggardsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListLaggardsResponse)
+	err := c.cc.Invoke(ctx, ClusterAdminService_ListLaggards_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ClusterAdminServiceServer is the server API for ClusterAdminService service.
 // All implementations must embed UnimplementedClusterAdminServiceServer
 // for forward compatibility.
@@ -277,6 +291,9 @@ type ClusterAdminServiceServer interface {
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
 	// Why replicas of a workload are pending, over nodes.
 	ExplainPending(context.Context, *ExplainPendingRequest) (*ExplainPendingResponse, error)
+	// Consumers of the cluster that have not applied a revision. Asked by whoever
+	// waits for convergence; never stored.
+	ListLaggards(context.Context, *ListLaggardsRequest) (*ListLaggardsResponse, error)
 	mustEmbedUnimplementedClusterAdminServiceServer()
 }
 
@@ -295,6 +312,9 @@ func (UnimplementedClusterAdminServiceServer) ListNodes(context.Context, *ListNo
 }
 func (UnimplementedClusterAdminServiceServer) ExplainPending(context.Context, *ExplainPendingRequest) (*ExplainPendingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ExplainPending not implemented")
+}
+func (UnimplementedClusterAdminServiceServer) ListLaggards(context.Context, *ListLaggardsRequest) (*ListLaggardsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListLaggards not implemented")
 }
 func (UnimplementedClusterAdminServiceServer) mustEmbedUnimplementedClusterAdminServiceServer() {}
 func (UnimplementedClusterAdminServiceServer) testEmbeddedByValue()                             {}
@@ -371,6 +391,24 @@ func _ClusterAdminService_ExplainPending_Handler(srv interface{}, ctx context.Co
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ClusterAdminService_ListLaggards_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListLaggardsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterAdminServiceServer).ListLaggards(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ClusterAdminService_ListLaggards_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterAdminServiceServer).ListLaggards(ctx, req.(*ListLaggardsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ClusterAdminService_ServiceDesc is the grpc.ServiceDesc for ClusterAdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -389,6 +427,10 @@ var ClusterAdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ExplainPending",
 			Handler:    _ClusterAdminService_ExplainPending_Handler,
+		},
+		{
+			MethodName: "ListLaggards",
+			Handler:    _ClusterAdminService_ListLaggards_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

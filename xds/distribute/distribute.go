@@ -10,10 +10,16 @@ package distribute
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"time"
 
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/portolan-io/portolan/federation/api"
 )
 
 // Resource is one immutable, already marshalled resource. It is shared between
@@ -25,7 +31,39 @@ type Resource struct {
 	// encoding of the body.
 	Version string
 	Body    *anypb.Any
+
+	// wire is the message that every stream sends, made once.
+	wire *discovery.Resource
 }
+
+// NewResource marshals m deterministically and hashes it.
+func NewResource(typeURL, name string, m proto.Message) (*Resource, error) {
+	if typeURL == "" || name == "" {
+		return nil, api.E(api.Invalid, "make resource", "type URL and name must not be empty")
+	}
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return nil, api.E(api.Invalid, "make resource "+name, "marshal: %w", err)
+	}
+	r := &Resource{Type: typeURL, Name: name, Version: versionOf(b), Body: &anypb.Any{TypeUrl: typeURL, Value: b}}
+	r.wire = r.message()
+	return r, nil
+}
+
+func versionOf(body []byte) string {
+	sum := sha256.Sum256(body)
+	return hex.EncodeToString(sum[:16])
+}
+
+// message is the form on the wire, shared by all streams; never changed.
+func (r *Resource) message() *discovery.Resource {
+	if r.wire != nil {
+		return r.wire
+	}
+	return &discovery.Resource{Name: r.Name, Version: r.Version, Resource: r.Body}
+}
+
+func (r *Resource) size() int { return len(r.Name) + len(r.Version) + len(r.Body.GetValue()) + 64 }
 
 // Nack is a rejection by a consumer.
 type Nack struct {

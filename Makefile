@@ -15,7 +15,7 @@ COMMANDS := portolan portolan-federation portolan-cluster portolan-node
 UNIT = $(shell $(GO) list ./... | grep -v -e /e2e/live)
 RUN_ENV = PATH="$(TOOLS)/bin:$$PATH"
 
-.PHONY: build up down test unit e2e check fmt proto proto-check lint bench charts sim fuzz tools clean help
+.PHONY: build images up down test unit e2e check fmt proto proto-check lint bench charts sim fuzz tools clean help
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,11 +24,14 @@ build: ## Build the binaries into bin/
 	@mkdir -p $(BIN)
 	$(GO) build -trimpath -o $(BIN)/ ./federation/cmd/... ./cluster/cmd/... ./nodeagent/cmd/...
 
+images: ## Build the sample's container images into bin/images
+	@$(GO) run ./e2e/storefront/images -out $(BIN)/images
+
 tools: ## Install what is missing: containerd, runc, PostgreSQL, nftables, iproute2, Envoy
 	@e2e/tools/install.sh
 
-up: tools build ## Run a whole local fleet with a sample application
-	@$(RUN_ENV) $(BIN)/portolan up --detach
+up: tools build images ## Run a whole local fleet with a sample application
+	@$(RUN_ENV) $(BIN)/portolan up --detach --fleet e2e/fleet.yaml
 
 down: ## Stop the local fleet (its data stays; `bin/portolan down --purge` deletes it)
 	@$(BIN)/portolan down
@@ -38,7 +41,7 @@ test: tools unit e2e ## Everything a merge needs: race, invariants, shuffle, rea
 unit: ## Unit, scenario, property and in-process tests
 	CGO_ENABLED=1 $(RUN_ENV) $(GO) test -race -tags invariants -shuffle on -timeout 20m $(UNIT)
 
-e2e: tools build ## Live tests on a real local fleet
+e2e: tools build images ## Live tests on a real local fleet
 	$(RUN_ENV) $(GO) test -count 1 -timeout 40m -v ./e2e/live/...
 
 check: fmt lint proto-check ## Format, vet, lint, architecture table, generated code, protos; runs no tests

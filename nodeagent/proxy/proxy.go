@@ -7,6 +7,25 @@ package proxy
 
 import "context"
 
+// UID and GID under which every proxy runs: network.ProxyUID, network.ProxyGID.
+const (
+	UID = 14010
+	GID = 14010
+)
+
+// Files in a proxy's directory.
+const (
+	XDSSocketFile   = "xds.sock"
+	AdminSocketFile = "admin.sock"
+)
+
+// Roles of proxies.
+const (
+	RoleSidecar  = "sidecar"
+	RoleIngress  = "ingress"
+	RoleEastWest = "eastwest"
+)
+
 // Spec is a proxy to run.
 type Spec struct {
 	// ID is the allocation.
@@ -39,8 +58,9 @@ type Proxies interface {
 	Start(ctx context.Context, spec Spec) error
 	Status(ctx context.Context, id string) (Status, error)
 	// Active returns for each resource type URL the versions that the proxy itself
-	// says are active (not warming), by resource name, and its stat of rejected
-	// updates. Envoy: config_dump of the admin socket.
+	// says are active (not warming), by resource name. A type that the proxy cannot
+	// tell of is absent from the map: for it the acknowledgement must do. Envoy:
+	// config_dump of the admin socket.
 	Active(ctx context.Context, id string) (map[string]map[string]string, error)
 	// Drain stops accepting gracefully; connections that are open finish.
 	Drain(ctx context.Context, id string) error

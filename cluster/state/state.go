@@ -25,20 +25,28 @@ type Snapshot struct {
 	// the first. Intents are by resource name.
 	IntentRevision int64
 	Intents        map[string]*linkv1.Intent
-	Nodes          map[string]*clusterv1.Node
-	Allocations    map[string]*clusterv1.Allocation
+	// IntentTimes says for each intent when its present content was committed.
+	IntentTimes map[string]time.Time
+	// Degraded says why boot fell back to an older generation of intents; empty
+	// when it did not, and again after the next commit of intents.
+	Degraded    string
+	Nodes       map[string]*clusterv1.Node
+	Allocations map[string]*clusterv1.Allocation
+	// Modified is the generation at which each allocation changed last.
+	Modified map[string]int64
 	// Settled is the IntentRevision that the manager has fully looked past: all
 	// that follows from it is in Allocations. Written by manager.
 	Settled int64
 	// NodeStatus is what each node reported, in memory.
 	NodeStatus map[string]*NodeStatus
 	// Pending says for replicas that found no node why, by workload key
-	// "tenant/workload". Written by manager, in memory.
+	// "tenant/workload". Written by manager, in memory. Count is over nodes.
 	Pending map[string][]PendingReason
 }
 
 // PendingReason is a rolled-up refusal of the scheduler.
 type PendingReason struct {
+	// Replica is "<revision>/<index>": it has no name before it is bound.
 	Replica string
 	Code    string
 	Message string
@@ -58,7 +66,9 @@ type NodeStatus struct {
 	Proxies     map[string]*nodev1.ProxyStatus
 }
 
-// Change is what the manager writes in one transaction.
+// Change is what the manager writes at once. A reader may see the part of it
+// that concerns one node before the rest; Settled comes last. What is durable is
+// visible, and the other way round.
 type Change struct {
 	// Base is the generation of the snapshot it was decided on; fails with
 	// api.Conflict when an allocation or node that it touches changed since.
@@ -82,7 +92,12 @@ type Store interface {
 	// Commit writes the manager's change.
 	Commit(ctx context.Context, c Change) error
 	// Observe replaces what is known of a node's observed side; an older session
-	// than the one seen is api.Conflict. Written by dispatch.
+	// than the one seen is api.Conflict, a node that was not registered is
+	// api.NotFound. Allocations must be complete: dispatch calls it first when the
+	// session's full report is in, because a stopped allocation that is absent is
+	// believed to be gone. s may not be changed afterwards. An observation that
+	// says nothing new but LastSeen leaves the generation alone, unless the node is
+	// marked as lost. Written by dispatch.
 	Observe(node string, s *NodeStatus) error
 	// SetPending replaces Pending. Written by manager.
 	SetPending(map[string][]PendingReason)

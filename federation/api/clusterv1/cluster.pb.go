@@ -137,7 +137,14 @@ type Allocation struct {
 	// Federation revision it follows from.
 	FederationRevision int64 `protobuf:"varint,15,opt,name=federation_revision,json=federationRevision,proto3" json:"federation_revision,omitempty"`
 	// Last observed end of a job's replica, kept because nodes forget.
-	Final         *nodev1.AllocationStatus `protobuf:"bytes,16,opt,name=final,proto3" json:"final,omitempty"`
+	Final *nodev1.AllocationStatus `protobuf:"bytes,16,opt,name=final,proto3" json:"final,omitempty"`
+	// Unique ID of the workload: another workload of the same name is another one.
+	Uid string `protobuf:"bytes,17,opt,name=uid,proto3" json:"uid,omitempty"`
+	// Allocation that took its place while its node was lost. When the node
+	// returns, one of the two is surplus.
+	ReplacedBy string `protobuf:"bytes,18,opt,name=replaced_by,json=replacedBy,proto3" json:"replaced_by,omitempty"`
+	// When final was written.
+	EndTime       *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -284,6 +291,27 @@ func (x *Allocation) GetFinal() *nodev1.AllocationStatus {
 	return nil
 }
 
+func (x *Allocation) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *Allocation) GetReplacedBy() string {
+	if x != nil {
+		return x.ReplacedBy
+	}
+	return ""
+}
+
+func (x *Allocation) GetEndTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.EndTime
+	}
+	return nil
+}
+
 // NodeAllocations packs the allocations of a node into one record.
 type NodeAllocations struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -329,13 +357,20 @@ func (x *NodeAllocations) GetAllocations() []*Allocation {
 	return nil
 }
 
-// IntentGeneration is one last-good generation.
+// IntentGeneration is one last-good generation: whole, or what changed since the
+// one before. Written by link, read at boot. Key: its sequence.
 type IntentGeneration struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Revision int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
-	// By resource name.
-	Intents       map[string]*linkv1.Intent `protobuf:"bytes,2,rep,name=intents,proto3" json:"intents,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	CommitTime    *timestamppb.Timestamp    `protobuf:"bytes,3,opt,name=commit_time,json=commitTime,proto3" json:"commit_time,omitempty"`
+	// By resource name; only the changed ones when base is set.
+	Intents    map[string]*linkv1.Intent `protobuf:"bytes,2,rep,name=intents,proto3" json:"intents,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	CommitTime *timestamppb.Timestamp    `protobuf:"bytes,3,opt,name=commit_time,json=commitTime,proto3" json:"commit_time,omitempty"`
+	// Counts from 1 without a gap.
+	Sequence int64 `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// Sequence of the generation that it changes; 0 when it is whole.
+	Base int64 `protobuf:"varint,5,opt,name=base,proto3" json:"base,omitempty"`
+	// Resource names that went.
+	Removed       []string `protobuf:"bytes,6,rep,name=removed,proto3" json:"removed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -387,6 +422,27 @@ func (x *IntentGeneration) GetIntents() map[string]*linkv1.Intent {
 func (x *IntentGeneration) GetCommitTime() *timestamppb.Timestamp {
 	if x != nil {
 		return x.CommitTime
+	}
+	return nil
+}
+
+func (x *IntentGeneration) GetSequence() int64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *IntentGeneration) GetBase() int64 {
+	if x != nil {
+		return x.Base
+	}
+	return 0
+}
+
+func (x *IntentGeneration) GetRemoved() []string {
+	if x != nil {
+		return x.Removed
 	}
 	return nil
 }
@@ -464,7 +520,7 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\vcreate_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x127\n" +
 	"\tlost_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\blostTime\x12\x19\n" +
-	"\bkey_hash\x18\x06 \x01(\fR\akeyHash\"\xcb\x04\n" +
+	"\bkey_hash\x18\x06 \x01(\fR\akeyHash\"\xb5\x05\n" +
 	"\n" +
 	"Allocation\x12\x1e\n" +
 	"\n" +
@@ -487,14 +543,21 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\tstop_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\bstopTime\x12\x14\n" +
 	"\x05index\x18\x0e \x01(\x05R\x05index\x12/\n" +
 	"\x13federation_revision\x18\x0f \x01(\x03R\x12federationRevision\x128\n" +
-	"\x05final\x18\x10 \x01(\v2\".portolan.node.v1.AllocationStatusR\x05final\"T\n" +
+	"\x05final\x18\x10 \x01(\v2\".portolan.node.v1.AllocationStatusR\x05final\x12\x10\n" +
+	"\x03uid\x18\x11 \x01(\tR\x03uid\x12\x1f\n" +
+	"\vreplaced_by\x18\x12 \x01(\tR\n" +
+	"replacedBy\x125\n" +
+	"\bend_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\"T\n" +
 	"\x0fNodeAllocations\x12A\n" +
-	"\vallocations\x18\x01 \x03(\v2\x1f.portolan.cluster.v1.AllocationR\vallocations\"\x8f\x02\n" +
+	"\vallocations\x18\x01 \x03(\v2\x1f.portolan.cluster.v1.AllocationR\vallocations\"\xd9\x02\n" +
 	"\x10IntentGeneration\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12L\n" +
 	"\aintents\x18\x02 \x03(\v22.portolan.cluster.v1.IntentGeneration.IntentsEntryR\aintents\x12;\n" +
 	"\vcommit_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"commitTime\x1aT\n" +
+	"commitTime\x12\x1a\n" +
+	"\bsequence\x18\x04 \x01(\x03R\bsequence\x12\x12\n" +
+	"\x04base\x18\x05 \x01(\x03R\x04base\x12\x18\n" +
+	"\aremoved\x18\x06 \x03(\tR\aremoved\x1aT\n" +
 	"\fIntentsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12.\n" +
 	"\x05value\x18\x02 \x01(\v2\x18.portolan.link.v1.IntentR\x05value:\x028\x01\"}\n" +
@@ -540,16 +603,17 @@ var file_portolan_cluster_v1_cluster_proto_depIdxs = []int32{
 	7,  // 5: portolan.cluster.v1.Allocation.bound:type_name -> google.protobuf.Timestamp
 	7,  // 6: portolan.cluster.v1.Allocation.stop_time:type_name -> google.protobuf.Timestamp
 	9,  // 7: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
-	1,  // 8: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
-	5,  // 9: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
-	7,  // 10: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
-	7,  // 11: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
-	10, // 12: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
-	13, // [13:13] is the sub-list for method output_type
-	13, // [13:13] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	7,  // 8: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
+	1,  // 9: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
+	5,  // 10: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
+	7,  // 11: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
+	7,  // 12: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
+	10, // 13: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_portolan_cluster_v1_cluster_proto_init() }

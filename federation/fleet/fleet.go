@@ -1,0 +1,218 @@
+// Package fleet is the federation's side towards its clusters: it serves each
+// cluster its intents over the incremental protocol, redeems join tokens, takes
+// status reports, decides which clusters are lost, and holds the tunnels through
+// which lower planes are read. It never decides where anything runs and never
+// writes what a user or a control loop wrote: its own records are ClusterStatus,
+// PlacementStatus, ServiceExport and Nack, and the TrustBundle of a join.
+//
+// Concurrency: everything exported is safe for concurrent use. One goroutine owns
+// the intents (serve), one the decision about lost clusters (watchLiveness), and
+// each report stream has its own.
+package fleet
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/tunnel"
+	"github.com/portolan-io/portolan/federation/store"
+	"github.com/portolan-io/portolan/identity"
+	"github.com/portolan-io/portolan/xds/distribute"
+)
+
+// DefaultLivenessTimeout is how long a cluster may be silent.
+const DefaultLivenessTimeout = 3 * time.Second
+
+// Config configures a Fleet.
+type Config struct {
+	Store store.Store
+	// Replica is the ID of this federation replica: holder of the lease under which
+	// one replica decides which clusters are lost.
+	Replica string
+	// Fleet is the fleet's trust domain.
+	Fleet string
+	// VirtualIPs is the range of virtual IPs of the fleet, CIDR.
+	VirtualIPs string
+	// FleetBundle gives the PEM roots of the fleet's own trust domain.
+	FleetBundle func() []byte
+	// Peer gives the verified identity of a caller.
+	Peer func(ctx context.Context) (identity.ID, error)
+	// LivenessTimeout is how long a cluster may be silent before it is lost; 3 s when
+	// 0.
+	LivenessTimeout time.Duration
+	Log             *slog.Logger
+}
+
+// SetDefaults fills what was left out.
+func (c *Config) SetDefaults() {
+	if c.LivenessTimeout <= 0 {
+		c.LivenessTimeout = DefaultLivenessTimeout
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Validate names every fault.
+func (c *Config) Validate() error {
+	var errs []error
+	for _, f := range []struct {
+		missing bool
+		name    string
+	}{
+		{c.Store == nil, "Store"},
+		{c.Replica == "", "Replica"},
+		{c.Fleet == "", "Fleet"},
+		{c.FleetBundle == nil, "FleetBundle"},
+		{c.Peer == nil, "Peer"},
+	} {
+		if f.missing {
+			errs = append(errs, errors.New(f.name+" is required"))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// mirrored are the kinds that this package reads.
+func mirrored() []store.Kind {
+	return append(append([]store.Kind{}, derivedKinds...), store.ClusterStatus, store.Nack)
+}
+
+// Fleet serves the clusters.
+type Fleet struct {
+	linkv1.UnimplementedLinkServiceServer
+	cfg          Config
+	log          *slog.Logger
+	mirror       *store.Mirror
+	cache        *distribute.Cache
+	tunnels      tunnel.Conns
+	model        atomic.Pointer[model]
+	rootsChanged chan struct{}
+	// stopped ends what the gRPC server began.
+	stopped context.Context //nolint:containedctx // lifetime of streams that others' servers run
+	stop    context.CancelFunc
+
+	mu sync.Mutex
+	// sessions holds the newest report stream of each cluster at this replica.
+	sessions map[string]*session
+}
+
+// New makes a Fleet; Run starts it.
+func New(cfg Config) (*Fleet, error) {
+	cfg.SetDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, api.E(api.Invalid, "configure fleet", "%w", err)
+	}
+	f := &Fleet{
+		cfg: cfg, log: cfg.Log, mirror: store.NewMirror(cfg.Store, mirrored()),
+		cache: distribute.NewCache(distribute.CacheConfig{Log: cfg.Log}), rootsChanged: make(chan struct{}, 1), sessions: map[string]*session{},
+	}
+	f.model.Store(&model{view: f.mirror.Snapshot(), tenants: map[string]*tenantView{}})
+	f.stopped, f.stop = context.WithCancel(context.Background())
+	return f, nil
+}
+
+// Register adds the services for clusters to a server: delta discovery and
+// LinkService.
+func (f *Fleet) Register(r grpc.ServiceRegistrar) {
+	distribute.NewServer(f.stopped, distribute.ServerConfig{
+		Cache: f.cache, Log: f.log,
+		Identify: func(ctx context.Context, _ *corev3.Node) (string, error) { return f.cluster(ctx) },
+	}).Register(r)
+	linkv1.RegisterLinkServiceServer(r, f)
+}
+
+// Run serves until ctx ends. Streams are answered only while it runs.
+func (f *Fleet) Run(ctx context.Context) error {
+	defer f.stop()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return f.mirror.Run(ctx) })
+	g.Go(func() error { return f.serve(ctx) })
+	g.Go(func() error { return f.watchLiveness(ctx) })
+	return g.Wait()
+}
+
+// Conn gives a connection to a cluster's own services (RuntimeService,
+// ClusterAdminService), through its tunnel to this replica.
+func (f *Fleet) Conn(cluster string) (grpc.ClientConnInterface, bool) { return f.tunnels.Get(cluster) }
+
+// Connected lists the clusters whose tunnel to this replica is open.
+func (f *Fleet) Connected() []string { return f.tunnels.Keys() }
+
+// Status gives what a cluster's subscriber has acknowledged at this replica.
+func (f *Fleet) Status(cluster string) (distribute.Status, bool) { return f.cache.Status(cluster) }
+
+// Revision is the store revision that clusters of this replica are served.
+func (f *Fleet) Revision() int64 { return f.model.Load().view.Revision }
+
+// Bundle gives the PEM roots that verify callers of a trust domain: the fleet's
+// own, or those that a cluster registered for its own domain.
+func (f *Fleet) Bundle(trustDomain string) ([]byte, bool) {
+	if trustDomain == f.cfg.Fleet {
+		return f.cfg.FleetBundle(), true
+	}
+	b, ok := store.One[*linkv1.TrustBundle](f.mirror.Snapshot(), store.TrustBundle, trustDomain)
+	if !ok || b.GetTrustDomain() != trustDomain {
+		return nil, false
+	}
+	return b.GetX509Roots(), true
+}
+
+// Bundles gives the PEM roots of every trust domain of the fleet.
+func (f *Fleet) Bundles() map[string][]byte {
+	out := map[string][]byte{f.cfg.Fleet: f.cfg.FleetBundle()}
+	for name, b := range store.All[*linkv1.TrustBundle](f.mirror.Snapshot(), store.TrustBundle) {
+		out[name] = b.GetX509Roots()
+	}
+	return out
+}
+
+// RootsChanged says that FleetBundle gives something new.
+func (f *Fleet) RootsChanged() {
+	select {
+	case f.rootsChanged <- struct{}{}:
+	default:
+	}
+}
+
+// Tunnel implements linkv1.LinkServiceServer.
+func (f *Fleet) Tunnel(s grpc.BidiStreamingServer[linkv1.Chunk, linkv1.Chunk]) error {
+	c, err := f.cluster(s.Context())
+	if err != nil {
+		return err
+	}
+	f.log.Info("tunnel opened", "cluster", c)
+	defer f.log.Info("tunnel closed", "cluster", c)
+	return f.tunnels.Handle(c, s)
+}
+
+// cluster gives the cluster that calls, by its certificate, and refuses everybody
+// else.
+func (f *Fleet) cluster(ctx context.Context) (string, error) {
+	id, err := f.cfg.Peer(ctx)
+	if err != nil {
+		return "", api.E(api.Unknown, "identify cluster", "%w", err)
+	}
+	c, ok := identity.ClusterOf(f.cfg.Fleet, id.TrustDomain)
+	if !ok || id.Kind != identity.Control {
+		return "", api.E(api.Denied, "identify cluster", "%s is no control plane of a cluster", id)
+	}
+	v := f.mirror.Snapshot()
+	if v.Revision < 0 {
+		return "", api.E(api.Unavailable, "identify cluster", "this replica has no state yet")
+	}
+	if _, ok := v.Get(store.Cluster, api.ClusterName(c)); !ok {
+		return "", api.E(api.Denied, "identify cluster", "cluster %q is not in the fleet", c)
+	}
+	return c, nil
+}

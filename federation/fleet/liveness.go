@@ -1,0 +1,188 @@
+package fleet
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/store"
+)
+
+// LivenessLease is the lease under which one replica marks clusters as lost.
+const LivenessLease = "fleet/liveness"
+
+// observer judges silence by this process's own clock: a cluster is silent when
+// its lease row was not renewed for the bound while this process could see it.
+// The rows' own times are only compared with each other, so clocks of replicas
+// and of the store need not agree. Owned by one goroutine.
+type observer struct {
+	timeout time.Duration
+	last    time.Time // of the last successful look
+	renewed map[string]mark
+}
+
+type mark struct {
+	expires time.Time // in the row
+	at      time.Time // when that was first seen
+}
+
+// look takes the rows in and returns the silent ones among clusters. After a gap
+// in looking every cluster gets the full bound again: silence that nobody
+// watched is no silence.
+func (o *observer) look(now time.Time, clusters []string, leases []store.Lease) (silent []string) {
+	rows := map[string]time.Time{}
+	for _, l := range leases {
+		rows[l.Name] = l.Expires
+	}
+	if o.renewed == nil || now.Sub(o.last) > o.timeout/2 {
+		o.renewed = map[string]mark{}
+	}
+	o.last = now
+	next := make(map[string]mark, len(clusters))
+	for _, c := range clusters {
+		expires := rows[LeaseOf(c)]
+		m, ok := o.renewed[c]
+		if !ok || !m.expires.Equal(expires) {
+			m = mark{expires: expires, at: now}
+		}
+		next[c] = m
+		if now.Sub(m.at) > o.timeout {
+			silent = append(silent, c)
+		}
+	}
+	o.renewed = next
+	return silent
+}
+
+// watchLiveness marks silent clusters as lost, if this replica holds the lease.
+// Every replica looks all the time, so that a successor need not begin anew.
+func (f *Fleet) watchLiveness(ctx context.Context) error {
+	o := &observer{timeout: f.cfg.LivenessTimeout}
+	tick := time.NewTicker(f.cfg.LivenessTimeout / 12)
+	defer tick.Stop()
+	dark := false
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+			_ = f.cfg.Store.Release(rctx, LivenessLease, f.cfg.Replica) // it expires by itself
+			cancel()
+			return nil
+		}
+		ready, lost := f.known()
+		tctx, cancel := context.WithTimeout(ctx, f.cfg.LivenessTimeout/4)
+		dark = f.judge(tctx, o, ready, lost, dark)
+		cancel()
+	}
+}
+
+// judge makes one look and acts on it. It returns whether everything looks dead.
+func (f *Fleet) judge(ctx context.Context, o *observer, ready, lost []string, dark bool) bool {
+	lease, err := f.cfg.Store.Acquire(ctx, LivenessLease, f.cfg.Replica, f.cfg.LivenessTimeout, f.Revision())
+	if err != nil {
+		return dark // without the store nothing is known and nothing can be said
+	}
+	leases, err := f.cfg.Store.Leases(ctx)
+	if err != nil {
+		return dark
+	}
+	silent := o.look(time.Now(), ready, leases)
+	if len(silent) == 0 {
+		return false
+	}
+	if len(silent) == len(ready) {
+		// If everything looks dead, the observer is broken: stop acting. With one
+		// cluster left there is nowhere to fail over to, either.
+		if !dark {
+			f.log.Error("every cluster is silent: nothing is done", "alarm", true, "silent", silent, "lost_before", lost)
+		}
+		return true
+	}
+	if !lease.Held {
+		return false
+	}
+	for _, c := range silent {
+		if err := f.markLost(ctx, c, lease.Epoch, o.renewed[c].at); err != nil {
+			f.log.Warn("cluster not marked as lost", "cluster", c, "error", err)
+		}
+	}
+	return false
+}
+
+// known gives the clusters that are ready and those that are lost.
+func (f *Fleet) known() (ready, lost []string) {
+	v := f.mirror.Snapshot()
+	for name, s := range store.All[*storev1.ClusterStatusRecord](v, store.ClusterStatus) {
+		ids, err := api.ParseName(name, api.ClusterPattern)
+		if err != nil {
+			continue
+		}
+		if _, ok := v.Get(store.Cluster, name); !ok {
+			continue
+		}
+		switch s.GetStatus().GetState() {
+		case portolanv1.ClusterState_CLUSTER_STATE_READY:
+			ready = append(ready, ids[0])
+		case portolanv1.ClusterState_CLUSTER_STATE_LOST:
+			lost = append(lost, ids[0])
+		}
+	}
+	return ready, lost
+}
+
+// markLost writes the loss and takes the health of the cluster's exports away, in
+// one transaction under the lease.
+func (f *Fleet) markLost(ctx context.Context, cluster string, epoch int64, lastSeen time.Time) error {
+	now, marked := time.Now(), false
+	rev, err := f.cfg.Store.Update(ctx, func(tx store.Tx) error {
+		marked = false
+		if err := tx.CheckLease(LivenessLease, epoch); err != nil {
+			return err
+		}
+		rec, err := tx.Get(store.ClusterStatus, api.ClusterName(cluster))
+		if err != nil {
+			return err
+		}
+		s := proto.CloneOf(rec.Message.(*storev1.ClusterStatusRecord))
+		if s.GetStatus().GetState() != portolanv1.ClusterState_CLUSTER_STATE_READY {
+			return nil
+		}
+		s.Status.State = portolanv1.ClusterState_CLUSTER_STATE_LOST
+		s.Status.LastSeenTime = timestamppb.New(lastSeen)
+		s.Status.Conditions = []*portolanv1.Condition{condition(portolanv1.ConditionState_CONDITION_STATE_FALSE, "Silent", "no report for "+f.cfg.LivenessTimeout.String(), now)}
+		if err := tx.Put(store.ClusterStatus, rec.Name, s); err != nil {
+			return err
+		}
+		marked = true
+		return silenceExports(tx, cluster)
+	})
+	if err == nil && marked {
+		f.log.Error("cluster lost", "alarm", true, "cluster", cluster, "last_seen", lastSeen, "revision", rev)
+	}
+	return err
+}
+
+func silenceExports(tx store.Tx, cluster string) error {
+	var sick []store.Record
+	for rec, err := range tx.List(store.ServiceExport, store.ListOptions{}) {
+		if err != nil {
+			return err
+		}
+		if e := rec.Message.(*linkv1.ServiceExport); e.GetCluster() == cluster && e.GetHealthy() {
+			sick = append(sick, rec)
+		}
+	}
+	for _, rec := range sick {
+		if err := tx.Put(rec.Kind, rec.Name, silenced(rec.Message.(*linkv1.ServiceExport))); err != nil {
+			return err
+		}
+	}
+	return nil
+}

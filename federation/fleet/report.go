@@ -1,0 +1,363 @@
+package fleet
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/store"
+)
+
+// Pace of writing what is reported.
+const (
+	writeEvery   = 20 * time.Millisecond
+	renewEvery   = 500 * time.Millisecond // of the lease, while nothing moves
+	storeTimeout = 2 * time.Second
+	writeBatch   = 500
+)
+
+// LeaseOf is the name of a cluster's lease row. It is renewed with each report;
+// its Progress is the revision that the cluster has applied. Neither makes a
+// revision.
+func LeaseOf(cluster string) string { return "cluster/" + cluster }
+
+// session is one report stream. The stream's goroutine receives; two others carry
+// what was received to the store.
+type session struct {
+	f       *Fleet
+	cluster string
+	number  int64
+	cancel  context.CancelCauseFunc
+
+	lease chan struct{} // wakes renew
+	write chan struct{} // wakes commit
+
+	mu     sync.Mutex
+	got    *reported
+	full   bool // since then got is the whole
+	seen   time.Time
+	goneAt map[string]int64 // workload → store revision at which it was seen not to be placed any more
+
+	wrote int64 // revision of the last write; owned by commit
+}
+
+func poke(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// wakeSessions lets every session compare again, because records changed.
+func (f *Fleet) wakeSessions() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, s := range f.sessions {
+		poke(s.write)
+	}
+}
+
+// Report implements linkv1.LinkServiceServer.
+func (f *Fleet) Report(stream grpc.BidiStreamingServer[linkv1.StatusReport, linkv1.ReportAck]) error {
+	cluster, err := f.cluster(stream.Context())
+	if err != nil {
+		return err
+	}
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	s, ctx, err := f.enter(stream.Context(), cluster, first.GetSession())
+	if err != nil {
+		f.log.Warn("report refused", "cluster", cluster, "session", first.GetSession(), "error", err)
+		return err
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { s.renew(ctx) })
+	wg.Go(func() { s.commit(ctx) })
+	err = s.receive(ctx, stream, first)
+	s.cancel(err)
+	wg.Wait()
+	f.leave(s)
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return err
+}
+
+// enter makes the session the cluster's newest, or refuses it because a newer one
+// was seen.
+func (f *Fleet) enter(ctx context.Context, cluster string, number int64) (*session, context.Context, error) {
+	doing := "take reports of cluster " + cluster
+	if number <= 0 {
+		return nil, nil, api.E(api.Invalid, doing, "the session number is missing")
+	}
+	stored, _ := store.One[*storev1.ClusterStatusRecord](f.mirror.Snapshot(), store.ClusterStatus, api.ClusterName(cluster))
+	newest := stored.GetStatus().GetSession()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	old := f.sessions[cluster]
+	if old != nil {
+		newest = max(newest, old.number)
+	}
+	if number < newest {
+		return nil, nil, api.E(api.Conflict, doing, "session %d is older than session %d, which has reported", number, newest)
+	}
+	if old != nil {
+		old.cancel(api.E(api.Conflict, doing, "a newer stream took this one's place"))
+	}
+	s := &session{
+		f: f, cluster: cluster, number: number, lease: make(chan struct{}, 1), write: make(chan struct{}, 1),
+		got: newReported(), goneAt: map[string]int64{},
+	}
+	ctx, s.cancel = context.WithCancelCause(ctx)
+	context.AfterFunc(f.stopped, func() { s.cancel(api.E(api.Unavailable, doing, "this replica is stopping")) })
+	f.sessions[cluster] = s
+	return s, ctx, nil
+}
+
+func (f *Fleet) leave(s *session) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.sessions[s.cluster] == s {
+		delete(f.sessions, s.cluster)
+	}
+}
+
+// receive takes reports until the stream ends.
+func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingServer[linkv1.StatusReport, linkv1.ReportAck], m *linkv1.StatusReport) error {
+	type received struct {
+		m   *linkv1.StatusReport
+		err error
+	}
+	// Recv does not end with ctx, only with the stream, which ends when the handler
+	// returned: so it has a goroutine of its own, for at most one message.
+	next := make(chan received)
+	go func() {
+		for {
+			m, err := stream.Recv()
+			select {
+			case next <- received{m, err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	sequence := int64(0)
+	for {
+		ack, err := s.take(m, &sequence)
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(ack); err != nil {
+			return err
+		}
+		select {
+		case r := <-next:
+			if errors.Is(r.err, io.EOF) {
+				return nil
+			}
+			if r.err != nil {
+				return r.err
+			}
+			m = r.m
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// take brings one report in. On a gap it asks for everything; such a report still
+// is a sign of life.
+func (s *session) take(m *linkv1.StatusReport, sequence *int64) (*linkv1.ReportAck, error) {
+	doing := "take report of cluster " + s.cluster
+	if m.GetSession() != s.number {
+		return nil, api.E(api.Invalid, doing, "the session number changed within the stream")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	gap := m.GetSequence() != *sequence+1
+	*sequence = m.GetSequence()
+	s.seen = time.Now()
+	ack := &linkv1.ReportAck{Sequence: m.GetSequence()}
+	applied := s.got.summary.GetAppliedRevision()
+	switch {
+	case m.GetFull():
+		s.got = newReported()
+		s.full = true
+	case gap || !s.full:
+		s.full = false
+		ack.Resync = true
+		poke(s.lease)
+		return ack, nil
+	default:
+		s.got = s.got.clone()
+	}
+	if err := s.got.apply(m); err != nil {
+		return nil, api.E(api.Invalid, doing, "%w", err)
+	}
+	poke(s.lease)
+	if m.GetFull() || changes(m) || applied != s.got.summary.GetAppliedRevision() {
+		poke(s.write)
+	}
+	return ack, nil
+}
+
+// changes says whether a delta says anything but that the cluster lives.
+func changes(m *linkv1.StatusReport) bool {
+	return m.GetCluster() != nil || len(m.GetWorkloads())+len(m.GetRemovedWorkloads())+len(m.GetExports())+len(m.GetRemovedExports())+len(m.GetNacks()) > 0
+}
+
+// renew carries signs of life and what is applied to the cluster's lease. Only
+// reports wake it: a stream that hangs renews nothing.
+func (s *session) renew(ctx context.Context) {
+	var last time.Time
+	progress := int64(-1)
+	for {
+		select {
+		case <-s.lease:
+		case <-ctx.Done():
+			return
+		}
+		s.mu.Lock()
+		applied, full := s.got.summary.GetAppliedRevision(), s.full
+		s.mu.Unlock()
+		if !full {
+			applied = 0 // the store keeps the greater one
+		}
+		if applied == progress && time.Since(last) < min(renewEvery, s.f.cfg.LivenessTimeout/4) {
+			continue
+		}
+		tctx, cancel := context.WithTimeout(ctx, storeTimeout)
+		_, err := s.f.cfg.Store.Acquire(tctx, LeaseOf(s.cluster), s.cluster, s.f.cfg.LivenessTimeout, applied)
+		cancel()
+		if err != nil {
+			if ctx.Err() == nil {
+				s.f.log.Warn("sign of life not stored", "cluster", s.cluster, "error", err)
+			}
+			continue // the next report tries again
+		}
+		last, progress = time.Now(), applied
+	}
+}
+
+// commit writes what differs between what was reported and the records.
+func (s *session) commit(ctx context.Context) {
+	alarmed := map[string]bool{}
+	for {
+		select {
+		case <-s.write:
+		case <-ctx.Done():
+			return
+		}
+		if err := s.once(ctx, alarmed); err != nil && ctx.Err() == nil {
+			s.f.log.Warn("status not stored", "cluster", s.cluster, "error", err)
+			if api.KindOf(err) == api.Conflict {
+				s.cancel(err)
+				return
+			}
+			poke(s.write)
+		}
+		select {
+		case <-time.After(writeEvery):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// once makes one comparison and writes the difference.
+func (s *session) once(ctx context.Context, alarmed map[string]bool) error {
+	s.mu.Lock()
+	got, full := s.got, s.full
+	s.mu.Unlock()
+	if !full {
+		return nil
+	}
+	m := s.f.model.Load()
+	if m.view.Revision < s.wrote {
+		return nil // the next pass wakes this again
+	}
+	writes, alarms := statusWrites(m, s.cluster, s.number, got, s.confirmed(m.view.Revision, got.summary.GetAppliedRevision()), time.Now())
+	for _, a := range alarms {
+		if !alarmed[a] && len(alarmed) < maxNacks {
+			alarmed[a] = true
+			s.f.log.Error("report dropped", "alarm", true, "cluster", s.cluster, "what", a)
+		}
+	}
+	for batch := range slices.Chunk(writes, writeBatch) {
+		tctx, cancel := context.WithTimeout(ctx, storeTimeout)
+		rev, err := commitWrites(tctx, s.f.cfg.Store, s.cluster, s.number, batch)
+		cancel()
+		if err != nil {
+			return err
+		}
+		s.wrote = rev
+	}
+	return nil
+}
+
+// confirmed judges ends: the cluster must have applied a revision at which the
+// workload was already gone.
+func (s *session) confirmed(revision, applied int64) func(string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return func(workload string) bool {
+		at, ok := s.goneAt[workload]
+		if !ok {
+			s.goneAt[workload] = revision
+			return false
+		}
+		if applied >= at {
+			delete(s.goneAt, workload)
+			return true
+		}
+		return false
+	}
+}
+
+// commitWrites commits a batch under the fence of the session: a newer session's
+// records stay as they are. What is already so is not written again.
+func commitWrites(ctx context.Context, st store.Store, cluster string, number int64, batch []write) (int64, error) {
+	return st.Update(ctx, func(tx store.Tx) error {
+		if rec, err := tx.Get(store.ClusterStatus, api.ClusterName(cluster)); err == nil {
+			if newest := rec.Message.(*storev1.ClusterStatusRecord).GetStatus().GetSession(); newest > number {
+				return api.E(api.Conflict, "store status of cluster "+cluster, "session %d is older than session %d, which has reported", number, newest)
+			}
+		}
+		for _, w := range batch {
+			if err := applyWrite(tx, w); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func applyWrite(tx store.Tx, w write) error {
+	rec, err := tx.Get(w.kind, w.name)
+	missing := api.KindOf(err) == api.NotFound
+	switch {
+	case err != nil && !missing:
+		return err
+	case w.message == nil && missing:
+		return nil
+	case w.message == nil:
+		return tx.Delete(w.kind, w.name)
+	case !missing && proto.Equal(rec.Message, w.message):
+		return nil
+	}
+	return tx.Put(w.kind, w.name, w.message)
+}

@@ -10,6 +10,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"time"
 
@@ -129,3 +130,7 @@ type Store interface {
 	Ping(ctx context.Context) error
 	Close() error
 }
+
+// ErrOutcomeUnknown marks an Update whose commit was cut off: it may have been
+// stored or not. Only an update that may safely run again is tried again.
+var ErrOutcomeUnknown = errors.New("the outcome of the commit is unknown")

@@ -55,7 +55,8 @@ type Spec struct {
 	Pids        int64
 	// CgroupParent is the path under which the container's cgroup is made.
 	CgroupParent string
-	// LogDir receives "<attempt>.log", written by the shim, not by the agent.
+	// LogPath is the file that receives stdout and stderr, appended by the shim, not
+	// by the agent, so that it survives the agent. Its directory exists.
 	LogPath string
 	// Group shares one shim between containers of the same replica.
 	Group string

@@ -148,7 +148,7 @@ func (n *network) node(ctx context.Context, i, j int) error {
 	}
 	// What a machine in a data centre does at its edge: replicas leave the
 	// cluster's network under their node's address.
-	rules := fmt.Sprintf("table ip edge { chain out { type nat hook postrouting priority srcnat; oifname \"eth0\" ip saddr %[1]s ip daddr != %[1]s masquerade; } }", n.fleet.CIDR(i))
+	rules := fmt.Sprintf("table ip edge { chain out { type nat hook postrouting priority srcnat; oifname \"eth0\" ip saddr %[1]s ip daddr != %[1]s masquerade; }; }", n.fleet.CIDR(i))
 	return run(ctx, "nsenter", "--net="+nsPath(ns), "--", "nft", rules)
 }
 

@@ -131,13 +131,16 @@ type handlerTransport struct{ h http.Handler }
 func (t handlerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	pr, pw := io.Pipe()
 	w := &pipeWriter{header: http.Header{}, body: pw, ready: make(chan struct{})}
+	if r.Body == nil {
+		// A server's handler always finds a body.
+		r = r.Clone(r.Context())
+		r.Body = http.NoBody
+	}
 	go func() {
 		t.h.ServeHTTP(w, r)
 		w.WriteHeader(http.StatusOK)
 		_ = pw.Close()
-		if r.Body != nil {
-			_ = r.Body.Close()
-		}
+		_ = r.Body.Close()
 	}()
 	select {
 	case <-w.ready:

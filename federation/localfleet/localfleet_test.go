@@ -1,0 +1,264 @@
+package localfleet
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+)
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("missing: root, for network namespaces")
+	}
+	for _, tool := range []string{"ip", "nft", "nsenter"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("missing: %s", tool)
+		}
+	}
+}
+
+func TestDefaultFleet(t *testing.T) {
+	f, err := LoadFleet("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(f.Clusters) != 2 || f.Replicas != 2 {
+		t.Errorf("default fleet: %d clusters, %d replicas", len(f.Clusters), f.Replicas)
+	}
+	seen := map[string]bool{}
+	for i, c := range f.Clusters {
+		for j := range c.Nodes {
+			a := f.NodeAddr(i, j)
+			if seen[a.String()] || !f.CIDR(i).Contains(a) || !f.Network.Contains(a) {
+				t.Errorf("address %s of node %d/%d", a, i, j)
+			}
+			seen[a.String()] = true
+		}
+		ours, theirs := f.WAN(i)
+		if !f.Network.Contains(ours) || !f.Network.Contains(theirs) || f.VirtualIPs().Contains(ours) {
+			t.Errorf("WAN %s, %s", ours, theirs)
+		}
+	}
+}
+
+func TestFleetFileFaultsComeTogether(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "f.yaml")
+	if err := os.WriteFile(file, []byte("replicas: 9\nclusters:\n- {name: A_, nodes: []}\n- {name: b, nodes: [{name: b}]}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := LoadFleet(file)
+	for _, want := range []string{"replicas: give 1 to 5", "clusters[0].name", "clusters[0].nodes: give 1 to 16", `clusters[1].nodes[0].name: "b" is there twice`} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error %v lacks %q", err, want)
+		}
+	}
+	if err := os.WriteFile(file, []byte("clusterz: []\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadFleet(file); err == nil || !strings.Contains(err.Error(), "clusterz") {
+		t.Errorf("unknown field: %v", err)
+	}
+}
+
+// state lists what the fleet could leave on the machine.
+func state(t *testing.T) string {
+	t.Helper()
+	var b bytes.Buffer
+	for _, args := range [][]string{{"ip", "-o", "link"}, {"ip", "netns"}, {"ip", "route"}} {
+		out, err := exec.Command(args[0], args[1:]...).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Write(out)
+	}
+	return b.String()
+}
+
+// The network carries packets between clusters, a cut stops them, and after
+// removal nothing is left.
+func TestNetworkUpCutHealDown(t *testing.T) {
+	needRoot(t)
+	ctx := t.Context()
+	f, err := LoadFleet("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dirs, err := NewDirs(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if line, err := overlap(ctx, f.Network, "ptl"); err != nil || line != "" {
+		t.Skipf("missing: a free range %s (%s, %v)", f.Network, line, err)
+	}
+	before := state(t)
+	n := &network{fleet: &f, names: names{dirs.ID}}
+	t.Cleanup(func() { _ = Clean(context.WithoutCancel(ctx), dirs, true) })
+	if err := n.up(ctx); err != nil {
+		t.Fatal(err)
+	}
+	// Nothing listens on port 9: a refusal shows that packets go there and back.
+	ping := func() error {
+		return run(ctx, "nsenter", "--net="+nsPath(n.names.nodeNS(0, 0)), "--", "bash", "-c", "timeout 2 bash -c ': </dev/tcp/"+f.NodeAddr(1, 1).String()+"/9' 2>&1 | grep -q refused")
+	}
+	if err := ping(); err != nil {
+		t.Errorf("from one cluster to another: %v", err)
+	}
+	if err := n.cutWAN(ctx, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := ping(); err == nil {
+		t.Error("a cut link still carries packets")
+	}
+	if err := n.healWAN(ctx, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := ping(); err != nil {
+		t.Errorf("after heal: %v", err)
+	}
+	for range 2 {
+		if err := Clean(ctx, dirs, true); err != nil {
+			t.Errorf("clean: %v", err)
+		}
+	}
+	if after := state(t); after != before {
+		t.Errorf("left behind:\nbefore\n%s\nafter\n%s", before, after)
+	}
+}
+
+// A process that dies is started again, a held one is not, and clean ends what a
+// killed supervisor left.
+func TestProcessSupervision(t *testing.T) {
+	dir := t.TempDir()
+	rec := openLedger(filepath.Join(dir, "processes.json"))
+	p := newProcess(Command{Name: "sleeper", Path: "sleep", Args: []string{"1000"}, LogFile: filepath.Join(dir, "log")}, rec, nopLogger)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { p.run(ctx); close(done) }()
+	t.Cleanup(func() { cancel(); <-done })
+	await := func(what string, ok func(ProcessState) bool) ProcessState {
+		t.Helper()
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); {
+			if s := p.state(ctx); ok(s) {
+				return s
+			}
+			if pause(ctx, 10*time.Millisecond) != nil {
+				break
+			}
+		}
+		t.Fatalf("%s: state is %+v", what, p.state(ctx))
+		return ProcessState{}
+	}
+	first := await("start", func(s ProcessState) bool { return s.State == "running" })
+	if live := rec.live(); live["sleeper"] != first.Pid {
+		t.Errorf("ledger has %v, want pid %d", live, first.Pid)
+	}
+	p.signal(9)
+	second := await("restart", func(s ProcessState) bool { return s.State == "running" && s.Pid != first.Pid })
+	p.hold(true)
+	p.signal(9)
+	await("hold", func(s ProcessState) bool { return s.State == "held" })
+	p.hold(false)
+	third := await("start after hold", func(s ProcessState) bool { return s.State == "running" })
+	if third.Pid == second.Pid {
+		t.Error("held process was never down")
+	}
+}
+
+func TestRegistryLoadsImages(t *testing.T) {
+	dir := t.TempDir()
+	img, err := random.Image(100, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tag, err := name.NewTag("shop/web:v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tarball.WriteToFile(filepath.Join(dir, "shop_web@v1.tar"), tag, img); err != nil {
+		t.Fatal(err)
+	}
+	h := registry.New()
+	if err := loadImages(t.Context(), h, RegistryConfig{Images: dir, Name: "registry.test:5000"}); err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(h)
+	defer srv.Close()
+	ref, err := name.NewTag(strings.TrimPrefix(srv.URL, "http://")+"/shop/web:v1", name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := remote.Head(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Digest != want {
+		t.Errorf("digest %s, want %s", got.Digest, want)
+	}
+}
+
+// The front door takes the next back end when the first is gone.
+func TestIngressFailsOver(t *testing.T) {
+	back, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer back.Close()
+	go func() {
+		for {
+			c, err := back.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = c.Write([]byte("hello"))
+			_ = c.Close()
+		}
+	}()
+	front, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := front.Addr().String()
+	_ = front.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- ServeIngress(ctx, IngressConfig{Listen: addr, Backends: []string{"127.0.0.1:1", back.Addr().String()}})
+	}()
+	var got []byte
+	err = retry(ctx, 5*time.Second, "front door", func(context.Context) error {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		buf := make([]byte, 5)
+		n, err := c.Read(buf)
+		got = buf[:n]
+		return err
+	})
+	if err != nil || string(got) != "hello" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

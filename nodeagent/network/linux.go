@@ -198,6 +198,22 @@ func (l *Linux) CloseConnections(_ context.Context, allocation string, remotes [
 	return n, nil
 }
 
+// Remotes gives the remote ends of the replica's open inbound connections.
+func (l *Linux) Remotes(_ context.Context, allocation string) ([]netip.AddrPort, error) {
+	doing := "list connections of " + allocation
+	if err := checkAllocation(doing, allocation); err != nil {
+		return nil, err
+	}
+	out, err := inboundRemotes(l.nsPath(allocation))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, api.E(api.NotFound, doing, "no namespace: %w", err)
+	}
+	if err != nil {
+		return nil, api.E(api.Internal, doing, "%w", err)
+	}
+	return out, nil
+}
+
 // writeFiles puts resolv.conf and hosts where the container binds them. They are
 // renamed into place, inside a directory that is bound as a whole.
 func (l *Linux) writeFiles(r Replica) error {

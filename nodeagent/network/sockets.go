@@ -88,3 +88,31 @@ func matches(local, remote netip.AddrPort, want map[netip.AddrPort]bool, port ui
 	}
 	return port == 0 || local.Port() == port || local.Port() == InboundPort
 }
+
+// inboundRemotes gives the remote ends of open connections that came in through
+// the capture.
+func inboundRemotes(nsPath string) ([]netip.AddrPort, error) {
+	ns, err := openNS(nsPath)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = ns.Close() }()
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return nil, fmt.Errorf("socket diagnosis in namespace: %w", err)
+	}
+	defer h.Close()
+	var out []netip.AddrPort
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		socks, err := listSockets(h, family)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range socks {
+			if s.ID.SourcePort == InboundPort && s.ID.DestinationPort != 0 {
+				out = append(out, endpoint(s.ID.Destination, s.ID.DestinationPort))
+			}
+		}
+	}
+	return out, nil
+}

@@ -7,6 +7,7 @@
 package nodev1
 
 import (
+	linkv1 "github.com/portolan-io/portolan/federation/api/linkv1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
@@ -152,7 +153,10 @@ type WardenStatus struct {
 	Allowed int64 `protobuf:"varint,4,opt,name=allowed,proto3" json:"allowed,omitempty"`
 	Denied  int64 `protobuf:"varint,5,opt,name=denied,proto3" json:"denied,omitempty"`
 	// Policy bundles that did not compile; the last good version of each stays.
-	PolicyFaults  []*PolicyFault `protobuf:"bytes,6,rep,name=policy_faults,json=policyFaults,proto3" json:"policy_faults,omitempty"`
+	PolicyFaults []*PolicyFault `protobuf:"bytes,6,rep,name=policy_faults,json=policyFaults,proto3" json:"policy_faults,omitempty"`
+	// Faults in resources of the generation itself, by directive name: what they
+	// say is left out, the rest is served. The consumer is empty.
+	Problems      []*linkv1.Nack `protobuf:"bytes,7,rep,name=problems,proto3" json:"problems,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -225,6 +229,13 @@ func (x *WardenStatus) GetDenied() int64 {
 func (x *WardenStatus) GetPolicyFaults() []*PolicyFault {
 	if x != nil {
 		return x.PolicyFaults
+	}
+	return nil
+}
+
+func (x *WardenStatus) GetProblems() []*linkv1.Nack {
+	if x != nil {
+		return x.Problems
 	}
 	return nil
 }
@@ -578,18 +589,19 @@ var File_portolan_node_v1_warden_proto protoreflect.FileDescriptor
 
 const file_portolan_node_v1_warden_proto_rawDesc = "" +
 	"\n" +
-	"\x1dportolan/node/v1/warden.proto\x12\x10portolan.node.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/node/v1/node.proto\"\r\n" +
+	"\x1dportolan/node/v1/warden.proto\x12\x10portolan.node.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/node/v1/node.proto\"\r\n" +
 	"\vWakeRequest\"C\n" +
 	"\fWakeResponse\x123\n" +
 	"\x06loaded\x18\x01 \x01(\v2\x1b.portolan.node.v1.WatermarkR\x06loaded\"\x14\n" +
-	"\x12WatchStatusRequest\"\x8e\x02\n" +
+	"\x12WatchStatusRequest\"\xc2\x02\n" +
 	"\fWardenStatus\x123\n" +
 	"\x06loaded\x18\x01 \x01(\v2\x1b.portolan.node.v1.WatermarkR\x06loaded\x12\x1a\n" +
 	"\bdegraded\x18\x02 \x01(\tR\bdegraded\x127\n" +
 	"\aproxies\x18\x03 \x03(\v2\x1d.portolan.node.v1.WardenProxyR\aproxies\x12\x18\n" +
 	"\aallowed\x18\x04 \x01(\x03R\aallowed\x12\x16\n" +
 	"\x06denied\x18\x05 \x01(\x03R\x06denied\x12B\n" +
-	"\rpolicy_faults\x18\x06 \x03(\v2\x1d.portolan.node.v1.PolicyFaultR\fpolicyFaults\"?\n" +
+	"\rpolicy_faults\x18\x06 \x03(\v2\x1d.portolan.node.v1.PolicyFaultR\fpolicyFaults\x122\n" +
+	"\bproblems\x18\a \x03(\v2\x16.portolan.link.v1.NackR\bproblems\"?\n" +
 	"\vPolicyFault\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\tR\x06bundle\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"\xaa\x01\n" +
@@ -647,28 +659,30 @@ var file_portolan_node_v1_warden_proto_goTypes = []any{
 	(*ListDecisionsResponse)(nil), // 7: portolan.node.v1.ListDecisionsResponse
 	(*NetworkDecision)(nil),       // 8: portolan.node.v1.NetworkDecision
 	(*Watermark)(nil),             // 9: portolan.node.v1.Watermark
-	(*ProxyStatus)(nil),           // 10: portolan.node.v1.ProxyStatus
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
+	(*linkv1.Nack)(nil),           // 10: portolan.link.v1.Nack
+	(*ProxyStatus)(nil),           // 11: portolan.node.v1.ProxyStatus
+	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
 }
 var file_portolan_node_v1_warden_proto_depIdxs = []int32{
 	9,  // 0: portolan.node.v1.WakeResponse.loaded:type_name -> portolan.node.v1.Watermark
 	9,  // 1: portolan.node.v1.WardenStatus.loaded:type_name -> portolan.node.v1.Watermark
 	5,  // 2: portolan.node.v1.WardenStatus.proxies:type_name -> portolan.node.v1.WardenProxy
 	4,  // 3: portolan.node.v1.WardenStatus.policy_faults:type_name -> portolan.node.v1.PolicyFault
-	10, // 4: portolan.node.v1.WardenProxy.status:type_name -> portolan.node.v1.ProxyStatus
-	8,  // 5: portolan.node.v1.ListDecisionsResponse.decisions:type_name -> portolan.node.v1.NetworkDecision
-	11, // 6: portolan.node.v1.NetworkDecision.time:type_name -> google.protobuf.Timestamp
-	0,  // 7: portolan.node.v1.WardenService.Wake:input_type -> portolan.node.v1.WakeRequest
-	2,  // 8: portolan.node.v1.WardenService.WatchStatus:input_type -> portolan.node.v1.WatchStatusRequest
-	6,  // 9: portolan.node.v1.WardenService.ListDecisions:input_type -> portolan.node.v1.ListDecisionsRequest
-	1,  // 10: portolan.node.v1.WardenService.Wake:output_type -> portolan.node.v1.WakeResponse
-	3,  // 11: portolan.node.v1.WardenService.WatchStatus:output_type -> portolan.node.v1.WardenStatus
-	7,  // 12: portolan.node.v1.WardenService.ListDecisions:output_type -> portolan.node.v1.ListDecisionsResponse
-	10, // [10:13] is the sub-list for method output_type
-	7,  // [7:10] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	10, // 4: portolan.node.v1.WardenStatus.problems:type_name -> portolan.link.v1.Nack
+	11, // 5: portolan.node.v1.WardenProxy.status:type_name -> portolan.node.v1.ProxyStatus
+	8,  // 6: portolan.node.v1.ListDecisionsResponse.decisions:type_name -> portolan.node.v1.NetworkDecision
+	12, // 7: portolan.node.v1.NetworkDecision.time:type_name -> google.protobuf.Timestamp
+	0,  // 8: portolan.node.v1.WardenService.Wake:input_type -> portolan.node.v1.WakeRequest
+	2,  // 9: portolan.node.v1.WardenService.WatchStatus:input_type -> portolan.node.v1.WatchStatusRequest
+	6,  // 10: portolan.node.v1.WardenService.ListDecisions:input_type -> portolan.node.v1.ListDecisionsRequest
+	1,  // 11: portolan.node.v1.WardenService.Wake:output_type -> portolan.node.v1.WakeResponse
+	3,  // 12: portolan.node.v1.WardenService.WatchStatus:output_type -> portolan.node.v1.WardenStatus
+	7,  // 13: portolan.node.v1.WardenService.ListDecisions:output_type -> portolan.node.v1.ListDecisionsResponse
+	11, // [11:14] is the sub-list for method output_type
+	8,  // [8:11] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_portolan_node_v1_warden_proto_init() }

@@ -19,9 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Listen makes the socket at path anew, owned by uid and gid with mode 0600. A
-// file that lies there is replaced.
-func Listen(path string, uid, gid int) (*net.UnixListener, error) {
+// Listen makes the socket at path anew with that owner and mode. A file that lies
+// there is replaced.
+func Listen(path string, uid, gid int, mode os.FileMode) (net.Listener, error) {
 	dir, short, err := open(path)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
@@ -36,13 +36,12 @@ func Listen(path string, uid, gid int) (*net.UnixListener, error) {
 	}
 	// The name in the listener speaks of a descriptor that is gone when it closes.
 	l.SetUnlinkOnClose(false)
-	// Without a listen queue nobody got in yet who could not now.
 	base := filepath.Base(path)
 	if err := unix.Fchownat(int(dir.Fd()), base, uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		_ = l.Close()
 		return nil, fmt.Errorf("listen on %s: chown: %w", path, err)
 	}
-	if err := os.Chmod(short, 0o600); err != nil {
+	if err := os.Chmod(short, mode); err != nil {
 		_ = l.Close()
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
@@ -70,6 +69,11 @@ func Inode(path string) uint64 {
 	if err != nil {
 		return 0
 	}
+	return InodeOf(st)
+}
+
+// InodeOf gives the inode number of a file that was looked at.
+func InodeOf(st fs.FileInfo) uint64 {
 	if s, ok := st.Sys().(*syscall.Stat_t); ok {
 		return s.Ino
 	}

@@ -1,0 +1,295 @@
+package server
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"hash/fnv"
+	"net/netip"
+	"sort"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/portolan-io/portolan/federation/admit"
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/store"
+	"github.com/portolan-io/portolan/identity"
+	"github.com/portolan-io/portolan/policy/bundle"
+)
+
+// writeBeside writes what goes with an object in its transaction, and sets the
+// parts of its status that are stored with it.
+func (s *Server) writeBeside(tx store.Tx, next, old object, now time.Time) error {
+	switch o := next.(type) {
+	case *portolanv1.Workload:
+		return s.writeRevision(tx, o, old, now)
+	case *portolanv1.Service:
+		return s.writeVirtualIP(tx, o, now)
+	case *portolanv1.PolicyBundle:
+		o.Status = &portolanv1.PolicyBundleStatus{Digest: bundle.Digest(o.GetSpec().GetFiles())}
+	}
+	return nil
+}
+
+// dropBeside removes what goes with a deleted object.
+func (s *Server) dropBeside(tx store.Tx, old object, now time.Time) error {
+	switch o := old.(type) {
+	case *portolanv1.Workload:
+		names, err := namesUnder(tx, store.Revision, o.GetName()+"/revisions/")
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			if err := tx.Delete(store.Revision, n); err != nil {
+				return err
+			}
+		}
+	case *portolanv1.Service:
+		ip := o.GetStatus().GetVirtualIp()
+		if ip == "" {
+			return nil
+		}
+		return tx.Put(store.VirtualIP, ip, &storev1.VirtualIP{Service: o.GetName(), ReleaseTime: timestamppb.New(now.Add(virtualIPQuarantine))})
+	case *portolanv1.Cluster:
+		// Its domain is trusted by nobody from now on.
+		domain := identity.ClusterDomain(s.cfg.Fleet, lastID(o.GetName()))
+		if err := tx.Delete(store.TrustBundle, domain); err != nil && api.KindOf(err) != api.NotFound {
+			return err
+		}
+	}
+	return nil
+}
+
+func namesUnder(r store.Reader, kind store.Kind, prefix string) ([]string, error) {
+	var names []string
+	for rec, err := range r.List(kind, store.ListOptions{Prefix: prefix}) {
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, rec.Name)
+	}
+	return names, nil
+}
+
+// writeRevision makes the revision that the spec stands for, if its template is
+// new, and forgets old ones that nothing refers to.
+func (s *Server) writeRevision(tx store.Tx, w *portolanv1.Workload, old object, now time.Time) error {
+	before, _ := old.(*portolanv1.Workload)
+	current := before.GetStatus().GetCurrentRevision()
+	same := before != nil && admit.TemplateHash(before.GetSpec()) == admit.TemplateHash(w.GetSpec())
+	id := w.GetSpec().GetRevision()
+	switch {
+	case id == "" && same:
+		id = current
+	case id == "":
+		id = fmt.Sprintf("r%d", w.GetGeneration())
+	}
+	w.Status = &portolanv1.WorkloadStatus{CurrentRevision: id}
+	name := w.GetName() + "/revisions/" + id
+	rec, err := tx.Get(store.Revision, name)
+	switch {
+	case err == nil:
+		if got, ok := rec.Message.(*portolanv1.WorkloadRevision); !ok || admit.TemplateHash(got.GetSpec()) != admit.TemplateHash(w.GetSpec()) {
+			return api.InvalidFields("write "+name, []api.Violation{{Field: "spec.revision", Message: fmt.Sprintf("revision %q already stands for another template: choose a new name", id)}})
+		}
+	case api.KindOf(err) == api.NotFound:
+		rev := &portolanv1.WorkloadRevision{
+			Name: name, Uid: s.cfg.NewUID(), Generation: 1, Labels: w.GetLabels(), Spec: proto.CloneOf(w.GetSpec()),
+			CreateTime: timestamppb.New(now), UpdateTime: timestamppb.New(now),
+		}
+		rev.Etag = etagOf(rev)
+		if err := tx.Put(store.Revision, name, rev); err != nil {
+			return err
+		}
+	default:
+		return err
+	}
+	return s.trimRevisions(tx, w, id)
+}
+
+// trimRevisions keeps the newest unreferenced old revisions.
+func (s *Server) trimRevisions(tx store.Tx, w *portolanv1.Workload, current string) error {
+	tenant, id := api.TenantOf(w.GetName()), lastID(w.GetName())
+	g := &gatherer{r: tx, snap: &admit.Snapshot{}}
+	var revs []*portolanv1.WorkloadRevision
+	each(g, store.Revision, store.ListOptions{Prefix: w.GetName() + "/revisions/"}, func(_ string, m *portolanv1.WorkloadRevision) { revs = append(revs, m) })
+	if g.err != nil || len(revs) <= maxOldRevisions+1 {
+		return g.err
+	}
+	g.services(tenant)
+	g.routes(tenant)
+	kept := admit.ReferencedRevisions(id, g.snap.Services, g.snap.Routes)
+	kept[current] = true
+	each(g, store.Placement, store.ListOptions{Prefix: w.GetName() + "/placements/"}, func(_ string, p *portolanv1.Placement) {
+		for _, r := range p.GetSpec().GetRevisions() {
+			kept[r.GetRevision()] = true
+		}
+	})
+	if g.err != nil {
+		return g.err
+	}
+	sort.SliceStable(revs, func(i, j int) bool { return revs[i].GetCreateTime().AsTime().After(revs[j].GetCreateTime().AsTime()) })
+	old := 0
+	for _, r := range revs {
+		if kept[lastID(r.GetName())] {
+			continue
+		}
+		if old++; old > maxOldRevisions {
+			if err := tx.Delete(store.Revision, r.GetName()); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// writeVirtualIP gives a new service its address and every service its host name.
+func (s *Server) writeVirtualIP(tx store.Tx, svc *portolanv1.Service, now time.Time) error {
+	host := api.Hostname(api.TenantOf(svc.GetName()), lastID(svc.GetName()))
+	if ip := svc.GetStatus().GetVirtualIp(); ip != "" {
+		svc.Status = &portolanv1.ServiceStatus{VirtualIp: ip, Hostname: host}
+		return nil
+	}
+	ip, err := s.freeVirtualIP(tx, svc.GetName(), now)
+	if err != nil {
+		return err
+	}
+	svc.Status = &portolanv1.ServiceStatus{VirtualIp: ip, Hostname: host}
+	return tx.Put(store.VirtualIP, ip, &storev1.VirtualIP{Service: svc.GetName()})
+}
+
+// freeVirtualIP probes from a place that the service's name gives, so that a
+// service that comes back finds its old address, and so that bursts do not meet.
+// The first and the last address of the range are not given.
+func (s *Server) freeVirtualIP(r store.Reader, service string, now time.Time) (string, error) {
+	base := binary.BigEndian.Uint32(s.cfg.VirtualIPs.Addr().AsSlice())
+	usable := uint32(1)<<(32-s.cfg.VirtualIPs.Bits()) - 2
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(service))
+	start := h.Sum32() % usable
+	for i := range usable {
+		var b [4]byte
+		binary.BigEndian.PutUint32(b[:], base+1+(start+i)%usable)
+		ip := netip.AddrFrom4(b).String()
+		rec, err := r.Get(store.VirtualIP, ip)
+		if err != nil && api.KindOf(err) == api.NotFound {
+			return ip, nil
+		}
+		if err != nil {
+			return "", err
+		}
+		held, ok := rec.Message.(*storev1.VirtualIP)
+		if !ok {
+			return "", api.E(api.Internal, "find a virtual IP", "record holds a %T", rec.Message)
+		}
+		if t := held.GetReleaseTime(); t != nil && (held.GetService() == service || now.After(t.AsTime())) {
+			return ip, nil
+		}
+	}
+	return "", api.E(api.Exhausted, "find a virtual IP", "every address of %s is taken", s.cfg.VirtualIPs)
+}
+
+// resultKey is where the first result of a request ID is kept.
+func resultKey(ch *change) string { return ch.c.actor + "/" + ch.requestID }
+
+// earlier gives the result of the same request, when it was carried out before.
+func (s *Server) earlier(r store.Reader, ch *change) (proto.Message, error) {
+	if ch.requestID == "" || ch.dry {
+		return nil, nil
+	}
+	rec, err := r.Get(store.RequestResult, resultKey(ch))
+	if err != nil {
+		if api.KindOf(err) == api.NotFound {
+			return nil, nil
+		}
+		return nil, err
+	}
+	m, ok := rec.Message.(*storev1.RequestResult)
+	if !ok {
+		return nil, api.E(api.Internal, ch.doing, "record holds a %T", rec.Message)
+	}
+	if m.GetMethod() != ch.c.method || string(m.GetRequestHash()) != hashOf(ch.request) {
+		return nil, api.InvalidFields(ch.doing, []api.Violation{{Field: "request_id", Message: "was used for another request before"}})
+	}
+	out, err := m.GetResponse().UnmarshalNew()
+	if err != nil {
+		return nil, api.E(api.Internal, ch.doing, "read the first result: %w", err)
+	}
+	return out, nil
+}
+
+// remember keeps the result for retries of the same request.
+func (s *Server) remember(tx store.Tx, ch *change, result proto.Message, now time.Time) error {
+	if ch.requestID == "" {
+		return nil
+	}
+	a, err := anypb.New(result)
+	if err != nil {
+		return api.E(api.Internal, ch.doing, "keep the result: %w", err)
+	}
+	return tx.Put(store.RequestResult, resultKey(ch), &storev1.RequestResult{
+		Method: ch.c.method, RequestHash: []byte(hashOf(ch.request)), Response: a, ExpireTime: timestamppb.New(now.Add(requestResultLife)),
+	})
+}
+
+// maintain deletes what expired, a bounded number at a time.
+func (s *Server) maintain(ctx context.Context, now time.Time) error {
+	type gone struct {
+		kind store.Kind
+		name string
+	}
+	var old []gone
+	_, err := s.cfg.Store.View(ctx, func(r store.Reader) error {
+		old = nil
+		for _, kind := range []store.Kind{store.RequestResult, store.VirtualIP, store.JoinToken} {
+			for rec, err := range r.List(kind, store.ListOptions{}) {
+				if err != nil {
+					return err
+				}
+				if t := expiry(rec.Message); t != nil && now.After(t.AsTime()) && len(old) < scanBatch {
+					old = append(old, gone{kind, rec.Name})
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil || len(old) == 0 {
+		return err
+	}
+	_, err = s.cfg.Store.Update(ctx, func(tx store.Tx) error {
+		for _, g := range old {
+			rec, err := tx.Get(g.kind, g.name)
+			if api.KindOf(err) == api.NotFound && err != nil {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			if t := expiry(rec.Message); t == nil || !now.After(t.AsTime()) {
+				continue
+			}
+			if err := tx.Delete(g.kind, g.name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return err
+}
+
+func expiry(m proto.Message) *timestamppb.Timestamp {
+	switch o := m.(type) {
+	case *storev1.RequestResult:
+		return o.GetExpireTime()
+	case *storev1.VirtualIP:
+		return o.GetReleaseTime()
+	case *storev1.JoinToken:
+		return o.GetExpireTime()
+	}
+	return nil
+}

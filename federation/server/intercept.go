@@ -1,0 +1,222 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/portolan-io/portolan/federation/api"
+)
+
+// Methods that others on the same port authorise themselves.
+const (
+	healthPrefix = "/grpc.health.v1.Health/"
+	linkPrefix   = "/portolan.link.v1.LinkService/"
+	adsPrefix    = "/envoy.service.discovery.v3.AggregatedDiscoveryService/"
+)
+
+func foreign(method string) bool {
+	return strings.HasPrefix(method, healthPrefix) || strings.HasPrefix(method, linkPrefix) || strings.HasPrefix(method, adsPrefix)
+}
+
+// UnaryInterceptor authorises, limits, bounds in time, audits refusals and keeps
+// internals out of answers.
+func (s *Server) UnaryInterceptor(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (resp any, err error) {
+	defer func() { err = s.answer(info.FullMethod, err, recover()) }()
+	if foreign(info.FullMethod) {
+		return next(ctx, req)
+	}
+	c, err := s.authorize(ctx, info.FullMethod)
+	if err != nil {
+		s.refused(ctx, c, info.FullMethod, req, err)
+		return nil, err
+	}
+	release, err := s.limits.take(c.actor, false)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, callerKey{}, c), unaryTimeout)
+	defer cancel()
+	resp, err = next(ctx, req)
+	if err != nil {
+		s.refused(ctx, c, info.FullMethod, req, err)
+		return nil, err
+	}
+	return resp, nil
+}
+
+// StreamInterceptor is the same for streams, which have no deadline of their own.
+func (s *Server) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+	defer func() { err = s.answer(info.FullMethod, err, recover()) }()
+	if foreign(info.FullMethod) {
+		return next(srv, ss)
+	}
+	c, err := s.authorize(ss.Context(), info.FullMethod)
+	if err != nil {
+		s.refused(ss.Context(), c, info.FullMethod, nil, err)
+		return err
+	}
+	release, err := s.limits.take(c.actor, true)
+	if err != nil {
+		return err
+	}
+	defer release()
+	return next(srv, &callerStream{ServerStream: ss, ctx: context.WithValue(ss.Context(), callerKey{}, c)})
+}
+
+type callerStream struct {
+	grpc.ServerStream
+	ctx context.Context //nolint:containedctx // a stream's context is its own, grpc-go's interface asks for it
+}
+
+func (c *callerStream) Context() context.Context { return c.ctx }
+
+// answer maps an error to what the caller may see. Everything that is no
+// decision is logged under a reference, and the caller gets the reference.
+func (s *Server) answer(method string, err error, panicked any) error {
+	if panicked != nil {
+		err = fmt.Errorf("panic: %v", panicked)
+		s.cfg.Log.Error("a handler panicked", "method", method, "error", err, "stack", string(debug.Stack()))
+	}
+	if err == nil || foreign(method) && panicked == nil {
+		return err
+	}
+	var e *api.Error
+	switch {
+	case errors.As(err, &e) && e.Kind != api.Internal:
+		return e
+	case errors.Is(err, context.Canceled):
+		return status.Error(codes.Canceled, "the caller gave up")
+	case errors.Is(err, context.DeadlineExceeded):
+		return status.Error(codes.DeadlineExceeded, "the time for this request is over")
+	}
+	if st, ok := status.FromError(err); ok && e == nil && passes(st.Code()) {
+		return err
+	}
+	ref := uuid.NewString()
+	s.cfg.Log.Error("request failed", "method", method, "reference", ref, "error", err)
+	return status.Errorf(codes.Internal, "internal error, reference %s", ref)
+}
+
+// passes says which codes of a lower plane, or of grpc-go itself, are answers.
+func passes(c codes.Code) bool {
+	switch c {
+	case codes.Internal, codes.Unknown, codes.DataLoss:
+		return false
+	default:
+		return true
+	}
+}
+
+// limiter bounds what one caller has under way, and how many refusals of theirs
+// are audited.
+type limiter struct {
+	mu      *sync.Mutex
+	callers map[string]*callerLimit
+}
+
+type callerLimit struct {
+	unary, streams int
+	refusals       *rate.Limiter
+	used           time.Time
+}
+
+func newLimiter() limiter {
+	return limiter{mu: &sync.Mutex{}, callers: map[string]*callerLimit{}}
+}
+
+// of finds a caller's entry. The map is bounded: idle entries go first, and when
+// everybody is busy nobody new is let in.
+func (l limiter) of(actor string) (*callerLimit, error) {
+	if c, ok := l.callers[actor]; ok {
+		c.used = time.Now()
+		return c, nil
+	}
+	if len(l.callers) >= maxCallers {
+		oldest := ""
+		for a, c := range l.callers {
+			if c.unary+c.streams == 0 && (oldest == "" || c.used.Before(l.callers[oldest].used)) {
+				oldest = a
+			}
+		}
+		if oldest == "" {
+			return nil, api.E(api.Exhausted, "", "too many callers at once; try again later")
+		}
+		delete(l.callers, oldest)
+	}
+	c := &callerLimit{refusals: rate.NewLimiter(5, 20), used: time.Now()}
+	l.callers[actor] = c
+	return c, nil
+}
+
+// take counts one call; the returned function ends it.
+func (l limiter) take(actor string, stream bool) (func(), error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c, err := l.of(actor)
+	if err != nil {
+		return nil, err
+	}
+	n, most := &c.unary, maxUnaryPerCaller
+	if stream {
+		n, most = &c.streams, maxStreamsPerCaller
+	}
+	if *n >= most {
+		return nil, api.E(api.Exhausted, "", "%d calls are under way already; try again when one has ended", *n)
+	}
+	*n++
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		*n--
+	}, nil
+}
+
+// mayAudit says whether another refusal of this caller is written.
+func (l limiter) mayAudit(actor string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c, err := l.of(actor)
+	return err == nil && c.refusals.Allow()
+}
+
+// target finds what a request is about: the name of its object, or its name.
+func target(req any) string {
+	m, ok := req.(proto.Message)
+	if !ok || m == nil {
+		return ""
+	}
+	if n, ok := m.(interface{ GetName() string }); ok {
+		return n.GetName()
+	}
+	if n, ok := m.(interface{ GetReplica() string }); ok {
+		return n.GetReplica()
+	}
+	out := ""
+	m.ProtoReflect().Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		if f.Message() != nil && !f.IsMap() && !f.IsList() {
+			if o, ok := v.Message().Interface().(object); ok {
+				out = o.GetName()
+				return false
+			}
+		}
+		return true
+	})
+	if c, ok := m.(interface{ GetCluster() string }); ok && out == "" {
+		out = c.GetCluster()
+	}
+	return out
+}

@@ -47,6 +47,10 @@ type Config struct {
 	FleetBundle func() []byte
 	// Peer gives the verified identity of a caller.
 	Peer func(ctx context.Context) (identity.ID, error)
+	// OnBundles hears of the roots per trust domain, the fleet's own included, at
+	// the first snapshot and whenever they change; may be nil. Given to
+	// identity/trust, it is how callers are verified.
+	OnBundles func(bundles map[string][]byte)
 	// LivenessTimeout is how long a cluster may be silent before it is lost; 3 s when
 	// 0.
 	LivenessTimeout time.Duration
@@ -60,6 +64,9 @@ func (c *Config) SetDefaults() {
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.OnBundles == nil {
+		c.OnBundles = func(map[string][]byte) {}
 	}
 }
 
@@ -155,24 +162,14 @@ func (f *Fleet) Status(cluster string) (distribute.Status, bool) { return f.cach
 // Revision is the store revision that clusters of this replica are served.
 func (f *Fleet) Revision() int64 { return f.model.Load().view.Revision }
 
-// Bundle gives the PEM roots that verify callers of a trust domain: the fleet's
-// own, or those that a cluster registered for its own domain.
-func (f *Fleet) Bundle(trustDomain string) ([]byte, bool) {
-	if trustDomain == f.cfg.Fleet {
-		return f.cfg.FleetBundle(), true
-	}
-	b, ok := store.One[*linkv1.TrustBundle](f.mirror.Snapshot(), store.TrustBundle, trustDomain)
-	if !ok || b.GetTrustDomain() != trustDomain {
-		return nil, false
-	}
-	return b.GetX509Roots(), true
-}
-
-// Bundles gives the PEM roots of every trust domain of the fleet.
-func (f *Fleet) Bundles() map[string][]byte {
-	out := map[string][]byte{f.cfg.Fleet: f.cfg.FleetBundle()}
-	for name, b := range store.All[*linkv1.TrustBundle](f.mirror.Snapshot(), store.TrustBundle) {
-		out[name] = b.GetX509Roots()
+// bundles gives the PEM roots of every trust domain of the fleet. Those of
+// clusters that were taken out of it are not among them.
+func bundles(v *store.View, fleet string, roots []byte) map[string][]byte {
+	out := map[string][]byte{fleet: roots}
+	for name, b := range store.All[*linkv1.TrustBundle](v, store.TrustBundle) {
+		if _, ok := v.Get(store.Cluster, api.ClusterName(b.GetCluster())); ok && name == b.GetTrustDomain() {
+			out[name] = b.GetX509Roots()
+		}
 	}
 	return out
 }

@@ -284,7 +284,11 @@ func (f *Fleet) pass(s *stepper, v *store.View) {
 			d.all = true
 		}
 	}
-	updates, gone, problems := s.step(v, f.cfg.FleetBundle(), d)
+	roots := f.cfg.FleetBundle()
+	if s.revision < 0 || d.all || d.fleet || !bytes.Equal(roots, s.roots) {
+		f.cfg.OnBundles(bundles(v, f.cfg.Fleet, roots))
+	}
+	updates, gone, problems := s.step(v, roots, d)
 	for _, p := range problems {
 		f.log.Error("intent left out", "alarm", true, "problem", p)
 	}

@@ -1,0 +1,204 @@
+package translate
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
+	"pgregory.net/rapid"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/nodev1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/xds/model"
+)
+
+// bigMesh is n services of one tenant, each with two replicas, an export and a
+// canary route on every tenth.
+func bigMesh(n int) model.Input {
+	in := model.Input{
+		Config:  &nodev1.NodeConfig{Cluster: "eu-west", Region: "eu", Zone: "eu-a", Fleet: "portolan.internal", TrustDomain: "eu-west.portolan.internal"},
+		Bundles: []*linkv1.TrustBundle{{TrustDomain: "eu-west.portolan.internal", X509Roots: []byte(testRoot)}},
+	}
+	for i := range n {
+		name := fmt.Sprintf("svc-%03d", i)
+		in.Services = append(in.Services, &nodev1.MeshService{
+			Tenant: "shop", Service: name, Workload: name, VirtualIp: fmt.Sprintf("10.68.%d.%d", i/250, i%250+1),
+			Ports: []*portolanv1.ServicePort{{Name: "http", Port: 80, TargetPort: 8080}}, Clusters: []string{"eu-west", "us-east"},
+		})
+		in.Endpoints = append(in.Endpoints, &nodev1.MeshEndpoints{
+			Tenant: "shop", Service: name,
+			Endpoints: []*nodev1.Endpoint{
+				{Allocation: name + "-aaaaa", Address: fmt.Sprintf("10.1.%d.%d", i/250, i%250+1), Revision: "v1", Zone: "eu-a"},
+				{Allocation: name + "-bbbbb", Address: fmt.Sprintf("10.2.%d.%d", i/250, i%250+1), Revision: "v2", Zone: "eu-b"},
+			},
+			Remote: []*linkv1.ServiceExport{{
+				Cluster: "us-east", Tenant: "shop", Service: name, Region: "us", Healthy: true, Gateways: []string{"192.0.2.1:15443"},
+				Ports: []*linkv1.ExportedPort{{Port: "http", ReadyReplicas: 2}},
+			}},
+		})
+		if i%10 == 0 {
+			in.Routes = append(in.Routes, &nodev1.MeshRoute{Tenant: "shop", Route: name, Spec: &portolanv1.RouteSpec{
+				Service: name, Rules: []*portolanv1.RouteRule{{Backends: []*portolanv1.RouteBackend{{Revision: "v1", Weight: 90}, {Revision: "v2", Weight: 10}}}},
+			}})
+		}
+	}
+	return in
+}
+
+func sidecarOf(i int) Proxy {
+	return Proxy{
+		ID: fmt.Sprintf("svc-%03d-aaaaa", i), Tenant: "shop", Workload: fmt.Sprintf("svc-%03d", i), Role: Sidecar,
+		Address: netip.MustParseAddr("10.1.0.1"), AuthzSocket: "/run/xds.sock",
+	}
+}
+
+// marshalled gives every resource's bytes by type and name.
+func marshalled(t testing.TB, r Resources) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for typeURL, list := range r {
+		for _, res := range list {
+			b, err := proto.MarshalOptions{Deterministic: true}.Marshal(res.Message)
+			if err != nil {
+				t.Fatal(err)
+			}
+			key := typeURL + " " + res.Name
+			if _, ok := out[key]; ok {
+				t.Errorf("%s is there twice", key)
+			}
+			out[key] = string(b)
+		}
+	}
+	return out
+}
+
+// TestUnchangedInputSameBytes: the order of the input and a second run change
+// nothing, so that nothing is pushed.
+func TestUnchangedInputSameBytes(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		in := bigMesh(12)
+		g, _ := model.Build(in)
+		want := marshalled(t, must2(New(g).Proxy(sidecarOf(0))))
+		in.Services = rapid.Permutation(in.Services).Draw(rt, "services")
+		in.Endpoints = rapid.Permutation(in.Endpoints).Draw(rt, "endpoints")
+		in.Routes = rapid.Permutation(in.Routes).Draw(rt, "routes")
+		g, problems := model.Build(in)
+		if len(problems) > 0 {
+			rt.Fatal(problems)
+		}
+		got := marshalled(t, must2(New(g).Proxy(sidecarOf(0))))
+		if diff := cmp.Diff(want, got); diff != "" {
+			rt.Fatal(diff)
+		}
+	})
+}
+
+func must2(r Resources, problems []model.Problem) Resources {
+	if len(problems) > 0 {
+		panic(fmt.Sprint(problems))
+	}
+	return r
+}
+
+// TestOneEndpointChangesOneSet: an endpoint change touches endpoint sets of its
+// service and nothing else.
+func TestOneEndpointChangesOneSet(t *testing.T) {
+	in := bigMesh(12)
+	g, _ := model.Build(in)
+	before := marshalled(t, must2(New(g).Proxy(sidecarOf(0))))
+	in.Endpoints[5].Endpoints[0].Draining = true
+	g, _ = model.Build(in)
+	after := marshalled(t, must2(New(g).Proxy(sidecarOf(0))))
+	var changed []string
+	for k, v := range after {
+		if before[k] != v {
+			changed = append(changed, k)
+		}
+	}
+	if want := []string{EndpointType + " outbound/shop/svc-005/http/all"}; !cmp.Equal(changed, want) {
+		t.Errorf("changed %v, want %v", changed, want)
+	}
+}
+
+// TestSharedBetweenProxies: what sidecars of a tenant have in common is one
+// pointer, so that it is marshalled once.
+func TestSharedBetweenProxies(t *testing.T) {
+	g, _ := model.Build(bigMesh(12))
+	tr := New(g)
+	a, b := must2(tr.Proxy(sidecarOf(0))), must2(tr.Proxy(sidecarOf(1)))
+	shared := map[*Resource]bool{}
+	for _, r := range a[ClusterType] {
+		shared[r] = true
+	}
+	n := 0
+	for _, r := range b[ClusterType] {
+		if shared[r] {
+			n++
+		}
+	}
+	if n < 12 {
+		t.Errorf("%d clusters are shared between two sidecars of a tenant, want all of the outbound ones", n)
+	}
+}
+
+// TestEnvoyRefuses shows that the goldens' check by Envoy can fail.
+func TestEnvoyRefuses(t *testing.T) {
+	if envoyPath() == "" {
+		t.Skip("missing: envoy (set ENVOY or put it on PATH)")
+	}
+	file := filepath.Join(t.TempDir(), "b.json")
+	if err := os.WriteFile(file, []byte(`{"static_resources":{"clusters":[{"name":"x","connect_timeout":"-1s"}]}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(envoyPath(), "--mode", "validate", "-c", file, "--disable-hot-restart").CombinedOutput(); err == nil {
+		t.Errorf("a negative timeout was accepted: %s", out)
+	}
+	// And one of ours, broken on purpose.
+	g, _ := model.Build(bigMesh(1))
+	res := must2(New(g).Proxy(sidecarOf(0)))
+	c := proto.Clone(res[ClusterType][0].Message).(*clusterv3.Cluster)
+	c.ConnectTimeout.Seconds = -1
+	res[ClusterType][0] = &Resource{Name: c.GetName(), Message: c}
+	if err := envoyValidates(t, res); err == nil {
+		t.Error("a broken cluster was accepted")
+	}
+}
+
+// BenchmarkT9_SidecarConfig: what the configuration of a sidecar costs a node
+// with 100 services and 20 sidecars when the mesh changes, graph and marshalling
+// included; and its size.
+func BenchmarkT9_SidecarConfig(b *testing.B) {
+	const services, sidecars = 100, 20
+	in := bigMesh(services)
+	size := 0
+	start := cpuTime()
+	for b.Loop() {
+		g, _ := model.Build(in)
+		tr := New(g)
+		done := map[*Resource][]byte{}
+		size = 0
+		for i := range sidecars {
+			res, _ := tr.Proxy(sidecarOf(i))
+			for _, list := range res {
+				for _, r := range list {
+					if _, ok := done[r]; !ok {
+						done[r] = must(proto.MarshalOptions{Deterministic: true}.Marshal(r.Message))
+					}
+					size += len(done[r])
+				}
+			}
+		}
+	}
+	cpu := cpuTime() - start
+	b.ReportMetric(float64(cpu)/float64(time.Millisecond)/float64(b.N*sidecars), "cpu-ms/sidecar")
+	b.ReportMetric(float64(size)/sidecars/1024, "KB/sidecar")
+}

@@ -271,11 +271,14 @@ func (t *connTable) sweep(ctx context.Context, network Connections) error {
 		}
 		t.log.Info("connections closed by policy", "replica", allocation, "denied", len(remotes), "closed", n)
 		t.mu.Lock()
-		for _, r := range remotes {
-			if t.rep(allocation).conns[r].closing {
-				delete(t.rep(allocation).conns, r)
+		r := t.rep(allocation)
+		for _, remote := range remotes {
+			if r.conns[remote].closing {
+				delete(r.conns, remote)
 			}
 		}
+		// The address may come back for another connection.
+		errs = append(errs, t.rewrite(allocation, r))
 		t.mu.Unlock()
 	}
 	return errors.Join(errs...)

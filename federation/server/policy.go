@@ -98,6 +98,9 @@ func (s *Server) askPolicy(ctx context.Context, ch *change, d *decision, set bun
 	if !ch.k.admitted {
 		return nil
 	}
+	if len(set.bundles) == 0 {
+		return api.E(api.Denied, ch.doing, "the fleet has no admission bundle, and without one nothing is admitted: apply %s", BaselineName)
+	}
 	in, err := s.admissionInput(ctx, ch, d)
 	if err != nil {
 		return err

@@ -65,7 +65,7 @@ type PolicyChecker interface {
 }
 
 // AdmissionCompiler compiles the fleet's admission bundles into what decides.
-// With no bundle at all the answer to everything must be no.
+// policy/opa has it. With no bundle at all it is not asked: nothing is admitted.
 type AdmissionCompiler interface {
 	CompileAdmission(ctx context.Context, bundles []policy.Bundle) (policy.Admitter, error)
 }

@@ -251,7 +251,10 @@ func programKey(b policy.Bundle) string {
 // line.
 func violations(err error, file string) []api.Violation {
 	var list ast.Errors
-	if !errors.As(err, &list) {
+	var one *ast.Error
+	if errors.As(err, &one) {
+		list = ast.Errors{one}
+	} else if !errors.As(err, &list) {
 		return []api.Violation{{Field: "spec.files", Message: err.Error(), File: file}}
 	}
 	var vs []api.Violation
@@ -276,5 +279,6 @@ func violation(l *ast.Location, message string) api.Violation {
 	if l == nil || l.File == "" {
 		return api.Violation{Field: "spec.files", Message: message}
 	}
-	return api.Violation{Field: bundle.Field(l.File), Message: fmt.Sprintf("%s:%d: %s", l.File, l.Row, message), File: l.File, Line: l.Row}
+	row := max(1, l.Row) // an empty file has no line
+	return api.Violation{Field: bundle.Field(l.File), Message: fmt.Sprintf("%s:%d: %s", l.File, row, message), File: l.File, Line: row}
 }

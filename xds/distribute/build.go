@@ -140,6 +140,8 @@ func (s *session) build(typeURL string) *discovery.DeltaDiscoveryResponse {
 	for _, c := range st.choose() {
 		st.take(c, resp, s.building)
 	}
+	st.inflight++
+	st.items += len(s.building.items)
 	// More of the same type goes once this was acknowledged. Another type that
 	// must follow at once is queued now, and so comes after this response.
 	s.pumpAll()

@@ -151,6 +151,7 @@ func (p *peer) send(r *discovery.DeltaDiscoveryRequest) {
 	if err := p.stream.Send(r); err != nil {
 		p.t.Fatal(err)
 	}
+	synctest.Wait()
 }
 
 func (p *peer) subscribe(typeURL string, known map[string]string, names ...string) {

@@ -71,7 +71,6 @@ func (st *subscription) refuse(b *batch, detail *rpcstatus.Status) {
 		if st.known[it.name] == it.version { // nothing newer was sent since
 			st.restore(it)
 		}
-		st.dirty[it.name] = struct{}{}
 		if bad || len(named) == 0 {
 			v.suspects[key] = struct{}{}
 		}
@@ -79,6 +78,7 @@ func (st *subscription) refuse(b *batch, detail *rpcstatus.Status) {
 			st.refused[it.name] = it.version
 			v.nacks[key] = Nack{Type: st.typeURL, Name: it.name, Version: it.version, Message: clip(message), Time: time.Now()}
 		}
+		st.look(it.name)
 	}
 }
 

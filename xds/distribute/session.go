@@ -233,7 +233,7 @@ func (st *subscription) subscribe(req *discovery.DeltaDiscoveryRequest, wildcard
 		st.wildcard = true
 		st.empty = len(st.known) == 0
 		for name := range t.res {
-			st.dirty[name] = struct{}{}
+			st.look(name)
 		}
 	}
 	st.wildcard = wildcard
@@ -242,16 +242,17 @@ func (st *subscription) subscribe(req *discovery.DeltaDiscoveryRequest, wildcard
 			continue
 		}
 		st.names[name] = struct{}{}
-		st.dirty[name] = struct{}{}
 		st.urgent = true
 		if !first { // the consumer may have dropped it in between
 			st.force[name] = struct{}{}
 		}
+		st.look(name)
 	}
 	for _, name := range req.GetResourceNamesUnsubscribe() {
 		delete(st.names, name)
 		if st.wildcard {
-			st.dirty[name], st.force[name] = struct{}{}, struct{}{}
+			st.force[name] = struct{}{}
+			st.look(name)
 			continue
 		}
 		st.lose(name)
@@ -259,7 +260,7 @@ func (st *subscription) subscribe(req *discovery.DeltaDiscoveryRequest, wildcard
 	}
 	if first {
 		for name := range st.known {
-			st.dirty[name] = struct{}{}
+			st.look(name)
 		}
 	}
 }
@@ -281,10 +282,26 @@ func (s *session) touch(typeURL, name string, force bool) {
 	if _, ok := st.names[name]; !ok && !st.wildcard {
 		return
 	}
-	st.dirty[name] = struct{}{}
 	if force {
 		st.force[name] = struct{}{}
 	}
+	st.look(name)
+}
+
+// look keeps dirty exact: name is in it just when there is something to send.
+// Called whenever anything changed of what candidate looks at.
+func (st *subscription) look(name string) {
+	t := st.sess.view.types[st.typeURL]
+	if t == nil || !t.loaded {
+		return // loaded looks at everything
+	}
+	delete(st.held, name)
+	if _, ok := st.candidate(t, name); ok {
+		st.dirty[name] = struct{}{}
+		return
+	}
+	delete(st.dirty, name)
+	delete(st.force, name)
 }
 
 // loaded begins to serve a type: what the consumer holds and the set does not
@@ -295,10 +312,10 @@ func (s *session) loaded(typeURL string, t *typeSet) {
 		return
 	}
 	for name := range st.known {
-		st.dirty[name] = struct{}{}
+		st.look(name)
 	}
 	for name := range st.names {
-		st.dirty[name] = struct{}{}
+		st.look(name)
 	}
 	for name, a := range t.acked {
 		if e, ok := t.res[name]; ok && e.res.Version == a.version {
@@ -325,12 +342,8 @@ func (st *subscription) pending() int {
 func (s *session) OnStreamDeltaResponse(_ int64, _ *discovery.DeltaDiscoveryRequest, resp *discovery.DeltaDiscoveryResponse) {
 	s.view.mu.Lock()
 	defer s.view.mu.Unlock()
-	b := s.building
+	s.inflight[resp.GetNonce()] = s.building
 	s.building = nil
-	s.inflight[resp.GetNonce()] = b
-	st := s.types[b.typeURL]
-	st.inflight++
-	st.items += len(b.items)
 }
 
 // answer is a token in go-control-plane's channel. It is filled in when it is

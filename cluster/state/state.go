@@ -46,7 +46,8 @@ type Snapshot struct {
 
 // PendingReason is a rolled-up refusal of the scheduler.
 type PendingReason struct {
-	// Replica is "<revision>/<index>": it has no name before it is bound.
+	// Replica is the revision that lacks replicas: they have no names before they
+	// are bound. A code stands once per revision.
 	Replica string
 	Code    string
 	Message string

@@ -148,6 +148,24 @@ func headers(o ast.Object) map[string]string {
 	return out
 }
 
+// The keys of the input are made once: they are half of its terms. They are never
+// changed.
+var (
+	keyAttributes  = ast.StringTerm("attributes")
+	keyParsedPath  = ast.StringTerm("parsed_path")
+	keyParsedQuery = ast.StringTerm("parsed_query")
+	keySource      = ast.StringTerm("source")
+	keyDestination = ast.StringTerm("destination")
+	keyService     = ast.StringTerm("service")
+	keyProtocol    = ast.StringTerm("protocol")
+	keyPort        = ast.StringTerm("port")
+	keySPIFFEID    = ast.StringTerm("spiffe_id")
+	keyCluster     = ast.StringTerm("cluster")
+	keyTenant      = ast.StringTerm("tenant")
+	keyWorkload    = ast.StringTerm("workload")
+	keyAddress     = ast.StringTerm("address")
+)
+
 // networkInput builds the term by hand: a detour over JSON would cost more than
 // the decision.
 func networkInput(in policy.Network) (*ast.Term, error) {
@@ -164,14 +182,14 @@ func networkInput(in policy.Network) (*ast.Term, error) {
 		query = append(query, [2]*ast.Term{ast.StringTerm(k), stringArray(vs)})
 	}
 	return ast.ObjectTerm(
-		[2]*ast.Term{ast.InternedTerm("attributes"), ast.NewTerm(attributes)},
-		[2]*ast.Term{ast.InternedTerm("parsed_path"), stringArray(in.ParsedPath)},
-		[2]*ast.Term{ast.InternedTerm("parsed_query"), ast.ObjectTerm(query...)},
-		[2]*ast.Term{ast.InternedTerm("source"), peerTerm(in.Source)},
-		[2]*ast.Term{ast.InternedTerm("destination"), peerTerm(in.Destination)},
-		[2]*ast.Term{ast.InternedTerm("service"), ast.StringTerm(in.Service)},
-		[2]*ast.Term{ast.InternedTerm("protocol"), ast.StringTerm(in.Protocol)},
-		[2]*ast.Term{ast.InternedTerm("port"), ast.IntNumberTerm(in.Port)},
+		[2]*ast.Term{keyAttributes, ast.NewTerm(attributes)},
+		[2]*ast.Term{keyParsedPath, stringArray(in.ParsedPath)},
+		[2]*ast.Term{keyParsedQuery, ast.ObjectTerm(query...)},
+		[2]*ast.Term{keySource, peerTerm(in.Source)},
+		[2]*ast.Term{keyDestination, peerTerm(in.Destination)},
+		[2]*ast.Term{keyService, ast.StringTerm(in.Service)},
+		[2]*ast.Term{keyProtocol, ast.StringTerm(in.Protocol)},
+		[2]*ast.Term{keyPort, ast.IntNumberTerm(in.Port)},
 	), nil
 }
 
@@ -185,13 +203,13 @@ func stringArray(vs []string) *ast.Term {
 
 func peerTerm(p policy.Peer) *ast.Term {
 	pairs := [][2]*ast.Term{
-		{ast.InternedTerm("spiffe_id"), ast.StringTerm(p.SPIFFEID)},
-		{ast.InternedTerm("cluster"), ast.StringTerm(p.Cluster)},
-		{ast.InternedTerm("tenant"), ast.StringTerm(p.Tenant)},
-		{ast.InternedTerm("workload"), ast.StringTerm(p.Workload)},
+		{keySPIFFEID, ast.StringTerm(p.SPIFFEID)},
+		{keyCluster, ast.StringTerm(p.Cluster)},
+		{keyTenant, ast.StringTerm(p.Tenant)},
+		{keyWorkload, ast.StringTerm(p.Workload)},
 	}
 	if p.Address != "" {
-		pairs = append(pairs, [2]*ast.Term{ast.InternedTerm("address"), ast.StringTerm(p.Address)})
+		pairs = append(pairs, [2]*ast.Term{keyAddress, ast.StringTerm(p.Address)})
 	}
 	return ast.ObjectTerm(pairs...)
 }

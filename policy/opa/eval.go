@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/metrics"
 	"github.com/open-policy-agent/opa/v1/topdown"
 
 	"github.com/portolan-io/portolan/policy"
@@ -87,7 +88,7 @@ func (p *program) eval(ctx context.Context, q ast.Body, input *ast.Term, cancel 
 	defer p.store.Abort(ctx, txn)
 	var value ast.Value
 	err = topdown.NewQuery(q).WithCompiler(p.compiler).WithStore(p.store).WithTransaction(txn).
-		WithCancel(cancel).WithInput(input).WithStrictBuiltinErrors(strict).
+		WithCancel(cancel).WithInput(input).WithStrictBuiltinErrors(strict).WithMetrics(metrics.NoOp()).
 		Iter(ctx, func(r topdown.QueryResult) error {
 			if t := r[resultVar]; t != nil {
 				value = t.Value

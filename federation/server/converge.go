@@ -125,14 +125,17 @@ func orElse(err, other error) error {
 
 // look says who holds the revision back now.
 func (b *barrier) look(ctx context.Context) ([]*portolanv1.Laggard, error) {
+	progress, err := b.s.progress(ctx)
+	if err != nil {
+		return nil, err
+	}
 	if b.derived == 0 {
-		behind, err := b.loops(ctx)
-		if err != nil || len(behind) > 0 {
-			return behind, err
+		if behind := b.loops(progress); len(behind) > 0 {
+			return behind, nil
 		}
 	}
 	var out []*portolanv1.Laggard
-	_, err := b.s.cfg.Store.View(ctx, func(r store.Reader) error {
+	_, err = b.s.cfg.Store.View(ctx, func(r store.Reader) error {
 		out = nil
 		if b.derived == 0 {
 			b.derived = r.Revision()
@@ -141,7 +144,7 @@ func (b *barrier) look(ctx context.Context) ([]*portolanv1.Laggard, error) {
 			if err != nil {
 				return err
 			}
-			if lag, err := b.cluster(r, rec.Name); err != nil {
+			if lag, err := b.cluster(r, rec.Name, progress[b.s.cfg.ClusterLease(lastID(rec.Name))]); err != nil {
 				return err
 			} else if lag != nil {
 				out = append(out, lag)
@@ -153,27 +156,19 @@ func (b *barrier) look(ctx context.Context) ([]*portolanv1.Laggard, error) {
 }
 
 // loops are the control loops that have not looked past the target yet.
-func (b *barrier) loops(ctx context.Context) ([]*portolanv1.Laggard, error) {
-	leases, err := b.s.cfg.Store.Leases(ctx)
-	if err != nil {
-		return nil, err
-	}
-	progress := map[string]int64{}
-	for _, l := range leases {
-		progress[l.Name] = l.Progress
-	}
+func (b *barrier) loops(progress map[string]int64) []*portolanv1.Laggard {
 	var out []*portolanv1.Laggard
 	for _, name := range b.s.cfg.ControlLoops {
 		if progress[name] < b.target {
 			out = append(out, &portolanv1.Laggard{Name: "loops/" + name, AppliedRevision: progress[name], Detail: "has not looked at the revision yet"})
 		}
 	}
-	return out, nil
+	return out
 }
 
 // cluster says whether a cluster is in scope and behind. Lost and pending ones
 // count only when they were named.
-func (b *barrier) cluster(r store.Reader, name string) (*portolanv1.Laggard, error) {
+func (b *barrier) cluster(r store.Reader, name string, applied int64) (*portolanv1.Laggard, error) {
 	named := slices.Contains(b.scope, lastID(name))
 	if len(b.scope) > 0 && !named {
 		return nil, nil
@@ -188,11 +183,12 @@ func (b *barrier) cluster(r store.Reader, name string) (*portolanv1.Laggard, err
 	case api.KindOf(err) != api.NotFound:
 		return nil, err
 	}
+	applied = max(applied, st.GetAppliedRevision())
 	live := st.GetState() == portolanv1.ClusterState_CLUSTER_STATE_READY
-	if !live && !named || live && st.GetAppliedRevision() >= b.derived {
+	if !live && !named || live && applied >= b.derived {
 		return nil, nil
 	}
-	lag := &portolanv1.Laggard{Name: name, AppliedRevision: st.GetAppliedRevision()}
+	lag := &portolanv1.Laggard{Name: name, AppliedRevision: applied}
 	switch {
 	case st.GetState() == portolanv1.ClusterState_CLUSTER_STATE_LOST:
 		lag.Detail = "silent since " + st.GetLastSeenTime().AsTime().UTC().Format(time.RFC3339)

@@ -25,7 +25,9 @@ type joiner struct {
 	reported   map[string]*storev1.PlacementStatusRecord // by placement
 	clusters   map[string]*storev1.ClusterStatusRecord   // by cluster's name
 	nacks      map[string][]*storev1.NackRecord          // by intent resource
-	loaded     struct{ placements, clusters, nacks bool }
+	// applied revisions of clusters, by ID, when they were asked for before.
+	applied map[string]int64
+	loaded  struct{ placements, clusters, nacks bool }
 }
 
 func newJoiner(r store.Reader, c *caller, scope string) *joiner {
@@ -220,6 +222,7 @@ func (j *joiner) cluster(cl *portolanv1.Cluster) error {
 	if st.GetState() == portolanv1.ClusterState_CLUSTER_STATE_UNSPECIFIED {
 		st.State = portolanv1.ClusterState_CLUSTER_STATE_PENDING
 	}
+	st.AppliedRevision = max(st.GetAppliedRevision(), j.applied[lastID(cl.GetName())])
 	if !j.c.fleet {
 		// Capacity, nodes and laggards speak of other tenants too.
 		st = &portolanv1.ClusterStatus{State: st.GetState(), LastSeenTime: st.GetLastSeenTime(), IngressAddresses: st.GetIngressAddresses()}

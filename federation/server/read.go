@@ -37,6 +37,10 @@ func getObject[T object](ctx context.Context, s *Server, kind store.Kind, name s
 	if !k.fleetWide && !c.owns(api.TenantOf(name)) {
 		return zero, k.absent(doing)
 	}
+	applied, err := s.applied(ctx, k, c)
+	if err != nil {
+		return zero, err
+	}
 	var out T
 	_, err = s.cfg.Store.View(ctx, func(r store.Reader) error {
 		o, err := k.get(r, name)
@@ -46,10 +50,32 @@ func getObject[T object](ctx context.Context, s *Server, kind store.Kind, name s
 		if o == nil {
 			return k.absent(doing)
 		}
-		out, err = as[T](newJoiner(r, c, name).join(k, o))
+		j := newJoiner(r, c, name)
+		j.applied = applied
+		out, err = as[T](j.join(k, o))
 		return err
 	})
 	return out, err
+}
+
+// applied reads what each cluster has applied. That lies in lease rows, because
+// it changes with every revision and must make none itself.
+func (s *Server) applied(ctx context.Context, k *kindInfo, c *caller) (map[string]int64, error) {
+	if k.kind != store.Cluster || !c.fleet {
+		return nil, nil
+	}
+	progress, err := s.progress(ctx)
+	if err != nil {
+		return nil, err
+	}
+	prefix := s.cfg.ClusterLease("")
+	out := map[string]int64{}
+	for name, n := range progress {
+		if id, ok := strings.CutPrefix(name, prefix); ok {
+			out[id] = n
+		}
+	}
+	return out, nil
 }
 
 func as[T object](o object, err error) (T, error) {
@@ -91,6 +117,10 @@ func listObjects[T object](ctx context.Context, s *Server, kind store.Kind, pare
 	if err != nil {
 		return page[T]{}, err
 	}
+	applied, err := s.applied(ctx, k, c)
+	if err != nil {
+		return page[T]{}, err
+	}
 	selector := req.GetLabelSelector()
 	var j *joiner
 	return listRecords(ctx, s, listQuery{kind: kind, doing: doing, scope: scope, parent: parent, req: req}, func(r store.Reader, rec store.Record) (T, bool, error) {
@@ -106,6 +136,7 @@ func listObjects[T object](ctx context.Context, s *Server, kind store.Kind, pare
 		}
 		if j == nil || j.r != r {
 			j = newJoiner(r, c, scope.opts.Prefix)
+			j.applied = applied
 		}
 		t, err := as[T](j.join(k, o))
 		return t, err == nil, err

@@ -116,6 +116,9 @@ type Config struct {
 	// ControlLoops are the names of the leases whose progress WaitConverged waits
 	// for; "control" when empty.
 	ControlLoops []string
+	// ClusterLease names the lease row that a cluster's reports renew, whose progress
+	// is the revision that the whole cluster has applied; "cluster/<id>" when nil.
+	ClusterLease func(cluster string) string
 	// JoinTokenLife is how long a join token is valid; 10 minutes when 0, never more.
 	JoinTokenLife time.Duration
 	// NewUID makes an object's uid; a random UUID when nil.
@@ -129,6 +132,9 @@ func (c *Config) SetDefaults() {
 	}
 	if len(c.ControlLoops) == 0 {
 		c.ControlLoops = []string{"control"}
+	}
+	if c.ClusterLease == nil {
+		c.ClusterLease = func(cluster string) string { return "cluster/" + cluster }
 	}
 	if c.JoinTokenLife <= 0 || c.JoinTokenLife > 10*time.Minute {
 		c.JoinTokenLife = 10 * time.Minute
@@ -154,6 +160,19 @@ func (c *Config) Validate() error {
 	need(c.VirtualIPs.IsValid() && c.VirtualIPs.Addr().Is4() && c.VirtualIPs.Bits() >= 8 && c.VirtualIPs.Bits() <= 30,
 		"virtual IPs must be an IPv4 range between /8 and /30")
 	return errors.Join(errs...)
+}
+
+// progress reads what lease rows say, by name.
+func (s *Server) progress(ctx context.Context) (map[string]int64, error) {
+	leases, err := s.cfg.Store.Leases(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string]int64, len(leases))
+	for _, l := range leases {
+		out[l.Name] = l.Progress
+	}
+	return out, nil
 }
 
 // Server serves the API.

@@ -58,6 +58,7 @@ func (st *subscription) refuse(b *batch, detail *rpcstatus.Status) {
 	v := st.sess.view
 	named, exact := culprits(b, detail)
 	st.sess.srv.cfg.Log.Warn("resource refused", "view", v.name, "type", st.typeURL, "named", len(named), "in", len(b.items), "message", clip(detail.GetMessage()))
+	delete(v.nacks, Key{st.typeURL, ""}) // explained now, or written anew
 	if len(named) == 0 && len(b.items) > 0 {
 		v.nacks[Key{st.typeURL, ""}] = Nack{Type: st.typeURL, Message: clip(detail.GetMessage()), Time: time.Now()}
 	}

@@ -3,9 +3,13 @@ package link
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/portolan-io/portolan/xds/distribute"
 )
+
+// hangUpTimeout is how long a farewell is waited for.
+const hangUpTimeout = 100 * time.Millisecond
 
 // replicas says which federation replica is used now. Whoever sees it fail moves
 // everybody to the next one.
@@ -22,12 +26,22 @@ type intentConn struct {
 	distribute.Conn
 	at   int
 	once sync.Once
-	err  error
 }
 
 func (c *intentConn) Close() error {
-	c.once.Do(func() { c.err = c.Conn.Close() })
-	return c.err
+	c.once.Do(func() { hangUp(c.Conn) })
+	return nil
+}
+
+// hangUp closes a connection. To a peer that is cut off, a farewell may take
+// seconds; nobody waits for it.
+func hangUp(c distribute.Conn) {
+	done := make(chan struct{})
+	go func() { defer close(done); _ = c.Close() }()
+	select {
+	case <-done:
+	case <-time.After(hangUpTimeout):
+	}
 }
 
 // pick gives the replica in use and its number.

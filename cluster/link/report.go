@@ -57,7 +57,7 @@ func (l *Link) reportTo(ctx context.Context, address string, at int, deadline ti
 	if err != nil {
 		return err
 	}
-	defer func() { _ = conn.Close() }()
+	defer hangUp(conn)
 	stream, err := linkv1.NewLinkServiceClient(conn).Report(ctx, grpc.MaxCallSendMsgSize(api.MaxMessageBytes))
 	if err != nil {
 		return err
@@ -214,7 +214,7 @@ func (l *Link) tunnelTo(ctx context.Context, address string) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = conn.Close() }()
+	defer hangUp(conn)
 	stream, err := linkv1.NewLinkServiceClient(conn).Tunnel(ctx)
 	if err != nil {
 		return err

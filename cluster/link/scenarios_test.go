@@ -1,0 +1,332 @@
+package link_test
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/fleet"
+	"github.com/portolan-io/portolan/federation/store"
+)
+
+func TestWatermarkReachesTheClusterAndComesBackWithoutChurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, "eu")
+		eu := w.clusters["eu"]
+		w.eventually(time.Second, "eu is ready", func() bool { return w.clusterState("eu") == ready })
+		began := time.Now()
+		rev := w.shop("eu")
+		w.eventually(50*time.Millisecond, "the intents are there", func() bool {
+			s := eu.state.Snapshot()
+			return s.IntentRevision >= rev && s.Intents["workload/shop/web"] != nil && s.Intents["service/shop/web"] != nil
+		})
+		w.eventually(100*time.Millisecond, "applied is known above", func() bool { return w.progress("eu") >= rev })
+		if took := time.Since(began); took > 100*time.Millisecond {
+			t.Errorf("there and back took %v", took)
+		}
+		// A placement's status record appears at once: permits live as long as it.
+		w.eventually(100*time.Millisecond, "status record", func() bool {
+			_, ok := get[*storev1.PlacementStatusRecord](w, store.PlacementStatus, api.PlacementName("shop", "web", "eu"))
+			return ok
+		})
+		eu.run(t)
+		w.eventually(100*time.Millisecond, "readiness is known above", func() bool {
+			p, _ := get[*storev1.PlacementStatusRecord](w, store.PlacementStatus, api.PlacementName("shop", "web", "eu"))
+			return len(p.GetStatus().GetRevisions()) == 1 && p.GetStatus().GetRevisions()[0].GetReadyReplicas() == 1 && p.GetStatus().GetObservedGeneration() == 1
+		})
+		w.eventually(100*time.Millisecond, "capacity is known above", func() bool {
+			c, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+			return c.GetStatus().GetCpuMilli() == 4000 && c.GetStatus().GetNodesReady() == 1
+		})
+		<-time.After(time.Second)
+		synctest.Wait()
+		quiet := w.revision()
+		<-time.After(time.Minute)
+		synctest.Wait()
+		if now := w.revision(); now != quiet {
+			t.Errorf("a quiet minute made %d revisions", now-quiet)
+		}
+		if p := w.progress("eu"); p != quiet {
+			t.Errorf("applied is %d, not the newest revision %d", p, quiet)
+		}
+	})
+}
+
+func TestLaggingNodeHoldsTheClusterBackAndIsNamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, "eu")
+		eu := w.clusters["eu"]
+		eu.run(t)
+		eu.observe(t, 0, "web-aaaaa")
+		rev := w.shop("eu")
+		w.eventually(time.Second, "intents", func() bool { return eu.state.Snapshot().Settled >= rev })
+		<-time.After(2 * time.Second)
+		if p := w.progress("eu"); p >= rev {
+			t.Fatalf("progress is %d although the node has applied nothing", p)
+		}
+		for name, r := range w.replicas {
+			cc, ok := r.fleet.Conn("eu")
+			if !ok {
+				t.Fatalf("replica %s has no tunnel", name)
+			}
+			resp, err := linkv1.NewClusterAdminServiceClient(cc).ListLaggards(t.Context(), &linkv1.ListLaggardsRequest{Revision: rev})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(resp.GetLaggards()) != 1 || resp.GetLaggards()[0].GetName() != "clusters/eu/nodes/n1" {
+				t.Errorf("laggards: %v", resp.GetLaggards())
+			}
+		}
+		eu.observe(t, rev, "web-aaaaa")
+		w.eventually(100*time.Millisecond, "progress", func() bool { return w.progress("eu") >= rev })
+	})
+}
+
+func TestClusterLostAndBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, "eu", "us")
+		w.eventually(time.Second, "both are ready", func() bool { return w.clusterState("eu") == ready && w.clusterState("us") == ready })
+		w.shop("eu", "us")
+		for _, c := range w.clusters {
+			c.run(t)
+		}
+		export := func() *linkv1.ServiceExport {
+			e, _ := get[*linkv1.ServiceExport](w, store.ServiceExport, fleet.ExportName("shop", "web", "eu"))
+			return e
+		}
+		w.eventually(time.Second, "eu's export is known to us", func() bool {
+			e := w.clusters["us"].state.Snapshot().Intents["export/eu/shop/web"].GetExport()
+			return e.GetHealthy() && len(e.GetGateways()) == 1 && e.GetGateways()[0] == "10.0.0.1:15443" && e.GetRegion() == "eu-region"
+		})
+		w.clusters["eu"].setCut(true)
+		cut := time.Now()
+		w.eventually(6*time.Second, "eu is lost", func() bool { return w.clusterState("eu") == lost })
+		if took := time.Since(cut); took < 2*time.Second {
+			t.Errorf("lost after %v already", took)
+		}
+		if export().GetHealthy() {
+			t.Error("a lost cluster's export is healthy")
+		}
+		w.eventually(time.Second, "us was told", func() bool {
+			e := w.clusters["us"].state.Snapshot().Intents["export/eu/shop/web"].GetExport()
+			return e != nil && !e.GetHealthy()
+		})
+		if w.clusterState("us") != ready {
+			t.Error("us is not ready")
+		}
+		w.clusters["eu"].setCut(false)
+		w.eventually(5*time.Second, "eu is back", func() bool { return w.clusterState("eu") == ready && export().GetHealthy() })
+	})
+}
+
+func TestEverythingSilentIsNoReasonToAct(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, "eu", "us")
+		w.eventually(time.Second, "both are ready", func() bool { return w.clusterState("eu") == ready && w.clusterState("us") == ready })
+		w.clusters["eu"].setCut(true)
+		w.clusters["us"].setCut(true)
+		<-time.After(time.Minute)
+		synctest.Wait()
+		if w.clusterState("eu") != ready || w.clusterState("us") != ready {
+			t.Error("a cluster was marked although all were silent at once")
+		}
+	})
+}
+
+func TestDeathOfAReplicaLosesNoCluster(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, "eu", "us")
+		w.eventually(time.Second, "both are ready", func() bool { return w.clusterState("eu") == ready && w.clusterState("us") == ready })
+		w.kill(w.replicas["fed-0"])
+		died := time.Now()
+		rev := w.shop("eu")
+		w.eventually(time.Second, "the other replica serves", func() bool { return w.clusters["eu"].state.Snapshot().IntentRevision >= rev && w.progress("eu") >= rev })
+		for time.Since(died) < 20*time.Second {
+			<-time.After(100 * time.Millisecond)
+			if w.clusterState("eu") != ready || w.clusterState("us") != ready {
+				t.Fatalf("a cluster was lost %v after a replica's death", time.Since(died))
+			}
+		}
+	})
+}
+
+func TestPermitGoesWhenTheStopIsConfirmed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, "eu", "us")
+		w.shop("eu", "us")
+		for _, c := range w.clusters {
+			c.run(t)
+		}
+		eu, us := w.clusters["eu"].state, w.clusters["us"].state
+		permitted := func() bool { return eu.Snapshot().Intents["permit/shop/web/us"] != nil }
+		w.eventually(time.Second, "us may call", func() bool {
+			p, _ := get[*storev1.PlacementStatusRecord](w, store.PlacementStatus, api.PlacementName("shop", "web", "us"))
+			return permitted() && len(p.GetStatus().GetRevisions()) > 0
+		})
+		rev := w.update(func(tx store.Tx) error { return tx.Delete(store.Placement, api.PlacementName("shop", "web", "us")) })
+		w.eventually(time.Second, "us knows of the end", func() bool { return us.Snapshot().Intents["workload/shop/web"] == nil && w.progress("us") >= rev })
+		<-time.After(5 * time.Second)
+		if !permitted() {
+			t.Fatal("the permit went although a replica runs")
+		}
+		if err := us.Commit(t.Context(), stop(us.Snapshot().Generation, "web-aaaaa")); err != nil {
+			t.Fatal(err)
+		}
+		w.eventually(time.Second, "the permit is gone", func() bool { return !permitted() })
+		w.eventually(time.Second, "the export is gone", func() bool {
+			_, ok := get[*linkv1.ServiceExport](w, store.ServiceExport, fleet.ExportName("shop", "web", "us"))
+			return !ok
+		})
+	})
+}
+
+// raw opens a report stream by hand.
+func (w *world) raw(c string) (linkv1.LinkService_ReportClient, context.CancelFunc) {
+	w.t.Helper()
+	cc, err := w.dial(&cluster{id: c, wires: map[*wire]int{}}, "fed-0")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(w.ctx)
+	s, err := linkv1.NewLinkServiceClient(cc).Report(ctx)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return s, func() { cancel(); _ = cc.Close() }
+}
+
+// exchange sends one report and gives the answer.
+func exchange(t *testing.T, s linkv1.LinkService_ReportClient, m *linkv1.StatusReport) *linkv1.ReportAck {
+	t.Helper()
+	if err := s.Send(m); err != nil {
+		t.Fatal(err)
+	}
+	a, err := s.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.GetSequence() != m.GetSequence() {
+		t.Fatalf("answer to %d, not to %d", a.GetSequence(), m.GetSequence())
+	}
+	return a
+}
+
+func TestGapIsAnsweredByResync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu"})
+		synctest.Wait()
+		<-time.After(time.Second)
+		s, end := w.raw("eu")
+		defer end()
+		if !exchange(t, s, &linkv1.StatusReport{Session: 5, Sequence: 1}).GetResync() {
+			t.Error("a delta without a base was taken")
+		}
+		if exchange(t, s, &linkv1.StatusReport{Session: 5, Sequence: 2, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 1}}).GetResync() {
+			t.Error("a full report was refused")
+		}
+		if exchange(t, s, &linkv1.StatusReport{Session: 5, Sequence: 3, Cluster: &linkv1.ClusterSummary{Nodes: 2}}).GetResync() {
+			t.Error("the next delta was refused")
+		}
+		nodes := func() int32 {
+			c, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+			return c.GetStatus().GetNodes()
+		}
+		w.eventually(time.Second, "two nodes", func() bool { return nodes() == 2 })
+		if !exchange(t, s, &linkv1.StatusReport{Session: 5, Sequence: 5, Cluster: &linkv1.ClusterSummary{Nodes: 9}}).GetResync() {
+			t.Error("a gap was not noticed")
+		}
+		if !exchange(t, s, &linkv1.StatusReport{Session: 5, Sequence: 6, Cluster: &linkv1.ClusterSummary{Nodes: 9}}).GetResync() {
+			t.Error("a delta after a gap was taken")
+		}
+		<-time.After(time.Second)
+		if nodes() != 2 {
+			t.Error("what came after the gap was stored")
+		}
+		exchange(t, s, &linkv1.StatusReport{Session: 5, Sequence: 7, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 3}})
+		w.eventually(time.Second, "three nodes", func() bool { return nodes() == 3 })
+	})
+}
+
+func TestOlderSessionIsFenced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu"})
+		<-time.After(time.Second)
+		old, endOld := w.raw("eu")
+		defer endOld()
+		exchange(t, old, &linkv1.StatusReport{Session: 7, Sequence: 1, Full: true})
+		fresh, endFresh := w.raw("eu")
+		exchange(t, fresh, &linkv1.StatusReport{Session: 8, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 4}})
+		if _, err := old.Recv(); status.Code(err) != codes.Aborted {
+			t.Errorf("the older stream ended with %v", err)
+		}
+		w.eventually(time.Second, "session 8 is stored", func() bool {
+			c, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+			return c.GetStatus().GetSession() == 8
+		})
+		endFresh()
+		<-time.After(time.Second)
+		// Nobody is connected now: only the record knows of session 8.
+		late, endLate := w.raw("eu")
+		defer endLate()
+		if err := late.Send(&linkv1.StatusReport{Session: 7, Sequence: 1, Full: true}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := late.Recv(); status.Code(err) != codes.Aborted {
+			t.Errorf("the older session was answered with %v", err)
+		}
+	})
+}
+
+func TestForeignReportsAreDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		for _, c := range []string{"eu", "us"} {
+			w.put(store.Cluster, api.ClusterName(c), &portolanv1.Cluster{Name: api.ClusterName(c)})
+		}
+		w.shop("us")
+		<-time.After(time.Second)
+		s, end := w.raw("eu")
+		defer end()
+		exchange(t, s, &linkv1.StatusReport{
+			Session: 1, Sequence: 1, Full: true,
+			Exports:   []*linkv1.ServiceExport{{Cluster: "us", Tenant: "shop", Service: "web", Healthy: true, Gateways: []string{"6.6.6.6:1"}}},
+			Workloads: []*linkv1.WorkloadStatusReport{{Tenant: "shop", Workload: "web", Epoch: 9}},
+		})
+		<-time.After(time.Second)
+		synctest.Wait()
+		for _, c := range []string{"eu", "us"} {
+			if _, ok := get[*linkv1.ServiceExport](w, store.ServiceExport, fleet.ExportName("shop", "web", c)); ok {
+				t.Errorf("an export of %s was stored", c)
+			}
+			if p, _ := get[*storev1.PlacementStatusRecord](w, store.PlacementStatus, api.PlacementName("shop", "web", c)); p.GetEpoch() != 0 {
+				t.Errorf("a status of %s was stored", c)
+			}
+		}
+		if w.clusterState("eu") != ready {
+			t.Error("the rest of the report was dropped too")
+		}
+	})
+}
+
+func TestOnlyClustersOfTheFleetReport(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		<-time.After(time.Second)
+		s, end := w.raw("nowhere")
+		defer end()
+		_ = s.Send(&linkv1.StatusReport{Session: 1, Sequence: 1, Full: true})
+		if _, err := s.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("answered with %v", err)
+		}
+	})
+}

@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api/nodev1"
@@ -114,7 +115,9 @@ func (c *Config) SetDefaults() {
 		c.Rand = defaultRand
 	}
 	if c.Dial == nil {
-		c.Dial = dialInNetNS
+		c.Dial = func(ctx context.Context, netns string, port int) (net.Conn, error) {
+			return network.Dial(ctx, netns, "tcp4", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+		}
 	}
 	if c.Facts == nil {
 		c.Facts = &nodev1.NodeFacts{}

@@ -251,7 +251,3 @@ func (a *Agent) upward(ctx context.Context, good *distribute.LastGood, known *di
 	err = consumer.Run(ctx)
 	return errors.Join(err, <-done, <-done)
 }
-
-func nodeObject(c *nodev1.NodeConfig, node string) string {
-	return "clusters/" + c.GetCluster() + "/nodes/" + node
-}

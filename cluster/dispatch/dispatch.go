@@ -49,27 +49,22 @@ type Authority interface {
 	NewToken() (token, hash string)
 }
 
-// Manager registers nodes: it cuts their range and writes their record.
+// Manager owns the records of nodes and the ring of events. (*manager.Manager) is
+// one.
 type Manager interface {
+	// RegisterNode cuts the node's range and writes its record.
 	RegisterNode(ctx context.Context, node string, facts *nodev1.NodeFacts, keyHash []byte) (*clusterv1.Node, error)
-}
-
-// Events keeps the cluster's newest events.
-type Events interface {
-	Record(e *portolanv1.Event)
-	// List gives those whose object is or lies below parent, oldest first, the
-	// newest limit of them.
-	List(parent string, limit int) []*portolanv1.Event
+	AddEvents(events ...*portolanv1.Event)
+	// Events gives the newest events, oldest first.
+	Events() []*portolanv1.Event
 }
 
 // Config configures a Dispatch.
 type Config struct {
-	State state.Store
-	Facts Facts
-	CA    Authority
-	// Manager and Events are the cluster's manager.
+	State   state.Store
+	Facts   Facts
+	CA      Authority
 	Manager Manager
-	Events  Events
 	// Peer gives the verified identity of a caller.
 	Peer func(ctx context.Context) (identity.ID, error)
 	// NodeTimeout bounds how long, after the start, nodes are waited for before
@@ -100,7 +95,6 @@ func (c *Config) Validate() error {
 		{c.Facts.Fleet == "", "Facts.Fleet"},
 		{c.CA == nil, "CA"},
 		{c.Manager == nil, "Manager"},
-		{c.Events == nil, "Events"},
 		{c.Peer == nil, "Peer"},
 	} {
 		if f.missing {

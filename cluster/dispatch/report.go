@@ -301,7 +301,7 @@ func (s *session) record(events []*portolanv1.Event) {
 		}
 		e = proto.CloneOf(e)
 		e.Cluster = s.d.cfg.Facts.Cluster
-		s.d.cfg.Events.Record(e)
+		s.d.cfg.Manager.AddEvents(e)
 	}
 }
 

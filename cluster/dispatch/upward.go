@@ -106,7 +106,12 @@ func (r *runtimeServer) ListEvents(_ context.Context, req *portolanv1.ListEvents
 	if limit < 0 {
 		return nil, api.E(api.Invalid, "list events", "limit: must not be negative")
 	}
-	return &portolanv1.ListEventsResponse{Events: r.d.cfg.Events.List(strings.TrimSuffix(req.GetParent(), "/-"), limit)}, nil
+	parent := strings.TrimSuffix(strings.TrimSuffix(req.GetParent(), "-"), "/")
+	all := r.d.cfg.Manager.Events()
+	out := slices.DeleteFunc(slices.Clone(all), func(e *portolanv1.Event) bool {
+		return parent != "" && e.GetObject() != parent && !strings.HasPrefix(e.GetObject(), parent+"/")
+	})
+	return &portolanv1.ListEventsResponse{Events: out[max(0, len(out)-limit):]}, nil
 }
 
 // nodeOf finds the node of a replica, and the way to it.

@@ -169,7 +169,7 @@ func (r *reporter) send(always bool) error {
 	s := r.l.cfg.State.Snapshot()
 	m := &linkv1.StatusReport{}
 	if r.sent != nil || r.heard(s) {
-		c := summarize(s, r.l.cfg.Cluster, r.l.nacks(s))
+		c := summarize(s, r.l.cfg.Cluster, r.l.nacks(s), time.Now())
 		m = delta(r.sent, c)
 		if !always && !says(m, r.sent) {
 			return nil

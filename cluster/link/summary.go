@@ -6,9 +6,11 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/portolan-io/portolan/cluster/reconcile"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -34,8 +36,11 @@ type content struct {
 }
 
 // summarize makes the content of a snapshot.
-func summarize(s *state.Snapshot, cluster string, nacks []*linkv1.Nack) *content {
-	c := &content{summary: clusterSummary(s), workloads: workloads(s), nacks: nacks}
+func summarize(s *state.Snapshot, cluster string, nacks []*linkv1.Nack, now time.Time) *content {
+	c := &content{summary: clusterSummary(s), workloads: map[string]*linkv1.WorkloadStatusReport{}, nacks: nacks}
+	for _, w := range reconcile.Summarize(s.Input(now)) {
+		c.workloads[w.GetTenant()+"/"+w.GetWorkload()] = w
+	}
 	c.exports = exports(s, cluster, c.summary.GetGatewayAddresses())
 	return c
 }

@@ -96,6 +96,9 @@ type Cluster struct {
 	Free api.Resources
 	// Previous is what this workload has there.
 	Previous Previous
+	// Ready replicas of each revision that the cluster last reported. It only
+	// says how long replicas go on standing in for a cluster that came back.
+	Ready int
 }
 
 // Previous is an earlier decision for one cluster.

@@ -25,7 +25,7 @@ type world struct {
 
 // TestScenarios runs the stories in testdata. Commands:
 //
-//	cluster ID [region= zone= cpu= mem= price=core/gib labels=(k=v,…) taints=(k:effect,…) state= nodes= cordoned= silent= gone]
+//	cluster ID [region= zone= cpu= mem= price=core/gib labels=(k=v,…) taints=(k:effect,…) state= nodes= ready= cordoned= gone]
 //	workload    the spec in YAML, [residency=(…)] [revisions=(a,b)]
 //	place       prints the plan and makes it the previous one; [dry] only prints
 //	pass        time goes by
@@ -97,6 +97,8 @@ func (wd *world) cluster(t *testing.T, d *datadriven.TestData) {
 			c.LastSeen = wd.now
 		case "nodes":
 			c.Nodes, err = strconv.Atoi(v)
+		case "ready":
+			c.Ready, err = strconv.Atoi(v)
 		case "cordoned":
 			c.Spec.Cordoned = v == "true"
 		case "gone":

@@ -402,15 +402,19 @@ func (f *fill) balance() {
 		if from == nil || !f.strip(from) {
 			return
 		}
-		if to := f.toGrow(func(g *group) bool { return g != from && g.n > 0 && g.n+1-low <= f.skew && g.n+1 < high }); to != nil {
+		to := f.toGrow(func(g *group) bool { return g != from && g.n > 0 && g.n+1-low <= f.skew && g.n+1 < high })
+		if to == nil {
+			to = f.toGrow(func(g *group) bool { return g.n == 0 })
+		}
+		if to != nil {
 			f.give(to)
 		}
 	}
 }
 
 // failover places once more, elsewhere, what lost clusters hold, when the
-// workload wants that and they have been silent long enough. Jobs are not run
-// twice.
+// workload wants that and they have been silent long enough. What stands in ends
+// when the cluster is back and its replicas are ready. Jobs are not run twice.
 func (d *decision) failover() {
 	rule := d.plain.GetFailover()
 	if rule == nil || d.w.Spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB {
@@ -420,8 +424,11 @@ func (d *decision) failover() {
 	if a := rule.GetAfter(); a != nil {
 		after = a.AsDuration()
 	}
-	want := 0
+	want, awaited := 0, 0
 	for _, x := range d.cells {
+		if x.State == portolanv1.ClusterState_CLUSTER_STATE_READY && x.hadExtra == 0 {
+			awaited += max(0, min(x.n, x.had)-x.Ready/d.perUnit)
+		}
 		if x.fixed == 0 {
 			continue
 		}
@@ -432,7 +439,7 @@ func (d *decision) failover() {
 		}
 		want += x.fixed
 	}
-	d.standIn(want)
+	d.standIn(want, awaited)
 }
 
 func (d *decision) sooner(t time.Time) {
@@ -441,15 +448,20 @@ func (d *decision) sooner(t time.Time) {
 	}
 }
 
-// standIn gives extra units, first where they were before.
-func (d *decision) standIn(want int) {
+// standIn gives extra units: first those that were there before stay, then more
+// are added. Those that a returned cluster is still awaited for only stay.
+func (d *decision) standIn(want, awaited int) {
 	open := func(x *cell) bool {
 		return x.State == portolanv1.ClusterState_CLUSTER_STATE_READY && x.n+x.extra < d.extraRoom(x)
 	}
 	for _, x := range d.cells {
-		for want > 0 && x.extra < x.hadExtra && open(x) {
+		for want+awaited > 0 && x.extra < x.hadExtra && open(x) {
 			x.extra++
-			want--
+			if want > 0 {
+				want--
+			} else {
+				awaited--
+			}
 		}
 	}
 	for ; want > 0; want-- {

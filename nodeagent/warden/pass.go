@@ -14,7 +14,6 @@ import (
 	"github.com/portolan-io/portolan/policy"
 	"github.com/portolan-io/portolan/xds/distribute"
 	"github.com/portolan-io/portolan/xds/model"
-	"github.com/portolan-io/portolan/xds/translate"
 )
 
 // pruneEvery is how often connections that ended are forgotten.
@@ -34,6 +33,9 @@ func (w *Warden) pass(ctx context.Context) {
 	w.serveAll(ctx, wd, fresh)
 	w.tend(ctx)
 	if fresh {
+		w.mu.Lock()
+		w.problems = nacks(w.translation.problems, wd.watermark.GetRevision())
+		w.mu.Unlock()
 		w.status.changed()
 	}
 }
@@ -56,14 +58,12 @@ func (w *Warden) reload(ctx context.Context) bool {
 			w.cfg.Log.Error("newest generation is unusable, an older one is served", "error", broken)
 		}
 		w.seen, w.directives = seen, directives
-		graph, problems := model.Build(next.input)
-		w.translation = &translation{tr: translate.New(graph), made: map[*translate.Resource]*distribute.Resource{}}
+		w.translation = newTranslation(next.input)
 		w.mu.Lock()
 		w.degraded = ""
 		if broken != nil {
 			w.degraded = clip(broken.Error())
 		}
-		w.problems = nacks(problems, next.watermark.GetRevision())
 		w.mu.Unlock()
 		w.world.Store(next)
 		return true

@@ -21,6 +21,7 @@ import (
 	"github.com/portolan-io/portolan/nodeagent/proxy"
 	"github.com/portolan-io/portolan/nodeagent/proxy/envoy"
 	"github.com/portolan-io/portolan/xds/distribute"
+	"github.com/portolan-io/portolan/xds/model"
 	"github.com/portolan-io/portolan/xds/translate"
 )
 
@@ -269,10 +270,30 @@ func (w *Warden) removeReplica(r *replica) {
 type translation struct {
 	tr   *translate.Translator
 	made map[*translate.Resource]*distribute.Resource
+	// problems of the graph and of what was translated, without doubles.
+	problems []model.Problem
+	known    map[model.Problem]bool
+}
+
+func newTranslation(in model.Input) *translation {
+	graph, problems := model.Build(in)
+	t := &translation{tr: translate.New(graph), made: map[*translate.Resource]*distribute.Resource{}, known: map[model.Problem]bool{}}
+	t.note(problems)
+	return t
+}
+
+func (t *translation) note(problems []model.Problem) {
+	for _, p := range problems {
+		if !t.known[p] {
+			t.known[p] = true
+			t.problems = append(t.problems, p)
+		}
+	}
 }
 
 func (t *translation) sets(p translate.Proxy, k *keypair) (map[string][]*distribute.Resource, error) {
-	res, _ := t.tr.Proxy(p)
+	res, problems := t.tr.Proxy(p)
+	t.note(problems)
 	out := make(map[string][]*distribute.Resource, len(res))
 	for typeURL, list := range res {
 		out[typeURL] = make([]*distribute.Resource, 0, len(list)+1)

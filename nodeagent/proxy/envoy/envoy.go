@@ -57,6 +57,7 @@ type Envoy struct {
 
 	mu     sync.Mutex
 	procs  map[string]*supervisor
+	busy   map[string]chan struct{} // IDs in the hands of a call; closed when it returns
 	closed bool
 }
 
@@ -87,7 +88,7 @@ func New(cfg Config) (*Envoy, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Envoy{cfg: cfg, procs: map[string]*supervisor{}}, nil
+	return &Envoy{cfg: cfg, procs: map[string]*supervisor{}, busy: map[string]chan struct{}{}}, nil
 }
 
 // Run waits for the end of ctx, then lets go of all proxies without ending them.
@@ -123,27 +124,71 @@ func (e *Envoy) Start(_ context.Context, spec proxy.Spec) error {
 	if err != nil {
 		return err
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.closed {
+	defer e.hold(spec.ID)()
+	s, closed := e.find(spec.ID)
+	if closed {
 		return api.E(api.Unavailable, doing, "the supervisor is closed")
 	}
-	if s := e.procs[spec.ID]; s != nil {
+	if s != nil {
 		if s.plan.digest == plan.digest {
 			return nil
 		}
-		s.detach()
-		delete(e.procs, spec.ID)
+		e.drop(spec.ID)
 	}
 	if err := prepareDir(e.cfg.Root, plan); err != nil {
 		return api.E(api.Internal, doing, "%w", err)
 	}
-	s := newSupervisor(e.cfg, plan)
+	s = newSupervisor(e.cfg, plan)
 	if err := s.begin(); err != nil {
 		return api.E(api.Unavailable, doing, "%w", err)
 	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		go s.detach()
+		return api.E(api.Unavailable, doing, "the supervisor is closed")
+	}
 	e.procs[spec.ID] = s
 	return nil
+}
+
+// hold serialises calls for one ID; the result lets go. Others are not kept
+// waiting by a proxy that is slow to end.
+func (e *Envoy) hold(id string) (release func()) {
+	for {
+		e.mu.Lock()
+		other := e.busy[id]
+		if other == nil {
+			mine := make(chan struct{})
+			e.busy[id] = mine
+			e.mu.Unlock()
+			return func() {
+				e.mu.Lock()
+				delete(e.busy, id)
+				e.mu.Unlock()
+				close(mine)
+			}
+		}
+		e.mu.Unlock()
+		<-other
+	}
+}
+
+func (e *Envoy) find(id string) (s *supervisor, closed bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.procs[id], e.closed
+}
+
+// drop ends the supervision of a proxy.
+func (e *Envoy) drop(id string) {
+	e.mu.Lock()
+	s := e.procs[id]
+	delete(e.procs, id)
+	e.mu.Unlock()
+	if s != nil {
+		s.detach()
+	}
 }
 
 // plan holds what starting one proxy takes.
@@ -229,9 +274,7 @@ func (e *Envoy) Status(ctx context.Context, id string) (proxy.Status, error) {
 	if err := checkID("status of proxy", id); err != nil {
 		return proxy.Status{}, err
 	}
-	e.mu.Lock()
-	s := e.procs[id]
-	e.mu.Unlock()
+	s, _ := e.find(id)
 	if s == nil {
 		return proxy.Status{}, api.E(api.NotFound, "status of proxy "+id, "it is not supervised")
 	}
@@ -277,12 +320,8 @@ func (e *Envoy) Stop(_ context.Context, id string) error {
 	if err := checkID(doing, id); err != nil {
 		return err
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if s := e.procs[id]; s != nil {
-		s.detach()
-		delete(e.procs, id)
-	}
+	defer e.hold(id)()
+	e.drop(id)
 	p := &plan{id: id, dir: e.dir(id)}
 	proc, err := recorded(p)
 	if err != nil {

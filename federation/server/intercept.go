@@ -146,13 +146,13 @@ func (l limiter) of(actor string) (*callerLimit, error) {
 		return c, nil
 	}
 	if len(l.callers) >= maxCallers {
-		oldest := ""
+		oldest, found := "", false
 		for a, c := range l.callers {
-			if c.unary+c.streams == 0 && (oldest == "" || c.used.Before(l.callers[oldest].used)) {
-				oldest = a
+			if c.unary+c.streams == 0 && (!found || c.used.Before(l.callers[oldest].used)) {
+				oldest, found = a, true
 			}
 		}
-		if oldest == "" {
+		if !found {
 			return nil, api.E(api.Exhausted, "", "too many callers at once; try again later")
 		}
 		delete(l.callers, oldest)

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -221,7 +222,7 @@ func (w *watch) follow(ctx context.Context, from store.Watcher) error {
 		wait, cancel := context.WithTimeout(ctx, bookmarkEvery)
 		b, err := from.Next(wait)
 		cancel()
-		if err != nil && (ctx.Err() != nil || wait.Err() == nil) {
+		if err != nil && (ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded)) {
 			return err
 		}
 		if time.Since(checked) >= recheckEvery {

@@ -1,0 +1,431 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/store"
+)
+
+func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+
+func TestEveryRPCHasAPermission(t *testing.T) {
+	seen := map[string]bool{}
+	protoregistry.GlobalFiles.RangeFilesByPackage("portolan.v1", func(f protoreflect.FileDescriptor) bool {
+		for i := range f.Services().Len() {
+			s := f.Services().Get(i)
+			for j := range s.Methods().Len() {
+				m := "/" + string(s.FullName()) + "/" + string(s.Methods().Get(j).Name())
+				seen[m] = true
+				r, ok := rules[m]
+				if !ok {
+					t.Errorf("%s has no permission", m)
+				}
+				name := string(s.Methods().Get(j).Name())
+				changes := strings.HasPrefix(name, "Create") || strings.HasPrefix(name, "Update") || strings.HasPrefix(name, "Delete")
+				if changes && (r.needs == read || !r.audited) {
+					t.Errorf("%s changes something, but anybody may or nobody hears of it", m)
+				}
+			}
+		}
+		return true
+	})
+	for m := range rules {
+		if !seen[m] {
+			t.Errorf("%s is no RPC", m)
+		}
+	}
+	if len(seen) < 40 {
+		t.Fatalf("only %d RPCs were found", len(seen))
+	}
+}
+
+// events reads a watch until a bookmark or snapshot end at or past a revision,
+// and gives "PUT name" and "DELETE name" for each change.
+func events(t *testing.T, s grpc.ServerStreamingClient[portolanv1.WatchResponse], until int64) (list []string, objects map[string]proto.Message) {
+	t.Helper()
+	objects = map[string]proto.Message{}
+	for {
+		m, err := s.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch ev := m.GetEvent().(type) {
+		case *portolanv1.WatchResponse_Change_:
+			o, err := ev.Change.GetObject().UnmarshalNew()
+			if err != nil {
+				t.Fatal(err)
+			}
+			name := o.(interface{ GetName() string }).GetName()
+			list = append(list, strings.TrimPrefix(ev.Change.GetKind().String(), "CHANGE_KIND_")+" "+name)
+			objects[name] = o
+		case *portolanv1.WatchResponse_SnapshotEnd_:
+			if ev.SnapshotEnd.GetRevision() >= until {
+				return list, objects
+			}
+		case *portolanv1.WatchResponse_Bookmark_:
+			if ev.Bookmark.GetRevision() >= until {
+				return list, objects
+			}
+		}
+	}
+}
+
+func (e *env) put(kind store.Kind, name string, m proto.Message) int64 {
+	e.t.Helper()
+	return must[int64](e.t)(e.store.Update(e.t.Context(), func(tx store.Tx) error { return tx.Put(kind, name, m) }))
+}
+
+func TestWatch(t *testing.T) {
+	e := newEnv(t)
+	e.tenant("shop")
+	e.tenant("bank")
+	e.create("shop", workload("shop", "web"))
+	e.create("bank", workload("bank", "vault"))
+	c := portolanv1.NewWatchServiceClient(e.conn)
+	w := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(c.Watch(e.as("shop"), &portolanv1.WatchRequest{}))
+	if m := must[*portolanv1.WatchResponse](t)(w.Recv()); m.GetEstablished() == nil {
+		t.Fatal(m)
+	}
+	got, _ := events(t, w, e.revision())
+	if strings.Join(got, " ") != "PUT tenants/shop PUT tenants/shop/workloads/web PUT tenants/shop/workloads/web/revisions/r1" {
+		t.Fatal(got)
+	}
+	resume := e.revision()
+	e.create("bank", workload("bank", "vault2"))
+	e.create("shop", workload("shop", "api"))
+	if _, err := e.workloads().DeleteWorkload(e.as("shop"), &portolanv1.DeleteWorkloadRequest{Name: "tenants/shop/workloads/api"}); err != nil {
+		t.Fatal(err)
+	}
+	got, _ = events(t, w, e.revision())
+	want := "PUT tenants/shop/workloads/api/revisions/r1 PUT tenants/shop/workloads/api DELETE tenants/shop/workloads/api/revisions/r1 DELETE tenants/shop/workloads/api"
+	if strings.Join(got, " ") != want {
+		t.Fatalf("got %v", got)
+	}
+	// Status that is joined makes the object be sent again.
+	p := "tenants/shop/workloads/web/placements/eu-west"
+	e.put(store.Placement, p, &portolanv1.Placement{Name: p, Spec: &portolanv1.PlacementSpec{Epoch: 1, Revisions: []*portolanv1.RevisionReplicas{{Revision: "r1", Replicas: 2}}}})
+	rev := e.put(store.PlacementStatus, p, &storev1.PlacementStatusRecord{Epoch: 1, Status: &portolanv1.PlacementStatus{Revisions: []*portolanv1.RevisionReplicas{{Revision: "r1", Replicas: 2, ReadyReplicas: 2}}}})
+	_, objects := events(t, w, rev)
+	web, ok := objects["tenants/shop/workloads/web"].(*portolanv1.Workload)
+	if !ok || web.GetStatus().GetReadyReplicas() != 2 || web.GetStatus().GetObservedGeneration() != 1 || web.GetStatus().GetConditions()[1].GetState() != portolanv1.ConditionState_CONDITION_STATE_TRUE {
+		t.Fatal(web.GetStatus())
+	}
+	// Resume after what was seen.
+	again := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(c.Watch(e.as("shop"), &portolanv1.WatchRequest{FromRevision: resume, Kinds: []string{"Workload"}, Parent: "tenants/shop"}))
+	got, _ = events(t, again, rev)
+	if len(got) < 3 || got[0] != "PUT tenants/shop/workloads/api" || got[1] != "DELETE tenants/shop/workloads/api" || got[2] != "PUT tenants/shop/workloads/web" {
+		t.Fatal(got)
+	}
+	for _, bad := range []struct {
+		req  *portolanv1.WatchRequest
+		code codes.Code
+	}{
+		{&portolanv1.WatchRequest{FromRevision: 1 << 40}, codes.OutOfRange},
+		{&portolanv1.WatchRequest{Kinds: []string{"NackRecord"}}, codes.InvalidArgument},
+		{&portolanv1.WatchRequest{Parent: "tenants/bank"}, codes.NotFound},
+		{&portolanv1.WatchRequest{FromRevision: -1}, codes.InvalidArgument},
+	} {
+		s := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(c.Watch(e.as("shop"), bad.req))
+		_, err := s.Recv()
+		wantCode(t, err, bad.code)
+	}
+	if err := e.store.(interface {
+		Compact(context.Context, int64) error
+	}).Compact(t.Context(), resume+1); err != nil {
+		t.Fatal(err)
+	}
+	s := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(c.Watch(e.as("shop"), &portolanv1.WatchRequest{FromRevision: resume}))
+	for {
+		m, err := s.Recv()
+		if err != nil {
+			wantCode(t, err, codes.OutOfRange)
+			break
+		}
+		if m.GetEstablished() == nil {
+			t.Fatalf("a compacted watch sent %v", m)
+		}
+	}
+}
+
+func (e *env) cluster(id string, state portolanv1.ClusterState) {
+	e.t.Helper()
+	must[*portolanv1.Cluster](e.t)(portolanv1.NewClusterServiceClient(e.conn).CreateCluster(e.root(), &portolanv1.CreateClusterRequest{
+		Cluster: &portolanv1.Cluster{Name: "clusters/" + id, Spec: &portolanv1.ClusterSpec{Region: id}},
+	}))
+	if state != portolanv1.ClusterState_CLUSTER_STATE_PENDING {
+		e.put(store.ClusterStatus, "clusters/"+id, &storev1.ClusterStatusRecord{Status: &portolanv1.ClusterStatus{State: state, Nodes: 3}})
+	}
+}
+
+func (e *env) progress(lease string, n int64) {
+	e.t.Helper()
+	must[store.Lease](e.t)(e.store.Acquire(e.t.Context(), lease, lease, time.Minute, n))
+}
+
+func TestWaitConverged(t *testing.T) {
+	e := newEnv(t)
+	e.tenant("shop")
+	e.cluster("eu-west", portolanv1.ClusterState_CLUSTER_STATE_READY)
+	e.cluster("us-east", portolanv1.ClusterState_CLUSTER_STATE_LOST)
+	c := portolanv1.NewConvergenceServiceClient(e.conn)
+	wait := func(user string, req *portolanv1.WaitConvergedRequest) (last *portolanv1.WaitConvergedResponse, n int, err error) {
+		s := must[grpc.ServerStreamingClient[portolanv1.WaitConvergedResponse]](t)(c.WaitConverged(e.as(user), req))
+		for {
+			m, err := s.Recv()
+			if errors.Is(err, io.EOF) {
+				return last, n, nil
+			}
+			if err != nil {
+				return last, n, err
+			}
+			last, n = m, n+1
+		}
+	}
+	short := durationpb.New(150 * time.Millisecond)
+	got, _, err := wait("root", &portolanv1.WaitConvergedRequest{Timeout: short})
+	if err != nil || got.GetConverged() || !got.GetFinal() || got.GetDerivedRevision() != 0 || got.GetLaggards()[0].GetName() != "loops/control" {
+		t.Fatal(got, err)
+	}
+	rev := e.revision()
+	e.progress("control", rev)
+	got, n, err := wait("root", &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(1200 * time.Millisecond)})
+	if err != nil || n != 2 || got.GetConverged() || got.GetDerivedRevision() != rev || len(got.GetLaggards()) != 1 || got.GetLaggards()[0].GetName() != "clusters/eu-west" {
+		t.Fatal(got, n, err)
+	}
+	e.progress("cluster/eu-west", rev)
+	got, _, err = wait("shop", &portolanv1.WaitConvergedRequest{Revision: rev, Timeout: short})
+	if err != nil || !got.GetConverged() || len(got.GetLaggards()) != 0 {
+		t.Fatal(got, err)
+	}
+	got, _, err = wait("root", &portolanv1.WaitConvergedRequest{Clusters: []string{"us-east"}, Timeout: short})
+	if err != nil || got.GetConverged() || !strings.Contains(got.GetLaggards()[0].GetDetail(), "silent") {
+		t.Fatal(got, err)
+	}
+	_, _, err = wait("root", &portolanv1.WaitConvergedRequest{Clusters: []string{"nowhere"}})
+	wantCode(t, err, codes.NotFound)
+	_, _, err = wait("root", &portolanv1.WaitConvergedRequest{Revision: rev + 1})
+	wantCode(t, err, codes.InvalidArgument)
+
+	seen := must[*portolanv1.Cluster](t)(portolanv1.NewClusterServiceClient(e.conn).GetCluster(e.root(), &portolanv1.GetClusterRequest{Name: "clusters/eu-west"}))
+	if seen.GetStatus().GetAppliedRevision() != rev || seen.GetStatus().GetNodes() != 3 {
+		t.Fatal(seen.GetStatus())
+	}
+	seen = must[*portolanv1.Cluster](t)(portolanv1.NewClusterServiceClient(e.conn).GetCluster(e.as("shop"), &portolanv1.GetClusterRequest{Name: "clusters/eu-west"}))
+	if seen.GetStatus().GetAppliedRevision() != 0 || seen.GetStatus().GetNodes() != 0 || seen.GetStatus().GetState() != portolanv1.ClusterState_CLUSTER_STATE_READY {
+		t.Fatal(seen.GetStatus())
+	}
+}
+
+// fakeRuntime is what a cluster serves on its tunnel.
+type fakeRuntime struct {
+	portolanv1.UnimplementedRuntimeServiceServer
+	linkv1.UnimplementedClusterAdminServiceServer
+}
+
+const replica = "tenants/shop/workloads/web/replicas/web-abcde"
+
+func (fakeRuntime) ListReplicas(context.Context, *portolanv1.ListReplicasRequest) (*portolanv1.ListReplicasResponse, error) {
+	return &portolanv1.ListReplicasResponse{Replicas: []*portolanv1.Replica{
+		{Name: replica, Node: "n1", Cluster: "a-lie"},
+		{Name: "tenants/bank/workloads/vault/replicas/vault-abcde", Node: "n1"},
+	}}, nil
+}
+
+func (fakeRuntime) ListEvents(_ context.Context, req *portolanv1.ListEventsRequest) (*portolanv1.ListEventsResponse, error) {
+	return &portolanv1.ListEventsResponse{Events: []*portolanv1.Event{{Object: replica, Type: "Bound"}, {Object: "clusters/eu-west/nodes/n1", Type: "NodeLost"}}}, nil
+}
+
+func (fakeRuntime) Logs(_ *portolanv1.LogsRequest, s grpc.ServerStreamingServer[portolanv1.LogsResponse]) error {
+	return s.Send(&portolanv1.LogsResponse{Data: []byte("hello")})
+}
+
+func (fakeRuntime) Exec(s grpc.BidiStreamingServer[portolanv1.ExecRequest, portolanv1.ExecResponse]) error {
+	for {
+		m, err := s.Recv()
+		if errors.Is(err, io.EOF) {
+			return s.Send(&portolanv1.ExecResponse{Message: &portolanv1.ExecResponse_ExitCode{ExitCode: 7}})
+		}
+		if err != nil {
+			return err
+		}
+		if in := m.GetStdin(); in != nil {
+			if err := s.Send(&portolanv1.ExecResponse{Message: &portolanv1.ExecResponse_Stdout{Stdout: in}}); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (fakeRuntime) CreateNodeJoinToken(context.Context, *linkv1.CreateNodeJoinTokenRequest) (*linkv1.CreateNodeJoinTokenResponse, error) {
+	return &linkv1.CreateNodeJoinTokenResponse{Token: "ptj1_node"}, nil
+}
+
+func (fakeRuntime) ListLaggards(context.Context, *linkv1.ListLaggardsRequest) (*linkv1.ListLaggardsResponse, error) {
+	return &linkv1.ListLaggardsResponse{Laggards: []*portolanv1.Laggard{{Name: "clusters/eu-west/nodes/n1"}, {Name: "clusters/us-east/nodes/n1"}}}, nil
+}
+
+func TestRuntime(t *testing.T) {
+	clusters := fakeClusters{}
+	e := newEnv(t, func(c *Config) { c.Clusters = clusters })
+	clusters["eu-west"] = serve(t, func(g *grpc.Server) {
+		portolanv1.RegisterRuntimeServiceServer(g, fakeRuntime{})
+		linkv1.RegisterClusterAdminServiceServer(g, fakeRuntime{})
+	})
+	e.tenant("shop")
+	e.tenant("bank")
+	e.create("shop", workload("shop", "web"))
+	e.cluster("eu-west", portolanv1.ClusterState_CLUSTER_STATE_READY)
+	for _, cl := range []string{"eu-west", "us-east"} {
+		p := "tenants/shop/workloads/web/placements/" + cl
+		e.put(store.Placement, p, &portolanv1.Placement{Name: p})
+	}
+	c := portolanv1.NewRuntimeServiceClient(e.conn)
+	list := must[*portolanv1.ListReplicasResponse](t)(c.ListReplicas(e.as("shop"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-"}))
+	if names(list.GetReplicas()) != replica || list.GetReplicas()[0].GetNode() != "" || list.GetReplicas()[0].GetCluster() != "eu-west" || strings.Join(list.GetSilentClusters(), "") != "us-east" {
+		t.Fatal(list)
+	}
+	list = must[*portolanv1.ListReplicasResponse](t)(c.ListReplicas(e.root(), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/web"}))
+	if list.GetReplicas()[0].GetNode() != "n1" {
+		t.Fatal(list)
+	}
+	_, err := c.ListReplicas(e.as("bank"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/web"})
+	wantCode(t, err, codes.NotFound)
+	ev := must[*portolanv1.ListEventsResponse](t)(c.ListEvents(e.as("shop"), &portolanv1.ListEventsRequest{Parent: "tenants/shop"}))
+	if len(ev.GetEvents()) != 1 || ev.GetEvents()[0].GetType() != "Bound" {
+		t.Fatal(ev)
+	}
+	_, err = c.ListEvents(e.as("shop"), &portolanv1.ListEventsRequest{})
+	wantCode(t, err, codes.PermissionDenied)
+
+	logs := must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("shop"), &portolanv1.LogsRequest{Replica: replica}))
+	if m := must[*portolanv1.LogsResponse](t)(logs.Recv()); string(m.GetData()) != "hello" {
+		t.Fatal(m)
+	}
+	logs = must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("bank"), &portolanv1.LogsRequest{Replica: replica}))
+	_, err = logs.Recv()
+	wantCode(t, err, codes.NotFound)
+
+	ex := must[grpc.BidiStreamingClient[portolanv1.ExecRequest, portolanv1.ExecResponse]](t)(c.Exec(e.as("shop")))
+	for _, m := range []*portolanv1.ExecRequest{
+		{Message: &portolanv1.ExecRequest_Start_{Start: &portolanv1.ExecRequest_Start{Replica: replica, Command: []string{"sh"}}}},
+		{Message: &portolanv1.ExecRequest_Stdin{Stdin: []byte("in")}},
+	} {
+		if err := ex.Send(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if m := must[*portolanv1.ExecResponse](t)(ex.Recv()); string(m.GetStdout()) != "in" {
+		t.Fatal(m)
+	}
+	if err := ex.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if m := must[*portolanv1.ExecResponse](t)(ex.Recv()); m.GetExitCode() != 7 {
+		t.Fatal(m)
+	}
+	if _, err := ex.Recv(); !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	tok := must[*portolanv1.CreateNodeJoinTokenResponse](t)(portolanv1.NewClusterServiceClient(e.conn).CreateNodeJoinToken(e.root(), &portolanv1.CreateNodeJoinTokenRequest{Cluster: "clusters/eu-west", Node: "n9"}))
+	if tok.GetToken() == "" {
+		t.Fatal(tok)
+	}
+	var said []string
+	for _, entry := range e.audit() {
+		if strings.Contains(entry.GetMethod(), "Runtime") || strings.Contains(entry.GetMethod(), "NodeJoin") {
+			said = append(said, lastID(entry.GetMethod())+":"+entry.GetDecision().String()[len("AUDIT_DECISION_"):])
+		}
+	}
+	if strings.Join(said, " ") != "Logs:ALLOWED Logs:REFUSED Exec:ALLOWED CreateNodeJoinToken:ALLOWED" {
+		t.Fatal(said)
+	}
+	e.progress("control", e.revision())
+	s := must[grpc.ServerStreamingClient[portolanv1.WaitConvergedResponse]](t)(portolanv1.NewConvergenceServiceClient(e.conn).WaitConverged(e.root(), &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(100 * time.Millisecond)}))
+	if m := must[*portolanv1.WaitConvergedResponse](t)(s.Recv()); names(m.GetLaggards()) != "clusters/eu-west clusters/eu-west/nodes/n1" {
+		t.Fatal(m)
+	}
+}
+
+func TestJoinTokens(t *testing.T) {
+	e := newEnv(t)
+	e.tenant("shop")
+	e.cluster("eu-west", portolanv1.ClusterState_CLUSTER_STATE_PENDING)
+	c := portolanv1.NewClusterServiceClient(e.conn)
+	tok := must[*portolanv1.CreateClusterJoinTokenResponse](t)(c.CreateClusterJoinToken(e.root(), &portolanv1.CreateClusterJoinTokenRequest{Name: "clusters/eu-west"}))
+	if tok.GetToken() == "" || time.Until(tok.GetExpireTime().AsTime()) > 10*time.Minute {
+		t.Fatal(tok)
+	}
+	if strings.Contains(e.state(), tok.GetToken()) {
+		t.Fatal("the secret is stored")
+	}
+	_, err := c.CreateClusterJoinToken(e.root(), &portolanv1.CreateClusterJoinTokenRequest{Name: "clusters/nowhere"})
+	wantCode(t, err, codes.NotFound)
+	_, err = c.CreateClusterJoinToken(e.as("shop"), &portolanv1.CreateClusterJoinTokenRequest{Name: "clusters/eu-west"})
+	wantCode(t, err, codes.PermissionDenied)
+}
+
+func TestInternalsStayInside(t *testing.T) {
+	e := newEnv(t)
+	for _, err := range []error{errors.New("password=secret"), &secretError{}} {
+		got := e.server.answer("/portolan.v1.TenantService/GetTenant", err, nil)
+		if status.Code(got) != codes.Internal || strings.Contains(got.Error(), "secret") {
+			t.Errorf("%v", got)
+		}
+	}
+	if got := e.server.answer("/portolan.v1.TenantService/GetTenant", nil, "secret"); status.Code(got) != codes.Internal || strings.Contains(got.Error(), "secret") {
+		t.Errorf("%v", got)
+	}
+}
+
+type secretError struct{}
+
+func (*secretError) Error() string { return "secret" }
+
+func TestCallersAreLimited(t *testing.T) {
+	l := newLimiter()
+	var release []func()
+	for range maxStreamsPerCaller {
+		r, err := l.take("a", true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		release = append(release, r)
+	}
+	if _, err := l.take("a", true); err == nil {
+		t.Fatal("no limit")
+	}
+	if _, err := l.take("b", true); err != nil {
+		t.Fatal(err)
+	}
+	release[0]()
+	if _, err := l.take("a", true); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 2 * maxCallers {
+		r, err := l.take(strings.Repeat("x", i), false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r()
+	}
+	if len(l.callers) > maxCallers {
+		t.Fatalf("%d callers are remembered", len(l.callers))
+	}
+}

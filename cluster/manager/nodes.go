@@ -89,6 +89,16 @@ type leaseChange struct {
 	dark bool
 }
 
+// edit gives the node's record for changing.
+func (c *leaseChange) edit(n *clusterv1.Node) *clusterv1.Node {
+	if last := len(c.put) - 1; last >= 0 && c.put[last].GetNode() == n.GetNode() {
+		return c.put[last]
+	}
+	up := proto.CloneOf(n)
+	c.put = append(c.put, up)
+	return up
+}
+
 // leases compares when nodes were seen with their records. When all are silent,
 // the fault is likelier here than there, and nothing changes; neither does it
 // while they have had no time to come back.
@@ -113,22 +123,16 @@ func (m *Manager) leases(s *state.Snapshot, now time.Time) leaseChange {
 	for _, id := range slices.Sorted(maps.Keys(s.Nodes)) {
 		n := s.Nodes[id]
 		st := s.NodeStatus[id]
-		up, changed := proto.CloneOf(n), true
 		switch {
 		case silent[id] && judge && n.GetLostTime() == nil:
-			up.LostTime = timestamppb.New(now)
+			c.edit(n).LostTime = timestamppb.New(now)
 			c.events = append(c.events, m.nodeEvent(id, "NodeLost", fmt.Sprintf("silent for more than %v", m.cfg.NodeTimeout), now))
 		case !silent[id] && st != nil && n.GetLostTime() != nil:
-			up.LostTime = nil
+			c.edit(n).LostTime = nil
 			c.events = append(c.events, m.nodeEvent(id, "NodeReturned", fmt.Sprintf("it was lost for %v", now.Sub(n.GetLostTime().AsTime()).Round(time.Millisecond)), now))
-		default:
-			changed = false
 		}
 		if st != nil && st.Facts != nil && !proto.Equal(st.Facts, n.GetFacts()) {
-			up.Facts, changed = st.Facts, true
-		}
-		if changed {
-			c.put = append(c.put, up)
+			c.edit(n).Facts = st.Facts
 		}
 	}
 	return c

@@ -3,6 +3,7 @@ package reconcile
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -151,7 +152,7 @@ func (p *planner) runIndexes(k Key, w Workload, d desired, j jobState, rs []*rep
 		case r.active():
 			running[r.GetIndex()] = append(running[r.GetIndex()], r)
 		case r.lost && !r.Stop && r.Final == nil:
-			if r.GetReplacedBy() == "" {
+			if !r.replaced {
 				lost[r.GetIndex()] = r
 			}
 		}
@@ -218,29 +219,23 @@ func (p *planner) daemon(k Key, w Workload, d desired, rs []*replica) {
 		byNode[r.GetNode()] = append(byNode[r.GetNode()], r)
 	}
 	spare := max(1, d.down)
-	eligible := make([]string, 0, len(p.in.Nodes))
-	available := 0
+	admission := map[string]Admission{}
 	for id, n := range p.in.Nodes {
 		if n.lost() {
 			continue
 		}
-		eligible = append(eligible, id)
+		admission[id] = Admitted
+		if p.in.Admit != nil {
+			admission[id] = p.in.Admit(n.Record, d.current.GetSpec())
+		}
 		up := slices.ContainsFunc(byNode[id], func(r *replica) bool { return r.active() && r.ready })
-		if up {
-			available++
-		} else if len(byNode[id]) > 0 {
+		if !up && admission[id] == Admitted {
 			spare--
 		}
 	}
-	slices.Sort(eligible)
 	old, ready := 0, 0
-	for _, id := range eligible {
-		n := p.in.Nodes[id]
-		admission := Admitted
-		if p.in.Admit != nil {
-			admission = p.in.Admit(n.Record, d.current.GetSpec())
-		}
-		o, up := p.daemonOn(k, w, d, n.Record, admission, byNode[id], &spare)
+	for _, id := range slices.Sorted(maps.Keys(admission)) {
+		o, up := p.daemonOn(k, w, d, p.in.Nodes[id].Record, admission[id], byNode[id], &spare)
 		old += o
 		ready += up
 	}
@@ -266,7 +261,7 @@ func (p *planner) daemonOn(k Key, w Workload, d desired, n *clusterv1.Node, admi
 			continue
 		}
 		old++
-		if r.ready && admission != Refused {
+		if (r.ready || r.mute) && admission != Refused {
 			if *spare <= 0 {
 				continue
 			}

@@ -165,8 +165,11 @@ type replica struct {
 	status *nodev1.AllocationStatus
 	// lost: its node is silent. gone: stopped, and the node knows it no more.
 	lost, gone bool
+	// replaced: another one took its place while its node was lost, and is there.
+	replaced bool
 	// mine: of the present workload, not of an earlier one of the same name.
 	mine      bool
+	mute      bool // its node has said nothing yet to this process
 	ready     bool
 	available bool // ready for the workload's min_ready
 	refused   bool // its node wants it off
@@ -357,6 +360,10 @@ func (in Input) replicas(w Workload, d desired, as []*clusterv1.Allocation) []*r
 	for _, a := range as {
 		n := in.Nodes[a.GetNode()]
 		r := &replica{Allocation: a, lost: n.lost(), mine: w.Intent != nil && a.GetUid() == w.Intent.GetUid()}
+		r.mute = !n.Observed
+		if by := in.Allocations[a.GetReplacedBy()]; by != nil && !by.GetStop() {
+			r.replaced = true
+		}
 		if n.Observed {
 			r.status = n.Allocations[a.GetAllocation()]
 		}
@@ -394,7 +401,7 @@ func availableAt(r *replica, minReady time.Duration) time.Time {
 func better(a, b *replica) int {
 	return cmp.Or(
 		compareBool(!a.refused, !b.refused), compareBool(a.available, b.available), compareBool(a.ready, b.ready),
-		compareBool(a.GetReplacedBy() == "", b.GetReplacedBy() == ""),
+		compareBool(!a.replaced, !b.replaced),
 		a.GetBound().AsTime().Compare(b.GetBound().AsTime()), cmp.Compare(a.GetAllocation(), b.GetAllocation()),
 	)
 }

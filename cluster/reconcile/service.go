@@ -142,15 +142,15 @@ func hasOther(rs []*replica, revision string) bool {
 func lostOf(revision string, rs []*replica) []*replica {
 	var out []*replica
 	for _, r := range rs {
-		if r.lost && r.mine && !r.Stop && r.Final == nil && r.GetReplacedBy() == "" && r.GetRevision() == revision {
+		if r.lost && r.mine && !r.Stop && r.Final == nil && !r.replaced && r.GetRevision() == revision {
 			out = append(out, r)
 		}
 	}
 	return out
 }
 
-// stopLeaving stops what is too much: freely what is not ready, the rest as far
-// as enough replicas stay ready.
+// stopLeaving stops what is too much: freely what is known not to be ready, the
+// rest as far as enough replicas stay ready.
 func (p *planner) stopLeaving(k Key, d desired, keep map[string][]*replica, leave []*replica) {
 	spare := d.down - d.total
 	for _, rs := range keep {
@@ -168,11 +168,13 @@ func (p *planner) stopLeaving(k Key, d desired, keep map[string][]*replica, leav
 		}
 	}
 	for _, r := range leave {
-		if r.ready {
+		if r.ready || r.mute {
 			if spare <= 0 {
 				continue
 			}
-			spare--
+			if r.ready {
+				spare--
+			}
 		}
 		code, reason := p.whyLeave(d, r)
 		p.stop(k, r, code, reason)
@@ -180,13 +182,15 @@ func (p *planner) stopLeaving(k Key, d desired, keep map[string][]*replica, leav
 }
 
 func (p *planner) whyLeave(d desired, r *replica) (code, reason string) {
-	listed := r.mine && slices.ContainsFunc(d.revisions, func(x *linkv1.RevisionIntent) bool { return x.GetRevision() == r.GetRevision() })
+	listed := slices.ContainsFunc(d.revisions, func(x *linkv1.RevisionIntent) bool { return x.GetRevision() == r.GetRevision() })
 	switch {
+	case !r.mine:
+		return RevisionReplaced, "it belongs to an earlier workload of the same name"
 	case !listed:
 		return RevisionReplaced, fmt.Sprintf("revision %s makes way for %s", r.GetRevision(), d.current.GetRevision())
 	case r.refused:
 		return NodeRefuses, fmt.Sprintf("node %s has a taint that it does not tolerate", r.GetNode())
-	case r.GetReplacedBy() != "":
+	case r.replaced:
 		return Surplus, fmt.Sprintf("%s took its place while node %s was lost", r.GetReplacedBy(), r.GetNode())
 	}
 	for id, other := range p.in.Allocations {

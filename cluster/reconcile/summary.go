@@ -62,12 +62,13 @@ func revisions(d desired, rs []*replica) []*portolanv1.RevisionReplicas {
 	for _, want := range d.revisions {
 		count[want.GetRevision()] = &portolanv1.RevisionReplicas{Revision: want.GetRevision()}
 	}
+	listed := maps.Clone(count)
 	for _, r := range rs {
-		wanted := count[r.GetRevision()] != nil
-		if r.gone || (wanted && (r.Final != nil || r.Stop || (r.lost && r.GetReplacedBy() != ""))) {
+		wanted := listed[r.GetRevision()] != nil
+		if r.gone || (wanted && (r.Final != nil || r.Stop || (r.lost && r.replaced))) {
 			continue
 		}
-		if !wanted {
+		if count[r.GetRevision()] == nil {
 			count[r.GetRevision()] = &portolanv1.RevisionReplicas{Revision: r.GetRevision()}
 		}
 		c := count[r.GetRevision()]

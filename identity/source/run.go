@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api"
-	"github.com/portolan-io/portolan/identity/attest"
 )
 
 const (
@@ -125,7 +124,7 @@ func (s *Source) Run(ctx context.Context) error {
 			return nil
 		case err != nil:
 			failures++
-			s.cfg.Log.Warn("identity not renewed", slog.String("error", attest.Redact(err.Error())), slog.Int("failures", failures))
+			s.cfg.Log.Warn("identity not renewed", slog.Any("error", err), slog.Int("failures", failures))
 		default:
 			failures = 0
 			cur, _ := s.Current()

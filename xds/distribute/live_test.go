@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -181,6 +182,7 @@ func (m *mesh) start(id string) string {
 	m.ok(err)
 	cmd := exec.Command(m.envoy, "-c", file, "--concurrency", "1", "--disable-hot-restart", "--log-level", "warning")
 	cmd.Stdout, cmd.Stderr = logs, logs
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // also when the test is killed
 	m.ok(cmd.Start())
 	m.t.Cleanup(func() {
 		_ = cmd.Process.Kill()
@@ -349,7 +351,17 @@ func TestLiveEnvoys(t *testing.T) {
 	m.push(m.input(90, false), web, ids["web"])
 	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 16}}
 	defer client.CloseIdleConnections()
-	m.eventually("the first answer", func() bool { code, _, err := call(client); return err == nil && code == 200 })
+	var last string
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log("first answers ended with", last)
+		}
+	})
+	m.eventually("the first answer", func() bool {
+		code, answer, err := call(client)
+		last = fmt.Sprintf("%d %q %v", code, answer, err)
+		return err == nil && code == 200
+	})
 	m.eventually("everything is acknowledged", func() bool {
 		for _, id := range []string{"web", "v1", "v2", "gw"} {
 			if st, ok := m.cache.Status(id); !ok || !st.Connected || st.Pending != 0 || len(st.Nacks) > 0 {

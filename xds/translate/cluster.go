@@ -59,7 +59,9 @@ func outboundCluster(name string, s *model.Service, port model.Port, revision st
 // off: it would send to draining endpoints. Retries are bounded by a budget,
 // because Envoy's default of three at a time overflows as soon as one endpoint
 // is lost. Outlier detection looks at connections only: whether an answer of
-// status 5xx is a fault of the endpoint is the application's affair.
+// status 5xx is a fault of the endpoint is the application's affair. It never
+// takes more than half: readiness is the cluster's word, and with panic routing
+// off an ejection of all would outlast the fault.
 func edsCluster(name string) *clusterv3.Cluster {
 	return &clusterv3.Cluster{
 		Name:                 name,
@@ -77,7 +79,7 @@ func edsCluster(name string) *clusterv3.Cluster {
 		OutlierDetection: &clusterv3.OutlierDetection{
 			SplitExternalLocalOriginErrors: true, ConsecutiveLocalOriginFailure: wrapperspb.UInt32(5),
 			Interval: durationpb.New(time.Second), BaseEjectionTime: durationpb.New(2 * time.Second), MaxEjectionTime: durationpb.New(20 * time.Second),
-			MaxEjectionPercent: wrapperspb.UInt32(100), EnforcingConsecutive_5Xx: wrapperspb.UInt32(0), EnforcingSuccessRate: wrapperspb.UInt32(0),
+			MaxEjectionPercent: wrapperspb.UInt32(50), EnforcingConsecutive_5Xx: wrapperspb.UInt32(0), EnforcingSuccessRate: wrapperspb.UInt32(0),
 			EnforcingConsecutiveGatewayFailure: wrapperspb.UInt32(0), EnforcingLocalOriginSuccessRate: wrapperspb.UInt32(0),
 		},
 		UpstreamConnectionOptions: &clusterv3.UpstreamConnectionOptions{TcpKeepalive: &corev3.TcpKeepalive{

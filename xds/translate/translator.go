@@ -20,11 +20,24 @@ type Translator struct {
 	mu      sync.Mutex
 	tenants map[string]*outbound
 	trust   *secrets
+	// before is the generation before, whose unchanged resources are used again.
+	before map[string]*outbound
 }
 
 // New makes a Translator of a graph.
 func New(g *model.Graph) *Translator {
 	return &Translator{g: g, tenants: map[string]*outbound{}}
+}
+
+// Next makes a Translator of the graph that follows. Resources of services that
+// did not change are the same pointers, so that they are neither made nor
+// marshalled again.
+func (t *Translator) Next(g *model.Graph) *Translator {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	next := New(g)
+	next.before = t.tenants
+	return next
 }
 
 // Proxy makes the resources of one proxy. Problems name what could not be
@@ -64,8 +77,16 @@ func (r Resources) sort() {
 
 // outbound is what every proxy of a tenant needs to call its services.
 type outbound struct {
-	shared   Resources // clusters, endpoints, routes and the outbound listener
+	shared   Resources // clusters, endpoints, routes and the outbound listener, sorted
 	problems []model.Problem
+	parts    map[model.Key]*part
+	listener print
+}
+
+// part is what one service makes, with prints of all that it was made of.
+type part struct {
+	clusterPrint, endpointPrint, routePrint print
+	clusters, endpoints, routes             []*Resource
 }
 
 // outbound makes the common part of a tenant once.
@@ -75,22 +96,61 @@ func (t *Translator) outbound(tenant string) *outbound {
 	if o, ok := t.tenants[tenant]; ok {
 		return o
 	}
-	o := &outbound{shared: empty()}
-	for _, s := range t.g.Tenant(tenant) {
-		for _, port := range s.Ports {
-			addClusters(o.shared, t.g, s, port)
-			if port.HTTP {
-				name := routeName(s, port)
-				o.shared.add(RouteType, name, serviceRoutes(name, s, port))
-			}
-		}
+	services := t.g.Tenant(tenant)
+	before := t.before[tenant]
+	if before == nil {
+		before = &outbound{}
 	}
-	l, problems := outboundListener(t.g.Tenant(tenant))
-	o.problems = problems
-	o.shared.add(ListenerType, l.GetName(), l)
+	o := &outbound{shared: empty(), parts: make(map[model.Key]*part, len(services)), listener: listenerPrint(services)}
+	for _, s := range services {
+		p := makePart(t.g, s, before.parts[s.Key])
+		o.parts[s.Key] = p
+		o.shared[ClusterType] = append(o.shared[ClusterType], p.clusters...)
+		o.shared[EndpointType] = append(o.shared[EndpointType], p.endpoints...)
+		o.shared[RouteType] = append(o.shared[RouteType], p.routes...)
+	}
+	if before.listener != "" && o.listener == before.listener {
+		o.shared[ListenerType], o.problems = before.shared[ListenerType], before.problems
+	} else {
+		l, problems := outboundListener(services)
+		o.problems = problems
+		o.shared.add(ListenerType, l.GetName(), l)
+	}
 	o.shared.sort()
 	t.tenants[tenant] = o
 	return o
+}
+
+// makePart makes the resources of a service, or takes those of before where what
+// they were made of is the same.
+func makePart(g *model.Graph, s *model.Service, before *part) *part {
+	p := &part{clusterPrint: clusterPrint(s), endpointPrint: endpointPrint(g, s), routePrint: routePrint(s)}
+	if before == nil {
+		before = &part{}
+	}
+	p.clusters, p.endpoints, p.routes = before.clusters, before.endpoints, before.routes
+	fresh := empty()
+	if p.clusterPrint != before.clusterPrint || p.endpointPrint != before.endpointPrint {
+		for _, port := range s.Ports {
+			addClusters(fresh, g, s, port)
+		}
+	}
+	if p.clusterPrint != before.clusterPrint {
+		p.clusters = fresh[ClusterType]
+	}
+	if p.endpointPrint != before.endpointPrint {
+		p.endpoints = fresh[EndpointType]
+	}
+	if p.routePrint != before.routePrint {
+		p.routes = nil
+		for _, port := range s.Ports {
+			if port.HTTP {
+				name := routeName(s, port)
+				p.routes = append(p.routes, &Resource{Name: name, Message: serviceRoutes(name, s, port)})
+			}
+		}
+	}
+	return p
 }
 
 func (t *Translator) sidecar(p Proxy) (Resources, []model.Problem) {
@@ -108,22 +168,30 @@ func (t *Translator) sidecar(p Proxy) (Resources, []model.Problem) {
 	return join(own, o.shared, t.secrets().both), o.problems
 }
 
-// join merges parts; the shared ones stay as they are.
-func join(parts ...Resources) Resources {
-	out := empty()
-	for typeURL := range out {
-		n := 0
-		for _, part := range parts {
-			n += len(part[typeURL])
+// join merges a proxy's own resources with shared ones, which are sorted.
+func join(own Resources, shared ...Resources) Resources {
+	own.sort()
+	for _, part := range shared {
+		for typeURL, list := range part {
+			own[typeURL] = merge(own[typeURL], list)
 		}
-		list := make([]*Resource, 0, n)
-		for _, part := range parts {
-			list = append(list, part[typeURL]...)
-		}
-		out[typeURL] = list
 	}
-	out.sort()
-	return out
+	return own
+}
+
+func merge(a, b []*Resource) []*Resource {
+	if len(a) == 0 {
+		return b
+	}
+	out := make([]*Resource, 0, len(a)+len(b))
+	for len(a) > 0 && len(b) > 0 {
+		if a[0].Name <= b[0].Name {
+			out, a = append(out, a[0]), a[1:]
+		} else {
+			out, b = append(out, b[0]), b[1:]
+		}
+	}
+	return append(append(out, a...), b...)
 }
 
 func routeName(s *model.Service, port model.Port) string {

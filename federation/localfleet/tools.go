@@ -40,9 +40,12 @@ func FindTools() (Tools, error) {
 			*dst = p
 			return
 		}
-		if p := filepath.Join(filepath.Dir(self), name); executable(p) {
-			*dst = p
-			return
+		// Beside the binary, or where `make tools` of the same checkout puts things.
+		for _, dir := range []string{".", "../.tools/bin"} {
+			if p := filepath.Join(filepath.Dir(self), dir, name); executable(p) {
+				*dst = p
+				return
+			}
 		}
 		p, err := exec.LookPath(name)
 		if err != nil {

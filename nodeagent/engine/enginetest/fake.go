@@ -59,7 +59,7 @@ func (p *Proc) SetMemory(bytes int64) {
 
 // Listen opens a port in the container's namespace, for Fake.Dial.
 func (p *Proc) Listen(port int) net.Listener {
-	l := &listener{conns: make(chan net.Conn), done: p.c.killed}
+	l := &listener{conns: make(chan net.Conn), done: p.c.killed, closed: make(chan struct{})}
 	p.f.mu.Lock()
 	defer p.f.mu.Unlock()
 	p.c.ports[port] = l
@@ -444,8 +444,10 @@ func (f *Fake) Ping(context.Context) error {
 
 // listener is a net.Listener over pipes.
 type listener struct {
-	conns chan net.Conn
-	done  <-chan struct{}
+	conns  chan net.Conn
+	done   <-chan struct{}
+	once   sync.Once
+	closed chan struct{}
 }
 
 func (l *listener) dial(ctx context.Context) (net.Conn, error) {
@@ -454,6 +456,8 @@ func (l *listener) dial(ctx context.Context) (net.Conn, error) {
 	case l.conns <- server:
 		return client, nil
 	case <-l.done:
+		return nil, syscall.ECONNREFUSED
+	case <-l.closed:
 		return nil, syscall.ECONNREFUSED
 	case <-ctx.Done():
 		return nil, ctx.Err()
@@ -466,9 +470,16 @@ func (l *listener) Accept() (net.Conn, error) {
 		return c, nil
 	case <-l.done:
 		return nil, net.ErrClosed
+	case <-l.closed:
+		return nil, net.ErrClosed
 	}
 }
-func (l *listener) Close() error   { return nil }
+
+func (l *listener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
 func (l *listener) Addr() net.Addr { return fakeAddr{} }
 
 type fakeAddr struct{}

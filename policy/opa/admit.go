@@ -20,16 +20,15 @@ const (
 )
 
 // Admit asks every guardrail bundle and every bundle of the tenant whose object
-// it is. One reason of one bundle is enough to refuse; all are given. Where there
-// is no admission bundle at all nothing is asked, and the answer is yes: the
-// guardrails are what makes a fleet strict.
+// it is. One reason of one bundle is enough to refuse; all are given. Without any
+// bundle the answer is no.
 func (s *Set) Admit(ctx context.Context, in policy.Admission) policy.Decision {
 	programs := slices.Clip(s.admission[""])
 	if t := tenantOf(in); t != "" {
 		programs = append(programs, s.admission[t]...)
 	}
 	if len(programs) == 0 {
-		return policy.Decision{Allowed: true}
+		return policy.Decision{Denials: []policy.Denial{{Rule: denyRule, Message: "no admission policy applies"}}}
 	}
 	late := policy.Denial{Rule: denyRule, Bundle: programs[0].name}
 	input, err := admissionInput(in)

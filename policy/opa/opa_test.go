@@ -103,11 +103,11 @@ func TestAdmission(t *testing.T) {
 		bundles []policy.Bundle
 		want    []string // "bundle: message"; empty is allowed
 	}{
-		{name: "nothing to ask"},
+		{name: "nothing to ask", want: []string{": no admission policy applies"}},
 		{name: "guardrail and tenant both speak", bundles: []policy.Bundle{
 			admission("policyBundles/g", "g.rego", pkg+`deny contains "g"`), admission("tenants/shop/policyBundles/t", "t.rego", pkg+`deny contains "t"`),
 		}, want: []string{"policyBundles/g: g", "tenants/shop/policyBundles/t: t"}},
-		{name: "another tenant's bundle is not asked", bundles: []policy.Bundle{admission("tenants/other/policyBundles/t", "t.rego", pkg+`deny contains "t"`)}},
+		{name: "another tenant's bundle is not asked", bundles: []policy.Bundle{admission("policyBundles/g", "g.rego", pkg+"allow := true"), admission("tenants/other/policyBundles/t", "t.rego", pkg+`deny contains "t"`)}},
 		{name: "allow undefined", bundles: []policy.Bundle{admission("policyBundles/g", "g.rego", pkg+`allow if input.kind == "Nothing"`)}, want: []string{"policyBundles/g: no allow rule applies"}},
 		{name: "allow true", bundles: []policy.Bundle{admission("policyBundles/g", "g.rego", pkg+`allow if input.kind == "Workload"`)}},
 		{name: "allow not a boolean", bundles: []policy.Bundle{admission("policyBundles/g", "g.rego", pkg+`allow := "true"`)}, want: []string{"policyBundles/g: allow is not true"}},

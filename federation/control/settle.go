@@ -1,0 +1,308 @@
+package control
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/place"
+	"github.com/portolan-io/portolan/federation/store"
+)
+
+// decision is what is to be written for one workload.
+type decision struct {
+	workload string
+	// basis is the revision of the workload's record that it was derived from; 0
+	// when there is none.
+	basis   int64
+	puts    map[string]*portolanv1.PlacementSpec // by placement name
+	deletes []string
+}
+
+// settle decides every marked workload, and commits in batches. After an error
+// everything is to be taken in anew.
+func (l *loop) settle(ctx context.Context, now time.Time) error {
+	view, names := l.view, slices.Sorted(maps.Keys(l.dirty))
+	var last int64
+	for batch := range slices.Chunk(names, l.cfg.MaxBatch) {
+		var write []decision
+		for _, name := range batch {
+			delete(l.dirty, name) // before, because it may be marked again
+			if d, ok := l.decide(name, now); ok {
+				write = append(write, d)
+			}
+		}
+		if len(write) > 0 {
+			rev, err := l.commit(ctx, write)
+			if err != nil {
+				return err
+			}
+			last = rev
+		}
+		if !time.Now().Before(l.renew) && !l.keepLease(ctx, time.Now()) || l.view != view {
+			return api.E(api.Conflict, "place workloads", "the lease is not held any more")
+		}
+	}
+	if last == 0 {
+		return nil
+	}
+	// The next decisions must see these.
+	ctx, cancel := context.WithTimeout(ctx, l.callTimeout())
+	defer cancel()
+	_, err := l.mirror.Wait(ctx, last)
+	return err
+}
+
+// decide makes one decision on the view and books it in the ledger, so that the
+// next one sees what it takes. ok is false when nothing is to be written.
+func (l *loop) decide(name string, now time.Time) (d decision, ok bool) {
+	src := viewSource{l.view}
+	d = decision{workload: name, puts: map[string]*portolanv1.PlacementSpec{}}
+	have := src.under(store.Placement, name+"/placements/")
+	delete(l.short, name)
+	delete(l.standing, name)
+	delete(l.due, name)
+	if rec, exists := src.get(store.Workload, name); exists {
+		d.basis = rec.Revision
+		snap, err := snapshot(src, l.ledger, name, message[*portolanv1.Workload](rec))
+		if err != nil {
+			l.log.Error("workload cannot be placed", "workload", name, "error", err)
+			return d, false
+		}
+		plan := place.Place(snap, now)
+		if plan.Frozen && !l.frozen {
+			l.log.Error("every cluster looks dead: nothing is changed", "alarm", true)
+		}
+		if l.frozen = plan.Frozen; plan.Frozen {
+			return d, false
+		}
+		l.note(name, plan)
+		for _, a := range plan.Assignments {
+			d.puts[name+"/placements/"+a.Cluster] = specOf(a, snap.Workload)
+		}
+	}
+	for _, rec := range have {
+		want := d.puts[rec.Name]
+		switch {
+		case want == nil:
+			d.deletes = append(d.deletes, rec.Name)
+		case same(message[*portolanv1.Placement](rec).GetSpec(), want):
+			delete(d.puts, rec.Name)
+		}
+	}
+	for p, spec := range d.puts {
+		l.book(p, reservation(spec))
+	}
+	for _, p := range d.deletes {
+		l.book(p, api.Resources{})
+	}
+	return d, len(d.puts)+len(d.deletes) > 0
+}
+
+// book enters a reservation; room that it frees is for those that wait.
+func (l *loop) book(placement string, r api.Resources) {
+	if !l.ledger.claims[placement].Fits(r) {
+		l.markShort()
+	}
+	l.ledger.set(placement, r)
+}
+
+// unbook takes a decision that was not stored out of the ledger.
+func (l *loop) unbook(d decision) {
+	back := func(placement string) {
+		rec, _ := l.view.Get(store.Placement, placement)
+		l.book(placement, reservation(message[*portolanv1.Placement](rec).GetSpec()))
+	}
+	for p := range d.puts {
+		back(p)
+	}
+	for _, p := range d.deletes {
+		back(p)
+	}
+}
+
+// note remembers what else may change a decision.
+func (l *loop) note(name string, p place.Plan) {
+	if p.Unplaced > 0 || p.FailoverUnplaced > 0 {
+		l.short[name] = true
+	}
+	if !p.Again.IsZero() {
+		l.due[name] = p.Again
+	}
+	for _, a := range p.Assignments {
+		if a.Failover > 0 {
+			l.standing[name] = true
+		}
+	}
+}
+
+// specOf is the record of an assignment, but for its epochs.
+func specOf(a place.Assignment, w place.Workload) *portolanv1.PlacementSpec {
+	spec := &portolanv1.PlacementSpec{
+		ReservedCpuMilli: a.Claim.CPUMilli, ReservedMemoryBytes: a.Claim.MemoryBytes, Reasons: reasonsOf(a.Reasons),
+		Daemon: w.Spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON,
+	}
+	for _, r := range w.Revisions {
+		spec.Revisions = append(spec.Revisions, &portolanv1.RevisionReplicas{Revision: r.ID, Replicas: int32(a.Replicas)})
+	}
+	return spec
+}
+
+func reasonsOf(in []place.Reason) []*portolanv1.Reason {
+	var out []*portolanv1.Reason
+	for _, r := range in {
+		out = append(out, &portolanv1.Reason{Code: r.Code, Message: r.Message, Count: int32(r.Count)})
+	}
+	return out
+}
+
+// same compares decisions. The sentences do not count: a replica that was chosen
+// is kept the next time, and that is no reason to write.
+func same(have, want *portolanv1.PlacementSpec) bool {
+	strip := func(s *portolanv1.PlacementSpec) *portolanv1.PlacementSpec {
+		c := proto.CloneOf(s)
+		c.Epoch, c.WriterEpoch, c.Reasons = 0, 0, nil
+		return c
+	}
+	return place.PreviousOf(have) == place.PreviousOf(want) && proto.Equal(strip(have), strip(want))
+}
+
+// commit stores decisions in one transaction, if what they rest on still holds in
+// it: the epoch, the clusters and their room. Decisions on workloads that changed
+// meanwhile are left out; the change marks them again.
+func (l *loop) commit(ctx context.Context, batch []decision) (int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, l.callTimeout())
+	defer cancel()
+	now := timestamppb.Now()
+	var stale []decision
+	rev, err := l.cfg.Store.Update(ctx, func(tx store.Tx) error {
+		stale = nil
+		if err := tx.CheckLease(PlaceLease, l.lease.Epoch); err != nil {
+			return err
+		}
+		for _, c := range l.growing(batch) {
+			if err := l.checkCluster(tx, c); err != nil {
+				return err
+			}
+		}
+		for _, d := range batch {
+			rec, err := tx.Get(store.Workload, d.workload)
+			if err != nil && api.KindOf(err) != api.NotFound {
+				return err
+			}
+			if rec.Revision != d.basis {
+				stale = append(stale, d)
+			} else if err := l.write(tx, d, now); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		for _, d := range stale {
+			l.unbook(d)
+		}
+	}
+	return rev, err
+}
+
+// growing are the clusters in which something claims more than before.
+func (l *loop) growing(batch []decision) []string {
+	out := map[string]bool{}
+	for _, d := range batch {
+		for p, spec := range d.puts {
+			have, ok := l.view.Get(store.Placement, p)
+			if !ok || !reservation(spec).Fits(reservation(message[*portolanv1.Placement](have).GetSpec())) {
+				out[lastID(p)] = true
+			}
+		}
+	}
+	return slices.Sorted(maps.Keys(out))
+}
+
+// checkCluster: replicas are added only to a cluster that is still as it was, and
+// has room for all that is reserved. The sum is the ledger's: nobody else writes
+// reservations while the epoch holds.
+func (l *loop) checkCluster(tx store.Tx, cluster string) error {
+	name := api.ClusterName(cluster)
+	doing := "place in " + name
+	rec, err := tx.Get(store.Cluster, name)
+	if err != nil && api.KindOf(err) != api.NotFound {
+		return err
+	}
+	if seen, _ := l.view.Get(store.Cluster, name); err != nil || rec.Revision != seen.Revision {
+		return api.E(api.Conflict, doing, "the cluster changed")
+	}
+	rec, err = tx.Get(store.ClusterStatus, name)
+	if err != nil && api.KindOf(err) != api.NotFound {
+		return err
+	}
+	seen, _ := l.view.Get(store.ClusterStatus, name)
+	was, is := message[*storev1.ClusterStatusRecord](seen).GetStatus(), message[*storev1.ClusterStatusRecord](rec).GetStatus()
+	room := func(s *portolanv1.ClusterStatus) api.Resources {
+		return api.Resources{CPUMilli: s.GetCpuMilli(), MemoryBytes: s.GetMemoryBytes()}
+	}
+	if was.GetState() != is.GetState() || !room(was).Fits(room(is)) && !l.ledger.total[cluster].Fits(room(is)) {
+		return api.E(api.Conflict, doing, "it is %v with %dm CPU and %d bytes of memory now", is.GetState(), is.GetCpuMilli(), is.GetMemoryBytes())
+	}
+	return nil
+}
+
+// write stores one decision. Epochs are revisions: they grow also over a
+// deletion.
+func (l *loop) write(tx store.Tx, d decision, now *timestamppb.Timestamp) error {
+	for _, name := range d.deletes {
+		if err := tx.Delete(store.Placement, name); err != nil {
+			return err
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(d.puts)) {
+		p := &portolanv1.Placement{Name: name, Uid: uuid.NewString(), CreateTime: now}
+		if rec, err := tx.Get(store.Placement, name); err == nil {
+			p = proto.CloneOf(message[*portolanv1.Placement](rec))
+		} else if api.KindOf(err) != api.NotFound {
+			return err
+		}
+		p.Generation++
+		p.UpdateTime = now
+		p.Spec = proto.CloneOf(d.puts[name])
+		p.Spec.Epoch, p.Spec.WriterEpoch = tx.Revision(), l.lease.Epoch
+		p.Etag = strconv.FormatInt(p.Spec.Epoch, 36)
+		if err := tx.Put(store.Placement, name, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Explain runs the deciding function on a reader's snapshot, for a workload as it
+// is given, which need not be stored. It writes nothing.
+func (c *Control) Explain(r store.Reader, w *portolanv1.Workload) (*portolanv1.ExplainWorkloadResponse, error) {
+	src := &readerSource{r: r}
+	snap, err := snapshot(src, ledgerOf(src), w.GetName(), w)
+	if src.err != nil {
+		return nil, src.err
+	}
+	if err != nil {
+		return nil, api.E(api.Invalid, "explain "+w.GetName(), "%w", err)
+	}
+	plan := place.Place(snap, time.Now())
+	out := &portolanv1.ExplainWorkloadResponse{
+		DesiredReplicas: int32(plan.Desired), UnplacedReplicas: int32(plan.Unplaced), Revision: r.Revision(),
+	}
+	for _, v := range plan.Verdicts {
+		out.Clusters = append(out.Clusters, &portolanv1.ClusterVerdict{
+			Cluster: v.Cluster, Feasible: v.Feasible, Replicas: int32(v.Replicas), Score: v.Score, Reasons: reasonsOf(v.Reasons),
+		})
+	}
+	return out, nil
+}

@@ -1,0 +1,227 @@
+package control
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/place"
+	"github.com/portolan-io/portolan/federation/store"
+)
+
+// source is what a decision reads: the mirror's view, or a transaction. Errors
+// of a transaction are kept in it.
+type source interface {
+	get(kind store.Kind, name string) (store.Record, bool)
+	under(kind store.Kind, prefix string) []store.Record
+}
+
+type viewSource struct{ v *store.View }
+
+func (s viewSource) get(kind store.Kind, name string) (store.Record, bool) {
+	return s.v.Get(kind, name)
+}
+
+func (s viewSource) under(kind store.Kind, prefix string) []store.Record {
+	var out []store.Record
+	for r := range s.v.List(kind, store.ListOptions{Prefix: prefix}) {
+		out = append(out, r)
+	}
+	return out
+}
+
+type readerSource struct {
+	r   store.Reader
+	err error
+}
+
+func (s *readerSource) get(kind store.Kind, name string) (store.Record, bool) {
+	rec, err := s.r.Get(kind, name)
+	if err != nil {
+		if api.KindOf(err) != api.NotFound && s.err == nil {
+			s.err = err
+		}
+		return store.Record{}, false
+	}
+	return rec, true
+}
+
+func (s *readerSource) under(kind store.Kind, prefix string) []store.Record {
+	var out []store.Record
+	for rec, err := range s.r.List(kind, store.ListOptions{Prefix: prefix}) {
+		if err != nil {
+			if s.err == nil {
+				s.err = err
+			}
+			return nil
+		}
+		out = append(out, rec)
+	}
+	return out
+}
+
+func message[T any](r store.Record) T {
+	m, _ := r.Message.(T)
+	return m
+}
+
+func lastID(name string) string { return name[strings.LastIndexByte(name, '/')+1:] }
+
+// workloadOf is the name of the workload above a revision or placement.
+func workloadOf(name string) string {
+	i := strings.LastIndexByte(name, '/')
+	return name[:strings.LastIndexByte(name[:max(i, 0)], '/')]
+}
+
+// currentRevision is the ID of the revision that the spec stands for.
+func currentRevision(w *portolanv1.Workload) string {
+	switch {
+	case w.GetStatus().GetCurrentRevision() != "":
+		return w.GetStatus().GetCurrentRevision()
+	case w.GetSpec().GetRevision() != "":
+		return w.GetSpec().GetRevision()
+	}
+	return fmt.Sprintf("r%d", w.GetGeneration())
+}
+
+// runningRevisions are the current revision and those that routes name, each
+// with what placement needs of it; the current one comes first.
+func runningRevisions(s source, name string, w *portolanv1.Workload) ([]place.Revision, error) {
+	current := currentRevision(w)
+	cur, err := place.NewRevision(current, w.GetSpec())
+	out := []place.Revision{cur}
+	if err != nil {
+		return nil, err
+	}
+	named := namedRevisions(s, name)
+	for _, rec := range s.under(store.Revision, name+"/revisions/") {
+		id := lastID(rec.Name)
+		if id == current || !named[id] {
+			continue
+		}
+		r, err := place.NewRevision(id, message[*portolanv1.WorkloadRevision](rec).GetSpec())
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+// namedRevisions are the revisions of a workload that a route's back end names.
+func namedRevisions(s source, workload string) map[string]bool {
+	tenant, id := "tenants/"+api.TenantOf(workload)+"/", lastID(workload)
+	out := map[string]bool{}
+	for _, rec := range s.under(store.Route, tenant+"routes/") {
+		route := message[*portolanv1.Route](rec).GetSpec()
+		for _, rule := range route.GetRules() {
+			for _, b := range rule.GetBackends() {
+				if b.GetRevision() == "" {
+					continue
+				}
+				service := b.GetService()
+				if service == "" {
+					service = route.GetService()
+				}
+				svc, ok := s.get(store.Service, tenant+"services/"+service)
+				selects := message[*portolanv1.Service](svc).GetSpec().GetWorkload()
+				if selects == "" {
+					selects = service
+				}
+				if ok && selects == id {
+					out[b.GetRevision()] = true
+				}
+			}
+		}
+	}
+	return out
+}
+
+// snapshot gathers what the decision on one workload depends on.
+func snapshot(s source, led *ledger, name string, w *portolanv1.Workload) (place.Snapshot, error) {
+	revs, err := runningRevisions(s, name, w)
+	if err != nil {
+		return place.Snapshot{}, err
+	}
+	out := place.Snapshot{Workload: place.Workload{Spec: w.GetSpec(), Revisions: revs}}
+	if rec, ok := s.get(store.Tenant, api.TenantName(api.TenantOf(name))); ok {
+		out.Workload.Residency = message[*portolanv1.Tenant](rec).GetSpec().GetAllowedRegions()
+	}
+	for _, rec := range s.under(store.Cluster, "") {
+		out.Clusters = append(out.Clusters, clusterOf(s, led, name, rec, revs))
+	}
+	return out, nil
+}
+
+func clusterOf(s source, led *ledger, workload string, rec store.Record, revs []place.Revision) place.Cluster {
+	cl := message[*portolanv1.Cluster](rec)
+	c := place.Cluster{ID: lastID(rec.Name), Labels: cl.GetLabels(), Spec: cl.GetSpec()}
+	if st, ok := s.get(store.ClusterStatus, rec.Name); ok {
+		status := message[*storev1.ClusterStatusRecord](st).GetStatus()
+		c.State, c.LastSeen, c.Nodes = status.GetState(), status.GetLastSeenTime().AsTime(), int(status.GetNodes())
+		c.Free = api.Resources{CPUMilli: status.GetCpuMilli(), MemoryBytes: status.GetMemoryBytes()}
+	}
+	placement := workload + "/placements/" + c.ID
+	taken := led.total[c.ID]
+	if p, ok := s.get(store.Placement, placement); ok {
+		c.Previous = place.PreviousOf(message[*portolanv1.Placement](p).GetSpec())
+	}
+	mine := led.claims[placement]
+	c.Free.CPUMilli -= taken.CPUMilli - mine.CPUMilli
+	c.Free.MemoryBytes -= taken.MemoryBytes - mine.MemoryBytes
+	if st, ok := s.get(store.PlacementStatus, placement); ok {
+		c.Ready = readyOf(message[*storev1.PlacementStatusRecord](st).GetStatus(), revs)
+	}
+	return c
+}
+
+// readyOf is how many replicas of every one of the revisions are ready.
+func readyOf(st *portolanv1.PlacementStatus, revs []place.Revision) int {
+	ready := map[string]int{}
+	for _, r := range st.GetRevisions() {
+		ready[r.GetRevision()] = int(r.GetReadyReplicas())
+	}
+	least := ready[revs[0].ID]
+	for _, r := range revs {
+		least = min(least, ready[r.ID])
+	}
+	return least
+}
+
+// ledger is what every placement reserves, and the sums by cluster.
+type ledger struct {
+	claims map[string]api.Resources // by placement name
+	total  map[string]api.Resources
+}
+
+func newLedger() *ledger {
+	return &ledger{claims: map[string]api.Resources{}, total: map[string]api.Resources{}}
+}
+
+// set books a placement's reservation; none is the zero value.
+func (l *ledger) set(placement string, r api.Resources) {
+	cluster := lastID(placement)
+	t, old := l.total[cluster], l.claims[placement]
+	t.CPUMilli += r.CPUMilli - old.CPUMilli
+	t.MemoryBytes += r.MemoryBytes - old.MemoryBytes
+	l.total[cluster] = t
+	if r == (api.Resources{}) {
+		delete(l.claims, placement)
+	} else {
+		l.claims[placement] = r
+	}
+}
+
+func reservation(p *portolanv1.PlacementSpec) api.Resources {
+	return api.Resources{CPUMilli: p.GetReservedCpuMilli(), MemoryBytes: p.GetReservedMemoryBytes()}
+}
+
+func ledgerOf(s source) *ledger {
+	l := newLedger()
+	for _, rec := range s.under(store.Placement, "") {
+		l.set(rec.Name, reservation(message[*portolanv1.Placement](rec).GetSpec()))
+	}
+	return l
+}

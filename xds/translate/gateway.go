@@ -46,6 +46,7 @@ func (t *Translator) ingress(p Proxy) (Resources, []model.Problem) {
 	config.IgnorePortInHostMatching = true
 	own.add(RouteType, "ingress", config)
 	own.add(ListenerType, "ingress", ingressListener(p))
+	own.sort()
 	return join(own, t.secrets().trust), problems
 }
 

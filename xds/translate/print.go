@@ -137,3 +137,26 @@ func listenerPrint(services []*model.Service) print {
 	}
 	return print(p.b)
 }
+
+func servedPrint(serves []model.Served) print {
+	p := &printer{}
+	for _, s := range serves {
+		p.n(int(s.Target), len(s.For))
+		p.bool(s.HTTP)
+		for _, f := range s.For {
+			p.s(f.Service, f.Port)
+		}
+	}
+	return print(p.b)
+}
+
+func trustPrint(g *model.Graph) print {
+	p := &printer{}
+	p.s(g.TrustDomain)
+	p.n(len(g.Domains))
+	for _, d := range g.Domains {
+		p.s(d.Name, string(d.Roots))
+	}
+	p.s(g.Peers...)
+	return print(p.b)
+}

@@ -70,6 +70,7 @@ func prefix(s string) *matcherv3.StringMatcher {
 // callees. Both are per domain (the SPIFFE validator), because one pool of roots
 // would accept an identity of one domain that another domain signed.
 type secrets struct {
+	print print
 	trust Resources // SecretTrust alone
 	both  Resources
 }
@@ -80,7 +81,11 @@ func (t *Translator) secrets() *secrets {
 	if t.trust != nil {
 		return t.trust
 	}
-	s := &secrets{trust: empty(), both: empty()}
+	s := &secrets{print: trustPrint(t.g), trust: empty(), both: empty()}
+	if t.before.trust != nil && t.before.trust.print == s.print {
+		t.trust = t.before.trust
+		return t.trust
+	}
 	all := secret(SecretTrust, validator(t.g))
 	s.trust.add(SecretType, SecretTrust, all)
 	s.both[SecretType] = append(s.both[SecretType], s.trust[SecretType]...)

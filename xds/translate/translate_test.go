@@ -202,7 +202,7 @@ func change(rt *rapid.T, in *model.Input, i int) {
 	r := in.Routes[0].GetSpec().GetRules()[0]
 	n := rapid.IntRange(1, 5).Draw(rt, "n")
 	word := fmt.Sprint("w", n)
-	switch rapid.IntRange(0, 17).Draw(rt, "what") {
+	switch rapid.IntRange(0, 19).Draw(rt, "what") {
 	case 0:
 		s.VirtualIp = fmt.Sprintf("10.68.9.%d", n*10+i)
 	case 1:
@@ -239,6 +239,10 @@ func change(rt *rapid.T, in *model.Input, i int) {
 	case 16:
 		r.Matches = []*portolanv1.RouteMatch{{PathPrefix: "/" + word, Method: "GET", Headers: []*portolanv1.HeaderMatch{{Name: word}}}}
 	case 17:
+		in.Permits = append(in.Permits, &linkv1.PeerPermit{Tenant: "shop", Workload: word, Cluster: "us-east"})
+	case 18:
+		in.Bundles = append(in.Bundles[:1], &linkv1.TrustBundle{TrustDomain: word + ".portolan.internal", X509Roots: []byte(testRoot)})
+	case 19:
 		r.Backends[1].Service = fmt.Sprintf("svc-%03d", n+3) // perhaps one that is not there
 	}
 }

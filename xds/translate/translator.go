@@ -20,13 +20,27 @@ type Translator struct {
 	mu      sync.Mutex
 	tenants map[string]*outbound
 	trust   *secrets
+	proxies map[Proxy]*inbound
 	// before is the generation before, whose unchanged resources are used again.
-	before map[string]*outbound
+	before generation
+}
+
+// generation is what a Translator hands on to the next.
+type generation struct {
+	tenants map[string]*outbound
+	trust   *secrets
+	proxies map[Proxy]*inbound
+}
+
+// inbound is what a sidecar has for itself.
+type inbound struct {
+	print print
+	own   Resources // sorted
 }
 
 // New makes a Translator of a graph.
 func New(g *model.Graph) *Translator {
-	return &Translator{g: g, tenants: map[string]*outbound{}}
+	return &Translator{g: g, tenants: map[string]*outbound{}, proxies: map[Proxy]*inbound{}}
 }
 
 // Next makes a Translator of the graph that follows. Resources of services that
@@ -36,7 +50,7 @@ func (t *Translator) Next(g *model.Graph) *Translator {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	next := New(g)
-	next.before = t.tenants
+	next.before = generation{tenants: t.tenants, trust: t.trust, proxies: t.proxies}
 	return next
 }
 
@@ -97,7 +111,7 @@ func (t *Translator) outbound(tenant string) *outbound {
 		return o
 	}
 	services := t.g.Tenant(tenant)
-	before := t.before[tenant]
+	before := t.before.tenants[tenant]
 	if before == nil {
 		before = &outbound{}
 	}
@@ -155,8 +169,29 @@ func makePart(g *model.Graph, s *model.Service, before *part) *part {
 
 func (t *Translator) sidecar(p Proxy) (Resources, []model.Problem) {
 	o := t.outbound(p.Tenant)
-	own := empty()
+	return join(t.inbound(p).own, o.shared, t.secrets().both), o.problems
+}
+
+// inbound makes what a sidecar has for itself, or takes that of before.
+func (t *Translator) inbound(p Proxy) *inbound {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if in, ok := t.proxies[p]; ok {
+		return in
+	}
 	serves := t.g.Serves(p.Tenant, p.Workload)
+	in := &inbound{print: servedPrint(serves)}
+	if before, ok := t.before.proxies[p]; ok && before.print == in.print {
+		in.own = before.own
+	} else {
+		in.own = makeInbound(p, serves)
+	}
+	t.proxies[p] = in
+	return in
+}
+
+func makeInbound(p Proxy, serves []model.Served) Resources {
+	own := empty()
 	own.add(ClusterType, authorizerCluster, authorizer(p.AuthzSocket))
 	for _, s := range serves {
 		own.add(ClusterType, inboundName(s), inboundCluster(s))
@@ -165,23 +200,27 @@ func (t *Translator) sidecar(p Proxy) (Resources, []model.Problem) {
 		}
 	}
 	own.add(ListenerType, "inbound", inboundListener(p, serves))
-	return join(own, o.shared, t.secrets().both), o.problems
+	own.sort()
+	return own
 }
 
-// join merges a proxy's own resources with shared ones, which are sorted.
-func join(own Resources, shared ...Resources) Resources {
-	own.sort()
-	for _, part := range shared {
+// join merges parts that are sorted, and leaves them as they are.
+func join(parts ...Resources) Resources {
+	out := empty()
+	for _, part := range parts {
 		for typeURL, list := range part {
-			own[typeURL] = merge(own[typeURL], list)
+			out[typeURL] = merge(out[typeURL], list)
 		}
 	}
-	return own
+	return out
 }
 
 func merge(a, b []*Resource) []*Resource {
 	if len(a) == 0 {
-		return b
+		return slices.Clip(b)
+	}
+	if len(b) == 0 {
+		return a
 	}
 	out := make([]*Resource, 0, len(a)+len(b))
 	for len(a) > 0 && len(b) > 0 {

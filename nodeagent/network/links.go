@@ -246,7 +246,7 @@ func addRoute(r Route) error {
 func findLink(h *netlink.Handle, name string) (netlink.Link, error) {
 	l, err := h.LinkByName(name)
 	if isAbsent(err) {
-		return nil, nil //nolint:nilnil // absence is no error here
+		return nil, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("find %s: %w", name, err)

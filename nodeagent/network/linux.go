@@ -234,7 +234,7 @@ func writeFile(path, content string) error {
 		return nil
 	}
 	tmp := path + ".new"
-	if err := os.WriteFile(tmp, []byte(content), 0o644); err != nil { //nolint:gosec // read by the workload's user
+	if err := os.WriteFile(tmp, []byte(content), 0o644); err != nil {
 		return err
 	}
 	return os.Rename(tmp, path)

@@ -146,7 +146,7 @@ func setSysctl(name, value string) error {
 	if old, err := os.ReadFile(path); err == nil && len(old) > 0 && string(old[:len(old)-1]) == value {
 		return nil
 	}
-	return os.WriteFile(path, []byte(value), 0o644) //nolint:gosec // a kernel file
+	return os.WriteFile(path, []byte(value), 0o644)
 }
 
 func openNS(path string) (netns.NsHandle, error) {

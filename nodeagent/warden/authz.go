@@ -203,7 +203,7 @@ func denied(d policy.Decision, http bool) *authv3.CheckResponse {
 	}
 	code := typev3.StatusCode_Forbidden
 	if d.HTTPStatus >= 400 && d.HTTPStatus < 600 {
-		code = typev3.StatusCode(d.HTTPStatus) //nolint:gosec // three digits
+		code = typev3.StatusCode(d.HTTPStatus)
 	}
 	body := d.Body
 	if body == "" {

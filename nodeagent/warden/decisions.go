@@ -24,7 +24,7 @@ type decisionLog struct {
 func (l *decisionLog) note(w *world, c call, d policy.Decision) {
 	e := &nodev1.NetworkDecision{
 		Time: timestamppb.New(time.Now()), Allocation: c.allocation, Source: clip(c.principal), Protocol: "tcp",
-		Port: int32(c.port), Request: clip(c.request), Allowed: d.Allowed, //nolint:gosec // a port
+		Port: int32(c.port), Request: clip(c.request), Allowed: d.Allowed,
 	}
 	if c.http {
 		e.Protocol = "http"

@@ -282,12 +282,9 @@ func newNode(t *testing.T) *node {
 	t.Cleanup(func() { _ = os.RemoveAll(base) })
 	n := &node{t: t, run: filepath.Join(base, "run"), data: filepath.Join(base, "data"), ns: map[string]string{}, stop: func() {}}
 	for _, dir := range []string{n.run, n.data} {
-		if err := os.Mkdir(dir, 0o711); err != nil { //nolint:gosec // the proxies' user must pass
+		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
-	}
-	if err := os.Chmod(base, 0o711); err != nil { //nolint:gosec // the proxies' user must pass
-		t.Fatal(err)
 	}
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo}))
 	n.ca = newCA(t, domain)

@@ -86,7 +86,7 @@ func TestNode(t *testing.T) {
 func testWeights(t *testing.T, n *node) {
 	share := func(want int) int {
 		n.disk.route(
-			"api", &portolanv1.RouteBackend{Revision: "r1", Weight: int32(want)}, &portolanv1.RouteBackend{Revision: "r2", Weight: int32(100 - want)}, //nolint:gosec // a percentage
+			"api", &portolanv1.RouteBackend{Revision: "r1", Weight: int32(want)}, &portolanv1.RouteBackend{Revision: "r2", Weight: int32(100 - want)},
 		)
 		n.applied(n.commit())
 		client, got := n.client("web-1"), 0

@@ -239,7 +239,7 @@ func (w *Warden) agentListener() (net.Listener, error) {
 }
 
 func (w *Warden) agentServer() *grpc.Server {
-	own := uint32(os.Getuid()) //nolint:gosec // a user number
+	own := uint32(os.Getuid())
 	s := grpc.NewServer(grpc.Creds(socketCreds{uids: []uint32{own, 0}, peerUID: w.cfg.PeerUID}))
 	nodev1.RegisterWardenServiceServer(s, wardenService{w: w})
 	h := health.NewServer()

@@ -71,9 +71,9 @@ func (f *Fake) Ensure(ctx context.Context, r network.Replica) (network.Attachmen
 
 func (f *Fake) write(dir string, r network.Replica) error {
 	return errors.Join(
-		os.MkdirAll(dir, 0o755), //nolint:gosec // read by the workload
-		os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte("search "+r.Tenant+".mesh mesh\nnameserver "+network.LinkAddress+"\n"), 0o644), //nolint:gosec // read by the workload
-		os.WriteFile(filepath.Join(dir, "hosts"), []byte("127.0.0.1 localhost\n"), 0o644),                                                     //nolint:gosec // read by the workload
+		os.MkdirAll(dir, 0o755),
+		os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte("search "+r.Tenant+".mesh mesh\nnameserver "+network.LinkAddress+"\n"), 0o644),
+		os.WriteFile(filepath.Join(dir, "hosts"), []byte("127.0.0.1 localhost\n"), 0o644),
 	)
 }
 

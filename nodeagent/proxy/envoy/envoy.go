@@ -37,8 +37,9 @@ import (
 type Config struct {
 	// Binary is Envoy's; a bare name is looked up in PATH.
 	Binary string
-	// Root holds the directories of all proxies: a Spec's Dir is Root/<ID>. Every
-	// directory above it must let the proxies' user pass (o+x).
+	// Root holds the directories of all proxies: a Spec's Dir is Root/<ID>. Proxies
+	// begin inside theirs and use relative paths, so what is above may be closed to
+	// them; only the binary's path must be open (o+x).
 	Root string
 	// Concurrency is the number of worker threads; 1 when 0.
 	Concurrency int
@@ -191,6 +192,13 @@ func (e *Envoy) drop(id string) {
 	}
 }
 
+// bootstrapFile is in the proxy's directory, for people to read; the proxy gets
+// the same as an argument, because it would resolve a file's whole path.
+const (
+	bootstrapFile = "bootstrap.json"
+	configFlag    = "--config-yaml"
+)
+
 // plan holds what starting one proxy takes.
 type plan struct {
 	id, dir   string
@@ -226,7 +234,7 @@ func (e *Envoy) plan(spec proxy.Spec) (*plan, error) {
 	p.argv = append(
 		p.argv, tools["setpriv"], "--reuid="+strconv.Itoa(proxy.UID), "--regid="+strconv.Itoa(proxy.GID), "--clear-groups",
 		"--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--",
-		tools["envoy"], "-c", p.file("bootstrap.json"), "--disable-hot-restart", "--concurrency", strconv.Itoa(e.cfg.Concurrency),
+		tools["envoy"], configFlag, string(b), "--disable-hot-restart", "--concurrency", strconv.Itoa(e.cfg.Concurrency),
 		"--drain-time-s", "5", "--drain-strategy", "immediate", "--log-level", "warning", "--skip-deprecated-logs",
 	)
 	h := sha256.New()
@@ -238,13 +246,13 @@ func (e *Envoy) plan(spec proxy.Spec) (*plan, error) {
 // prepareDir makes the proxy's directory: root's, writable for the proxies'
 // group, sticky so that the proxy cannot replace root's files.
 func prepareDir(root string, p *plan) error {
-	if err := os.MkdirAll(root, 0o711); err != nil { //nolint:gosec // the proxies' user must pass
+	if err := os.MkdirAll(root, 0o711); err != nil {
 		return fmt.Errorf("make directory: %w", err)
 	}
 	if err := PrepareDir(p.dir); err != nil {
 		return err
 	}
-	path := p.file("bootstrap.json")
+	path := p.file(bootstrapFile)
 	if err := writeFile(path, p.bootstrap, 0o640); err != nil {
 		return fmt.Errorf("write bootstrap: %w", err)
 	}
@@ -263,7 +271,7 @@ func PrepareDir(dir string) error {
 	if err := os.Lchown(dir, 0, proxy.GID); err != nil {
 		return fmt.Errorf("make directory: %w", err)
 	}
-	if err := os.Chmod(dir, 0o770|os.ModeSticky); err != nil { //nolint:gosec // root and the proxies' group
+	if err := os.Chmod(dir, 0o770|os.ModeSticky); err != nil {
 		return fmt.Errorf("make directory: %w", err)
 	}
 	return nil
@@ -351,12 +359,12 @@ func (e *Envoy) Stop(_ context.Context, id string) error {
 
 // ownFiles are those that this package or the proxy itself writes; the record is
 // the last to go, because List goes by what is left.
-var ownFiles = []string{proxy.AdminSocketFile, "envoy.log", "envoy.log.1", "access.log", "bootstrap.json.new", "pid.new", "bootstrap.json", "pid"}
+var ownFiles = []string{proxy.AdminSocketFile, "envoy.log", "envoy.log.1", "access.log", bootstrapFile + ".new", "pid.new", bootstrapFile, "pid"}
 
 // List implements proxy.Proxies: a directory with a bootstrap or a record.
 func (e *Envoy) List(context.Context) ([]string, error) {
 	found := map[string]bool{}
-	for _, name := range []string{"bootstrap.json", "pid"} {
+	for _, name := range []string{bootstrapFile, "pid"} {
 		paths, err := filepath.Glob(filepath.Join(e.cfg.Root, "*", name))
 		if err != nil {
 			return nil, api.E(api.Internal, "list proxies", "%w", err)
@@ -388,5 +396,5 @@ func checkID(doing, id string) error {
 
 // jitter gives a random time up to d, so that many do not restart in step.
 func jitter(d time.Duration) time.Duration {
-	return d/2 + rand.N(d/2+1) //nolint:gosec // spreading, no secret
+	return d/2 + rand.N(d/2+1)
 }

@@ -66,7 +66,7 @@ func (p *process) wait() {
 		return
 	}
 	_ = raw.Read(func(fd uintptr) bool {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0) //nolint:gosec // a descriptor
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 		return err == nil && n > 0
 	})
 	if p.cmd != nil && p.ended() {
@@ -131,7 +131,7 @@ func spawn(argv []string, dir, pidFile, logFile, spec string) (*process, error) 
 	}
 	defer func() { _ = out.Close() }()
 	pidfd := -1
-	cmd := exec.Command(argv[0], argv[1:]...) //nolint:gosec // arguments are ours
+	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = dir
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.Stdout, cmd.Stderr = out, out
@@ -199,9 +199,9 @@ func readRecord(path string) (record, bool) {
 	return r, true
 }
 
-// findOrphan looks for a process that was started with this bootstrap but whose
-// record was not written before its parent died.
-func findOrphan(bootstrapFile string) (record, bool) {
+// findOrphan looks for a process that was started in the proxy's directory but
+// whose record was not written before its parent died.
+func findOrphan(dir string) (record, bool) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return record{}, false
@@ -211,8 +211,12 @@ func findOrphan(bootstrapFile string) (record, bool) {
 		if err != nil {
 			continue
 		}
+		cwd, err := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
+		if err != nil || cwd != dir {
+			continue
+		}
 		cmdline, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
-		if err != nil || !bytes.Contains(cmdline, []byte("\x00"+bootstrapFile+"\x00")) {
+		if err != nil || !bytes.Contains(cmdline, []byte("\x00"+configFlag+"\x00")) {
 			continue
 		}
 		if start, err := startTicks(pid); err == nil {

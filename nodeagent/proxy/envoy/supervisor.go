@@ -73,13 +73,13 @@ func recorded(p *plan) (*process, error) {
 			return proc, err
 		}
 	}
-	r, ok = findOrphan(p.file("bootstrap.json"))
+	r, ok = findOrphan(p.dir)
 	if !ok {
-		return nil, nil //nolint:nilnil // absence is no error
+		return nil, nil
 	}
 	proc, err := openProcess(r)
 	if errors.Is(err, errGone) {
-		return nil, nil //nolint:nilnil // absence is no error
+		return nil, nil
 	}
 	return proc, err
 }

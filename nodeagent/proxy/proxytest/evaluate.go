@@ -70,7 +70,7 @@ func chainMatches(m *listenerv3.FilterChainMatch, to netip.AddrPort, sni string)
 	}
 	if len(m.GetPrefixRanges()) > 0 && !slices.ContainsFunc(m.GetPrefixRanges(), func(c *corev3.CidrRange) bool {
 		a, err := netip.ParseAddr(c.GetAddressPrefix())
-		return err == nil && netip.PrefixFrom(a, int(c.GetPrefixLen().GetValue())).Contains(to.Addr()) //nolint:gosec // at most 32
+		return err == nil && netip.PrefixFrom(a, int(c.GetPrefixLen().GetValue())).Contains(to.Addr())
 	}) {
 		return false
 	}
@@ -237,7 +237,7 @@ func endpoints(set *endpointv3.ClusterLoadAssignment) []netip.AddrPort {
 			if err != nil {
 				continue
 			}
-			byPriority[l.GetPriority()] = append(byPriority[l.GetPriority()], netip.AddrPortFrom(a, uint16(sa.GetPortValue()))) //nolint:gosec // a port
+			byPriority[l.GetPriority()] = append(byPriority[l.GetPriority()], netip.AddrPortFrom(a, uint16(sa.GetPortValue())))
 			if !found || l.GetPriority() < best {
 				best, found = l.GetPriority(), true
 			}

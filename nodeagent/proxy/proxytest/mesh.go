@@ -269,7 +269,7 @@ func (s *state) inboundChain(port uint16) (served, http bool) {
 		return false, false
 	}
 	for _, c := range l.GetFilterChains() {
-		if uint16(c.GetFilterChainMatch().GetDestinationPort().GetValue()) != port { //nolint:gosec // a port
+		if uint16(c.GetFilterChainMatch().GetDestinationPort().GetValue()) != port {
 			continue
 		}
 		for _, f := range c.GetFilters() {

@@ -204,7 +204,8 @@ func (m *Manager) pass(ctx context.Context, s *state.Snapshot) (time.Time, error
 	}
 	m.noteDark(leases.dark, now)
 	if m.dark {
-		return leases.next, nil
+		// A mere sign of life wakes nobody: look for it.
+		return now.Add(m.cfg.NodeTimeout / 10), nil
 	}
 	plan := reconcile.Reconcile(s.Input(now))
 	d := m.decide(s, plan, now)

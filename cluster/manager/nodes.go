@@ -101,12 +101,19 @@ func (c *leaseChange) edit(n *clusterv1.Node) *clusterv1.Node {
 
 // leases compares when nodes were seen with their records. When all are silent,
 // the fault is likelier here than there, and nothing changes; neither does it
-// while they have had no time to come back.
+// while they have had no time to come back. Their leases do not end at the same
+// moment even then, so a node is lost only when a witness was heard just now: in
+// the second half of the timeout, in which a live node reports at least once.
 func (m *Manager) leases(s *state.Snapshot, now time.Time) leaseChange {
 	var c leaseChange
 	silent := make(map[string]bool, len(s.Nodes))
+	var heard time.Time
 	for id, n := range s.Nodes {
-		until := m.seen(s, n).Add(m.cfg.NodeTimeout)
+		seen := m.seen(s, n)
+		if seen.After(heard) {
+			heard = seen
+		}
+		until := seen.Add(m.cfg.NodeTimeout)
 		if silent[id] = now.After(until); !silent[id] {
 			c.next = earlier(c.next, until.Add(time.Millisecond))
 		} else {
@@ -117,8 +124,12 @@ func (m *Manager) leases(s *state.Snapshot, now time.Time) leaseChange {
 		c.dark = c.dark && is
 	}
 	judge := !c.dark && !m.dark && !now.Before(m.graceUntil)
-	if !judge && now.Before(m.graceUntil) {
+	switch {
+	case now.Before(m.graceUntil):
 		c.next = earlier(c.next, m.graceUntil)
+	case judge && now.Sub(heard) > m.cfg.NodeTimeout/2:
+		judge = false
+		c.next = earlier(c.next, now.Add(m.cfg.NodeTimeout/10))
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.Nodes)) {
 		n := s.Nodes[id]

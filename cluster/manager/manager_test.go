@@ -1,0 +1,596 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/portolan-io/portolan/cluster/state"
+	"github.com/portolan-io/portolan/cluster/state/mem"
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/clusterv1"
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/nodev1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+)
+
+// rig is a manager on state in memory, and nodes that do what they are told.
+type rig struct {
+	t     *testing.T
+	store *mem.Store
+	m     *Manager
+	stop  context.CancelFunc
+	done  chan error
+	nodes map[string]*fakeNode
+	rev   int64
+	all   map[string]*linkv1.Intent
+}
+
+// fakeNode starts a replica in a second, stops one in half a second, and reports
+// every second and on change.
+type fakeNode struct {
+	id      string
+	session int64
+	mu      sync.Mutex
+	cut     bool
+	end     portolanv1.ReplicaState // what replicas come to, after a second; none when 0
+	never   bool                    // replicas do not get ready
+	cancel  context.CancelFunc
+}
+
+func newRig(t *testing.T) *rig {
+	r := &rig{t: t, nodes: map[string]*fakeNode{}, all: map[string]*linkv1.Intent{}}
+	r.start(mem.New())
+	t.Cleanup(r.close)
+	return r
+}
+
+func (r *rig) start(s *mem.Store) {
+	r.store = s
+	m, err := New(Config{Store: s, Cluster: "eu", CIDR: "10.77.0.0/16", Seed: 1})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	r.m, r.stop, r.done = m, cancel, make(chan error, 1)
+	go func() { r.done <- m.Run(ctx) }()
+}
+
+func (r *rig) close() {
+	for _, n := range r.nodes {
+		n.cancel()
+	}
+	r.stop()
+	if err := <-r.done; err != nil {
+		r.t.Errorf("Run: %v", err)
+	}
+	synctest.Wait()
+}
+
+// restart has the cluster's process begin anew; its nodes reconnect after a
+// while.
+func (r *rig) restart(reconnect time.Duration) {
+	for _, n := range r.nodes {
+		n.cancel()
+	}
+	r.stop()
+	<-r.done
+	r.start(r.store.Reopen())
+	for _, id := range slices.Sorted(maps.Keys(r.nodes)) {
+		n := r.nodes[id]
+		n.session++
+		r.run(n, reconnect)
+	}
+}
+
+func (r *rig) addNode(id string, labels ...string) *fakeNode {
+	r.t.Helper()
+	facts := &nodev1.NodeFacts{Address: "192.168.0." + id[1:], CpuMilli: 4000, MemoryBytes: 8 << 30, Labels: map[string]string{}}
+	for _, l := range labels {
+		k, v, _ := strings.Cut(l, "=")
+		facts.Labels[k] = v
+	}
+	if _, err := r.m.RegisterNode(r.t.Context(), id, facts, []byte("key")); err != nil {
+		r.t.Fatal(err)
+	}
+	n := &fakeNode{id: id, session: 1}
+	r.nodes[id] = n
+	r.run(n, 0)
+	synctest.Wait() // it has reported
+	return n
+}
+
+func (r *rig) run(n *fakeNode, after time.Duration) {
+	ctx, cancel := context.WithCancel(context.Background())
+	n.cancel = cancel
+	store := r.store
+	go func() {
+		sleep(ctx, after)
+		n.serve(ctx, store)
+	}()
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+func (n *fakeNode) set(f func(*fakeNode)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	f(n)
+}
+
+// serve looks every 100 ms at what it is told.
+func (n *fakeNode) serve(ctx context.Context, store *mem.Store) {
+	since := map[string]time.Time{}
+	statuses := map[string]*nodev1.AllocationStatus{}
+	told, applied := map[string]*clusterv1.Allocation{}, &nodev1.Watermark{}
+	for ctx.Err() == nil {
+		n.mu.Lock()
+		cut, end, never := n.cut, n.end, n.never
+		n.mu.Unlock()
+		if cut {
+			sleep(ctx, 100*time.Millisecond)
+			continue
+		}
+		s := store.Snapshot()
+		was := told
+		told = map[string]*clusterv1.Allocation{}
+		for id, a := range s.Allocations {
+			if a.GetNode() != n.id {
+				continue
+			}
+			told[id] = a
+			if statuses[id] == nil && !a.GetStop() && a.GetFinal() == nil {
+				since[id] = time.Now()
+				statuses[id] = &nodev1.AllocationStatus{Allocation: id, State: portolanv1.ReplicaState_REPLICA_STATE_STARTING}
+			}
+			up := time.Since(since[id]) >= time.Second
+			switch {
+			case a.GetStop() && time.Since(a.GetStopTime().AsTime()) >= 500*time.Millisecond:
+				delete(statuses, id)
+			case statuses[id] == nil || statuses[id].GetReady() || !up || never:
+			case end != 0 && a.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
+				statuses[id] = &nodev1.AllocationStatus{Allocation: id, State: end}
+			default:
+				statuses[id] = &nodev1.AllocationStatus{Allocation: id, State: portolanv1.ReplicaState_REPLICA_STATE_RUNNING, Ready: true, Timeline: &portolanv1.Timeline{Ready: timestamppb.Now()}}
+			}
+		}
+		if !maps.Equal(was, told) || applied.GetRevision() != s.Settled {
+			applied = &nodev1.Watermark{Revision: s.Settled, Generation: s.Generation}
+		}
+		_ = store.Observe(n.id, &state.NodeStatus{
+			Connected: true, LastSeen: time.Now(), Session: n.session, Allocations: maps.Clone(statuses),
+			Applied: applied,
+		})
+		sleep(ctx, 100*time.Millisecond)
+	}
+}
+
+func (r *rig) commit() {
+	r.t.Helper()
+	r.rev++
+	if err := r.store.CommitIntents(r.t.Context(), r.rev, maps.Clone(r.all), time.Now()); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func spec(kind portolanv1.WorkloadKind, cpu string) *portolanv1.WorkloadSpec {
+	return &portolanv1.WorkloadSpec{Kind: kind, Containers: []*portolanv1.Container{{Name: "main", Limits: &portolanv1.ResourceList{Cpu: cpu, Memory: "64Mi"}}}}
+}
+
+func (r *rig) want(name, revision string, replicas int32, sp *portolanv1.WorkloadSpec) {
+	r.t.Helper()
+	r.all["workload/t/"+name] = &linkv1.Intent{Revision: r.rev + 1, Body: &linkv1.Intent_Workload{Workload: &linkv1.WorkloadIntent{
+		Tenant: "t", Workload: name, Uid: "u-" + name, Epoch: r.rev + 1, CurrentRevision: revision,
+		Revisions: []*linkv1.RevisionIntent{{Revision: revision, Replicas: replicas, Spec: sp}},
+	}}}
+	r.commit()
+}
+
+func (r *rig) unwant(name string) {
+	r.t.Helper()
+	delete(r.all, "workload/t/"+name)
+	r.commit()
+}
+
+// on lists "node revision state" of a workload's replicas, sorted.
+func (r *rig) on(name string) []string {
+	s := r.store.Snapshot()
+	var out []string
+	for id, a := range s.Allocations {
+		if a.GetWorkload() != name {
+			continue
+		}
+		st := "waiting"
+		if r := s.NodeStatus[a.GetNode()]; r != nil && r.Allocations[id].GetReady() {
+			st = "ready"
+		}
+		if a.GetStop() {
+			st = "stopping"
+		}
+		if a.GetFinal() != nil {
+			st = strings.ToLower(strings.TrimPrefix(a.GetFinal().GetState().String(), "REPLICA_STATE_"))
+		}
+		out = append(out, fmt.Sprintf("%s %s %s", a.GetNode(), a.GetRevision(), st))
+	}
+	slices.Sort(out)
+	return out
+}
+
+func (r *rig) expect(name string, want ...string) {
+	r.t.Helper()
+	synctest.Wait()
+	if got := r.on(name); !slices.Equal(got, want) {
+		r.t.Fatalf("replicas of %s at %v:\n got %q\nwant %q", name, time.Now().Format("05.000"), got, want)
+	}
+}
+
+func (r *rig) events(typ string) int {
+	n := 0
+	for _, e := range r.m.Events() {
+		if e.GetType() == typ {
+			n += int(e.GetCount())
+		}
+	}
+	return n
+}
+
+const (
+	service = portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE
+	job     = portolanv1.WorkloadKind_WORKLOAD_KIND_JOB
+	daemon  = portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON
+)
+
+func story(t *testing.T, run func(t *testing.T, r *rig)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { run(t, newRig(t)) })
+}
+
+func TestApplyAndRemove(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		r.addNode("n1")
+		r.addNode("n2")
+		at := time.Now()
+		r.want("web", "r1", 2, spec(service, "500m"))
+		r.expect("web", "n1 r1 waiting", "n2 r1 waiting")
+		s := r.store.Snapshot()
+		if s.Settled != r.rev {
+			t.Errorf("settled %d of %d", s.Settled, r.rev)
+		}
+		for id, a := range s.Allocations {
+			cidr := strings.TrimSuffix(s.Nodes[a.GetNode()].GetReplicaCidr(), "0/24")
+			if !strings.HasPrefix(a.GetAddress(), cidr) || !a.GetAtCluster().AsTime().Equal(at) || a.GetEpoch() != r.rev || a.GetFederationRevision() != r.rev {
+				t.Errorf("allocation %v on a node with %s", a, cidr)
+			}
+			if stem, random, _ := strings.Cut(id, "-"); stem != "web" || len(random) != 5 {
+				t.Errorf("name %s", id)
+			}
+		}
+		time.Sleep(2 * time.Second)
+		r.expect("web", "n1 r1 ready", "n2 r1 ready")
+		gen := r.store.Snapshot().Generation
+		time.Sleep(time.Hour)
+		if got := r.store.Snapshot().Generation; got != gen {
+			t.Errorf("an idle cluster went from generation %d to %d", gen, got)
+		}
+		r.unwant("web")
+		time.Sleep(2 * time.Second)
+		r.expect("web")
+		for typ, n := range map[string]int{"Bound": 2, "Stopping": 2, "Stopped": 2, "NodeRegistered": 2} {
+			if got := r.events(typ); got != n {
+				t.Errorf("%d events %s, want %d", got, typ, n)
+			}
+		}
+	})
+}
+
+func TestNodeLostAndReturned(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		n1 := r.addNode("n1")
+		r.addNode("n2")
+		r.want("web", "r1", 2, spec(service, "500m"))
+		time.Sleep(10 * time.Second) // over the grace of the start
+		n1.set(func(n *fakeNode) { n.cut = true })
+		time.Sleep(2900 * time.Millisecond)
+		r.expect("web", "n1 r1 ready", "n2 r1 ready")
+		time.Sleep(200 * time.Millisecond)
+		r.expect("web", "n1 r1 ready", "n2 r1 ready", "n2 r1 waiting")
+		if r.store.Snapshot().Nodes["n1"].GetLostTime() == nil || r.events("NodeLost") != 1 || r.events("Replaced") != 1 {
+			t.Error("the loss of the node is not on record")
+		}
+		time.Sleep(3 * time.Second)
+		n1.set(func(n *fakeNode) { n.cut = false })
+		time.Sleep(3 * time.Second)
+		r.expect("web", "n2 r1 ready", "n2 r1 ready")
+		if r.store.Snapshot().Nodes["n1"].GetLostTime() != nil || r.events("NodeReturned") != 1 {
+			t.Error("the return of the node is not on record")
+		}
+	})
+}
+
+func TestAllLost(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		n1, n2 := r.addNode("n1"), r.addNode("n2")
+		r.want("web", "r1", 2, spec(service, "500m"))
+		time.Sleep(10 * time.Second)
+		for _, n := range []*fakeNode{n1, n2} {
+			n.set(func(n *fakeNode) { n.cut = true })
+		}
+		time.Sleep(time.Minute)
+		r.expect("web", "n1 r1 ready", "n2 r1 ready")
+		if r.events("AllNodesSilent") != 1 || r.events("NodeLost") != 0 {
+			t.Errorf("events %v", r.m.Events())
+		}
+		// One comes back: the other gets its time too.
+		n1.set(func(n *fakeNode) { n.cut = false })
+		time.Sleep(5 * time.Second)
+		r.expect("web", "n1 r1 ready", "n2 r1 ready")
+		n2.set(func(n *fakeNode) { n.cut = false })
+		time.Sleep(time.Minute)
+		r.expect("web", "n1 r1 ready", "n2 r1 ready")
+		if got := r.events("Bound"); got != 2 {
+			t.Errorf("%d replicas were bound", got)
+		}
+		// But one that stays away is lost in the end.
+		n2.set(func(n *fakeNode) { n.cut = true })
+		time.Sleep(10 * time.Second)
+		r.expect("web", "n1 r1 ready", "n1 r1 ready", "n2 r1 ready")
+	})
+}
+
+func TestRollingUpdate(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		for _, id := range []string{"n1", "n2", "n3"} {
+			r.addNode(id)
+		}
+		r.want("web", "r1", 3, spec(service, "500m"))
+		time.Sleep(3 * time.Second)
+		r.want("web", "r2", 3, spec(service, "500m"))
+		for range 300 {
+			time.Sleep(100 * time.Millisecond)
+			live, ready := 0, 0
+			for _, s := range r.on("web") {
+				live++
+				if strings.HasSuffix(s, " ready") {
+					ready++
+				}
+			}
+			if live > 4 || ready < 3 {
+				t.Fatalf("%d live, %d ready during the update: %v", live, ready, r.on("web"))
+			}
+		}
+		r.expect("web", "n1 r2 ready", "n2 r2 ready", "n3 r2 ready")
+	})
+}
+
+func TestHalted(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		n1 := r.addNode("n1")
+		r.want("web", "r1", 1, spec(service, "500m"))
+		time.Sleep(3 * time.Second)
+		n1.set(func(n *fakeNode) { n.never = true })
+		r.want("web", "r2", 1, spec(service, "500m"))
+		time.Sleep(9 * time.Minute)
+		if r.events("Halted") != 0 {
+			t.Error("halted before its deadline")
+		}
+		time.Sleep(2 * time.Minute)
+		r.expect("web", "n1 r1 ready", "n1 r2 waiting")
+		if r.events("Halted") != 1 {
+			t.Errorf("events %v", r.m.Events())
+		}
+		n1.set(func(n *fakeNode) { n.never = false })
+		time.Sleep(3 * time.Second)
+		r.expect("web", "n1 r2 ready")
+		if r.events("Resumed") != 1 {
+			t.Errorf("events %v", r.m.Events())
+		}
+	})
+}
+
+func TestJob(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		n1 := r.addNode("n1")
+		n1.set(func(n *fakeNode) { n.end = portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED })
+		sp := spec(job, "100m")
+		sp.Job = &portolanv1.WorkloadSpec_JobSpec{Parallelism: 2}
+		r.want("sum", "r1", 3, sp)
+		time.Sleep(500 * time.Millisecond)
+		r.expect("sum", "n1 r1 waiting", "n1 r1 waiting")
+		time.Sleep(5 * time.Second)
+		r.expect("sum", "n1 r1 succeeded", "n1 r1 succeeded", "n1 r1 succeeded")
+		// Nothing begins again, not after a restart either.
+		r.restart(time.Second)
+		time.Sleep(time.Minute)
+		r.expect("sum", "n1 r1 succeeded", "n1 r1 succeeded", "n1 r1 succeeded")
+		if got := r.events("Bound"); got != 0 {
+			t.Errorf("%d replicas were bound after the restart", got)
+		}
+	})
+}
+
+func TestDaemon(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		r.addNode("n1")
+		n2 := r.addNode("n2")
+		sp := &portolanv1.WorkloadSpec{Kind: daemon, Gateway: portolanv1.GatewayKind_GATEWAY_KIND_INGRESS}
+		r.want("gw", "r1", 0, sp)
+		time.Sleep(3 * time.Second)
+		r.expect("gw", "n1 r1 ready", "n2 r1 ready")
+		for _, a := range r.store.Snapshot().Allocations {
+			if want := "192.168.0." + a.GetNode()[1:]; a.GetAddress() != want {
+				t.Errorf("gateway has address %s, its node %s", a.GetAddress(), want)
+			}
+		}
+		r.addNode("n3")
+		time.Sleep(10 * time.Second)
+		r.expect("gw", "n1 r1 ready", "n2 r1 ready", "n3 r1 ready")
+		n2.set(func(n *fakeNode) { n.cut = true })
+		time.Sleep(10 * time.Second)
+		r.expect("gw", "n1 r1 ready", "n2 r1 ready", "n3 r1 ready")
+		n2.set(func(n *fakeNode) { n.cut = false })
+		time.Sleep(10 * time.Second)
+		r.expect("gw", "n1 r1 ready", "n2 r1 ready", "n3 r1 ready")
+		if got := r.events("Bound"); got != 3 {
+			t.Errorf("%d replicas were bound", got)
+		}
+	})
+}
+
+// A restart of the cluster's process disturbs nobody, even when nodes take longer
+// than their timeout to come back.
+func TestRestart(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		for _, id := range []string{"n1", "n2", "n3"} {
+			r.addNode(id)
+		}
+		r.want("web", "r1", 3, spec(service, "500m"))
+		time.Sleep(10 * time.Second)
+		before := slices.Sorted(maps.Keys(r.store.Snapshot().Allocations))
+		r.restart(5 * time.Second)
+		time.Sleep(time.Minute)
+		if after := slices.Sorted(maps.Keys(r.store.Snapshot().Allocations)); !slices.Equal(before, after) {
+			t.Errorf("replicas before %v, after %v", before, after)
+		}
+		if r.events("NodeLost") != 0 {
+			t.Errorf("events %v", r.m.Events())
+		}
+		// A node that went down with it is noticed in the end.
+		r.nodes["n2"].cut = true
+		r.restart(time.Second)
+		time.Sleep(20 * time.Second)
+		if r.store.Snapshot().Nodes["n2"].GetLostTime() == nil || r.events("Replaced") != 1 {
+			t.Errorf("a node that never came back: events %v", r.m.Events())
+		}
+	})
+}
+
+func TestPending(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		r.addNode("n1")
+		time.Sleep(time.Second)
+		r.want("big", "r1", 3, spec(service, "3"))
+		r.expect("big", "n1 r1 waiting")
+		p := r.store.Snapshot().Pending["t/big"]
+		if len(p) != 1 || p[0].Code != "InsufficientCPU" || p[0].Count != 1 || p[0].Replica != "r1" {
+			t.Errorf("pending %+v", p)
+		}
+		if r.events("Unschedulable") != 1 || r.store.Snapshot().Settled != r.rev {
+			t.Errorf("settled %d, events %v", r.store.Snapshot().Settled, r.m.Events())
+		}
+		r.addNode("n2")
+		r.addNode("n3")
+		time.Sleep(3 * time.Second)
+		r.expect("big", "n1 r1 ready", "n2 r1 ready", "n3 r1 ready")
+		if p := r.store.Snapshot().Pending; len(p) != 0 {
+			t.Errorf("still pending: %v", p)
+		}
+	})
+}
+
+func TestRegisterNode(t *testing.T) {
+	ctx := t.Context()
+	m, err := New(Config{Store: mem.New(), Cluster: "eu", CIDR: "10.9.0.0/22"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for i := range 3 {
+		wg.Go(func() {
+			if _, err := m.RegisterNode(ctx, fmt.Sprintf("n%d", i), &nodev1.NodeFacts{CpuMilli: 1}, []byte("a")); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	var cidrs []string
+	for _, n := range m.cfg.Store.Snapshot().Nodes {
+		cidrs = append(cidrs, n.GetReplicaCidr())
+	}
+	slices.Sort(cidrs)
+	if want := []string{"10.9.1.0/24", "10.9.2.0/24", "10.9.3.0/24"}; !slices.Equal(cidrs, want) {
+		t.Errorf("ranges %v, want %v", cidrs, want)
+	}
+	if _, err := m.RegisterNode(ctx, "n9", nil, nil); api.KindOf(err) != api.Exhausted {
+		t.Errorf("a fourth node: %v", err)
+	}
+	if _, err := m.RegisterNode(ctx, "No_ID", nil, nil); api.KindOf(err) != api.Invalid {
+		t.Errorf("a bad name: %v", err)
+	}
+	was := m.cfg.Store.Snapshot().Nodes["n1"]
+	again, err := m.RegisterNode(ctx, "n1", &nodev1.NodeFacts{CpuMilli: 2}, []byte("b"))
+	if err != nil || again.GetReplicaCidr() != was.GetReplicaCidr() || again.GetFacts().GetCpuMilli() != 2 || string(again.GetKeyHash()) != "b" {
+		t.Errorf("registered again: %v, %v", again, err)
+	}
+}
+
+func TestConfig(t *testing.T) {
+	for _, c := range []Config{
+		{}, {Store: mem.New(), Cluster: "eu", CIDR: "10.0.0.0/24"}, {Store: mem.New(), Cluster: "eu", CIDR: "fd00::/16"}, {Store: mem.New(), Cluster: "EU", CIDR: "10.0.0.0/16"},
+	} {
+		if _, err := New(c); api.KindOf(err) != api.Invalid {
+			t.Errorf("config %+v: %v", c, err)
+		}
+	}
+}
+
+func TestEvents(t *testing.T) {
+	m, err := New(Config{Store: mem.New(), Cluster: "eu", CIDR: "10.0.0.0/16", MaxEvents: 5})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		m.AddEvents(&portolanv1.Event{Object: "o", Type: "Killed", Message: "same"})
+	}
+	if es := m.Events(); len(es) != 1 || es[0].GetCount() != 3 || es[0].GetCluster() != "eu" {
+		t.Errorf("events %v", es)
+	}
+	for i := range 20 {
+		m.AddEvents(&portolanv1.Event{Object: "o", Type: "Bound", Message: fmt.Sprint(i)})
+	}
+	if es := m.Events(); len(es) != 5 || es[4].GetMessage() != "19" {
+		t.Errorf("events %v", es)
+	}
+}
+
+// No field is forgotten when a record is copied.
+func TestCopyAllocation(t *testing.T) {
+	a := &clusterv1.Allocation{}
+	fields := a.ProtoReflect().Descriptor().Fields()
+	for i := range fields.Len() {
+		f := fields.Get(i)
+		switch f.Kind() {
+		case protoreflect.StringKind:
+			a.ProtoReflect().Set(f, protoreflect.ValueOfString(string(f.Name())))
+		case protoreflect.Int64Kind:
+			a.ProtoReflect().Set(f, protoreflect.ValueOfInt64(7))
+		case protoreflect.Int32Kind:
+			a.ProtoReflect().Set(f, protoreflect.ValueOfInt32(7))
+		case protoreflect.BoolKind:
+			a.ProtoReflect().Set(f, protoreflect.ValueOfBool(true))
+		case protoreflect.MessageKind:
+			a.ProtoReflect().Mutable(f)
+		default:
+			t.Fatalf("field %s: kind %v is not known here", f.Name(), f.Kind())
+		}
+	}
+	if c := copyAllocation(a); !proto.Equal(a, c) {
+		t.Errorf("copied %v to %v", a, c)
+	}
+}

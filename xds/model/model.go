@@ -2,7 +2,7 @@
 // permits, trust bundles) into one closed graph: every reference exists, every
 // conflict is decided, every fault is named. Pure: no clock, no I/O, no
 // goroutines, no randomness; the same input gives the same graph, whatever its
-// order.
+// order (of two resources with one name the first counts).
 //
 // Concurrency: a Graph is never changed after Build and may be shared.
 package model

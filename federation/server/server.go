@@ -114,7 +114,7 @@ type Config struct {
 	Explainer Explainer
 	Tokens    TokenMinter
 	// ControlLoops are the names of the leases whose progress WaitConverged waits
-	// for; "control" when empty.
+	// for; "control/place" when empty.
 	ControlLoops []string
 	// ClusterLease names the lease row that a cluster's reports renew, whose progress
 	// is the revision that the whole cluster has applied; "cluster/<id>" when nil.
@@ -131,7 +131,7 @@ func (c *Config) SetDefaults() {
 		c.Identify = peerIdentity
 	}
 	if len(c.ControlLoops) == 0 {
-		c.ControlLoops = []string{"control"}
+		c.ControlLoops = []string{"control/place"}
 	}
 	if c.ClusterLease == nil {
 		c.ClusterLease = func(cluster string) string { return "cluster/" + cluster }

@@ -200,11 +200,11 @@ func TestWaitConverged(t *testing.T) {
 	}
 	short := durationpb.New(150 * time.Millisecond)
 	got, _, err := wait("root", &portolanv1.WaitConvergedRequest{Timeout: short})
-	if err != nil || got.GetConverged() || !got.GetFinal() || got.GetDerivedRevision() != 0 || got.GetLaggards()[0].GetName() != "loops/control" {
+	if err != nil || got.GetConverged() || !got.GetFinal() || got.GetDerivedRevision() != 0 || got.GetLaggards()[0].GetName() != "loops/control/place" {
 		t.Fatal(got, err)
 	}
 	rev := e.revision()
-	e.progress("control", rev)
+	e.progress("control/place", rev)
 	got, n, err := wait("root", &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(1200 * time.Millisecond)})
 	if err != nil || n != 2 || got.GetConverged() || got.GetDerivedRevision() != rev || len(got.GetLaggards()) != 1 || got.GetLaggards()[0].GetName() != "clusters/eu-west" {
 		t.Fatal(got, n, err)
@@ -356,7 +356,7 @@ func TestRuntime(t *testing.T) {
 	if strings.Join(said, " ") != "Logs:ALLOWED Logs:REFUSED Exec:ALLOWED CreateNodeJoinToken:ALLOWED" {
 		t.Fatal(said)
 	}
-	e.progress("control", e.revision())
+	e.progress("control/place", e.revision())
 	s := must[grpc.ServerStreamingClient[portolanv1.WaitConvergedResponse]](t)(portolanv1.NewConvergenceServiceClient(e.conn).WaitConverged(e.root(), &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(100 * time.Millisecond)}))
 	if m := must[*portolanv1.WaitConvergedResponse](t)(s.Recv()); names(m.GetLaggards()) != "clusters/eu-west clusters/eu-west/nodes/n1" {
 		t.Fatal(m)

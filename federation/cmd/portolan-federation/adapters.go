@@ -10,6 +10,8 @@ import (
 	"os"
 
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/control"
+	"github.com/portolan-io/portolan/federation/fleet"
 	"github.com/portolan-io/portolan/federation/server"
 	"github.com/portolan-io/portolan/federation/store"
 	"github.com/portolan-io/portolan/identity/ca"
@@ -58,6 +60,7 @@ func newServer(c *Config, st store.Store, authority *ca.Authority, images server
 		Store: st, Fleet: c.Fleet, Log: log, Identify: trust.PeerID, Admission: engine{log}, Policies: engine{log},
 		Resolver: images, Registries: c.Registries.Allow, VirtualIPs: vips,
 		Clusters: clusters, Explainer: explain, Tokens: minter{authority},
+		ControlLoops: []string{control.PlaceLease}, ClusterLease: fleet.LeaseOf,
 	})
 }
 

@@ -165,6 +165,14 @@ func TestProcess(t *testing.T) {
 	if _, err := portolanv1.NewTenantServiceClient(anonymous).GetTenant(call, &portolanv1.GetTenantRequest{Name: "tenants/system"}); status.Code(err) != codes.Unauthenticated {
 		t.Fatal(err)
 	}
+	// The placing loop has the lease and looks at every revision.
+	wait, err := portolanv1.NewConvergenceServiceClient(root).WaitConverged(call, &portolanv1.WaitConvergedRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err := wait.Recv(); err != nil || !m.GetConverged() || !m.GetFinal() {
+		t.Fatal(m, err)
+	}
 	// Join is for those who have no certificate yet, and is refused by the link itself.
 	if _, err := linkv1.NewLinkServiceClient(anonymous).Join(call, &linkv1.JoinRequest{Token: "ptj1_none"}); err == nil || status.Code(err) == codes.Unauthenticated && strings.Contains(err.Error(), "certificate") {
 		t.Fatalf("join was stopped before the link saw it: %v", err)

@@ -11,12 +11,14 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/portolan-io/portolan/federation/control"
 	"github.com/portolan-io/portolan/federation/fleet"
 	"github.com/portolan-io/portolan/federation/server"
 	"github.com/portolan-io/portolan/federation/store"
@@ -97,11 +99,16 @@ func wire(c *Config, st store.Store, authority *ca.Authority, log *slog.Logger) 
 	if err != nil {
 		return nil, err
 	}
+	// A replica that starts again must not take itself for the holder it was.
+	loops, err := control.New(control.Config{Store: st, Holder: c.Replica + "/" + uuid.NewString(), Log: log})
+	if err != nil {
+		return nil, err
+	}
 	images, err := newResolver(c.Registries)
 	if err != nil {
 		return nil, err
 	}
-	srv, err := newServer(c, st, authority, images, links, nil, log)
+	srv, err := newServer(c, st, authority, images, links, loops, log)
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +119,7 @@ func wire(c *Config, st store.Store, authority *ca.Authority, log *slog.Logger) 
 	grpc_health_v1.RegisterHealthServer(p.api, p.health)
 	grpc_health_v1.RegisterHealthServer(p.admin, p.health)
 	p.runs = map[string]func(context.Context) error{
-		"identity": own.Run, "fleet": links.Run, "server": srv.Run, "health": p.watchHealth,
+		"identity": own.Run, "fleet": links.Run, "control": loops.Run, "server": srv.Run, "health": p.watchHealth,
 	}
 	return p, nil
 }

@@ -35,8 +35,9 @@ func (s *Set) bounded(ctx context.Context, late policy.Denial, decide func(topdo
 	cancel := topdown.NewCancel()
 	result := make(chan policy.Decision, 1)
 	go func() {
-		defer func() { <-s.slots }()
-		result <- guarded(late, cancel, decide)
+		d := guarded(late, cancel, decide)
+		<-s.slots // before the answer, so that who asks next finds it free
+		result <- d
 	}()
 	step := s.limits.Deadline / deadlineSteps
 	timer := time.NewTimer(step)

@@ -67,15 +67,15 @@ func TestReportsAreDeltasWithKeepalive(t *testing.T) {
 			}
 		}
 		c.mu.Unlock()
-		w.until("keepalives", 4*time.Second, func() bool { return len(c.reports) >= n+3 })
-		if r := c.reports[len(c.reports)-1]; len(r.GetAllocations()) != 0 || len(r.GetEvents()) != 0 {
+		w.until("keepalives", 4*time.Second, func() bool { return c.count() >= n+3 })
+		if r := c.last(); len(r.GetAllocations()) != 0 || len(r.GetEvents()) != 0 {
 			t.Errorf("a keepalive says something: %v", r)
 		}
 		c.mu.Lock()
 		c.resync = true
 		c.mu.Unlock()
 		w.until("a full report after a gap", 4*time.Second, func() bool {
-			r := c.reports[len(c.reports)-1]
+			r := c.last()
 			return r.GetFull() && len(r.GetAllocations()) == 1 && r.GetFacts() != nil
 		})
 	})
@@ -89,7 +89,7 @@ func TestCrashLoop(t *testing.T) {
 		last := time.Now()
 		for n := 1; n <= 6; n++ {
 			w.until("the next instance", 6*time.Minute, func() bool {
-				return slices.Contains(w.journal.lines, "start w-aaaaa.main."+string(rune('0'+n)))
+				return w.did("start w-aaaaa.main." + string(rune('0'+n)))
 			})
 			waits = append(waits, time.Since(last).Round(time.Second))
 			last = time.Now()
@@ -203,7 +203,7 @@ func TestStopInOrder(t *testing.T) {
 		if got := w.journal.take(); len(got) != 0 {
 			t.Errorf("before the endpoint was withdrawn: %v", got)
 		}
-		w.until("it is gone", 10*time.Second, func() bool { return slices.Contains(w.cluster.removed, "w-aaaaa") })
+		w.until("it is gone", 10*time.Second, func() bool { return w.gone("w-aaaaa") })
 		want := []string{
 			"proxy drain w-aaaaa", "signal 15 w-aaaaa.main.1", "signal 9 w-aaaaa.main.1", "delete w-aaaaa.main.1",
 			"proxy stop w-aaaaa", "network remove w-aaaaa",
@@ -230,13 +230,11 @@ func TestCrashOfTheAgentDisturbsNothing(t *testing.T) {
 		w.ready("w-bbbbb")
 		pid := w.status("w-aaaaa").GetContainers()[0].GetPid()
 		kill()
-		w.cluster.mu.Lock()
-		reported := len(w.cluster.reports)
-		w.cluster.mu.Unlock()
+		reported := w.cluster.count()
 		w.journal.take()
 		<-time.After(time.Minute) // b's container ends meanwhile
 		w.agent()
-		w.until("the new agent reports", 5*time.Second, func() bool { return len(w.cluster.reports) > reported })
+		w.until("the new agent reports", 5*time.Second, func() bool { return w.cluster.count() > reported })
 		s := w.status("w-aaaaa")
 		if !s.GetReady() || s.GetContainers()[0].GetPid() != pid || s.GetContainers()[0].GetRestarts() != 0 {
 			t.Errorf("first status of the new agent: %v, want pid %d", s, pid)
@@ -307,7 +305,7 @@ func TestOrphansEndOnlyWhenTheClusterSaysSo(t *testing.T) {
 		w.unassign("w-bbbbb")
 		w.cluster.up()
 		w.until("the orphan is gone and the other taken over", 30*time.Second, func() bool {
-			return slices.Contains(w.cluster.removed, "w-bbbbb") && w.status("w-aaaaa").GetReady()
+			return w.gone("w-bbbbb") && w.status("w-aaaaa").GetReady()
 		})
 		got := w.journal.take()
 		for _, want := range []string{"signal 15 w-bbbbb.main.1", "delete w-bbbbb.main.1", "proxy stop w-bbbbb", "network remove w-bbbbb"} {
@@ -339,7 +337,7 @@ func TestGateway(t *testing.T) {
 			t.Errorf("a gateway has a network of its own: %v", all)
 		}
 		w.unassign("ingress-aaaaa")
-		w.until("it is gone", 5*time.Second, func() bool { return slices.Contains(w.cluster.removed, "ingress-aaaaa") })
+		w.until("it is gone", 5*time.Second, func() bool { return w.gone("ingress-aaaaa") })
 	})
 }
 
@@ -369,7 +367,7 @@ func TestJob(t *testing.T) {
 			t.Error("a finished job is not reported any more")
 		}
 		w.unassign("good-aaaaa")
-		w.until("it is forgotten", 5*time.Second, func() bool { return slices.Contains(w.cluster.removed, "good-aaaaa") })
+		w.until("it is forgotten", 5*time.Second, func() bool { return w.gone("good-aaaaa") })
 	})
 }
 
@@ -397,11 +395,7 @@ func TestAppliedIsTheLeast(t *testing.T) {
 		w.agent()
 		w.assign(assignment("w-aaaaa", "sleep"))
 		w.ready("w-aaaaa")
-		applied := func() int64 {
-			w.cluster.mu.Lock()
-			defer w.cluster.mu.Unlock()
-			return w.cluster.reports[len(w.cluster.reports)-1].GetApplied().GetRevision()
-		}
+		applied := func() int64 { return w.cluster.last().GetApplied().GetRevision() }
 		w.publish()
 		w.until("the newest is applied", 3*time.Second, func() bool { return applied() == w.cluster.revision })
 		// A frozen proxy holds the node back.
@@ -436,11 +430,13 @@ func TestRefusedAndStale(t *testing.T) {
 		}
 		w.assign(good)
 		w.ready("w-aaaaa")
+		w.cluster.mu.Lock()
 		for id := range w.cluster.state {
 			if id != "w-aaaaa" {
 				t.Errorf("accepted %s", id)
 			}
 		}
+		w.cluster.mu.Unlock()
 		st, ok := w.cluster.cache.Status("n1")
 		if !ok || len(st.Nacks) != 6 {
 			t.Errorf("%d of 6 bad resources are named as refused: %+v", len(st.Nacks), st.Nacks)

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
@@ -262,7 +263,7 @@ func (w *warden) Watch(ctx context.Context, fn func(*nodev1.WardenStatus)) error
 		w.mu.Lock()
 		s := &nodev1.WardenStatus{}
 		for _, p := range w.proxies {
-			s.Proxies = append(s.Proxies, p)
+			s.Proxies = append(s.Proxies, proto.CloneOf(p))
 		}
 		changed := w.changed
 		w.mu.Unlock()
@@ -568,4 +569,28 @@ func (w *world) until(what string, within time.Duration, ok func() bool) time.Du
 func (w *world) ready(id string) {
 	w.t.Helper()
 	w.until(id+" is ready", 30*time.Second, func() bool { return w.status(id).GetReady() })
+}
+
+func (w *world) gone(id string) bool {
+	w.cluster.mu.Lock()
+	defer w.cluster.mu.Unlock()
+	return slices.Contains(w.cluster.removed, id)
+}
+
+func (w *world) did(line string) bool {
+	w.journal.mu.Lock()
+	defer w.journal.mu.Unlock()
+	return slices.Contains(w.journal.lines, line)
+}
+
+func (c *cluster) count() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.reports)
+}
+
+func (c *cluster) last() *nodev1.NodeReport {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reports[len(c.reports)-1]
 }

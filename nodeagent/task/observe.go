@@ -215,7 +215,7 @@ func (c *Container) startFailed(o Finished, now time.Time) []Event {
 	}
 	c.Crashes++
 	c.NextStart = now.Add(Backoff(c.Crashes))
-	c.LastExit = &Exit{Code: 128, Time: now, Reason: ReasonStartFailed}
+	c.LastExit = &Exit{Code: 128, Time: now, Reason: ReasonStartFailed, Message: o.Err.Message}
 	return []Event{{ReasonStartFailed, c.Name + ": " + o.Err.Message}}
 }
 
@@ -303,6 +303,9 @@ func exitSentence(c *Container, x Exit) string {
 	if x.OOM {
 		return fmt.Sprintf("%s: out of memory, last seen %d bytes, exit code %d", c.Name, x.MemoryBytes, x.Code)
 	}
+	if x.Message != "" {
+		return c.Name + ": " + x.Message
+	}
 	return fmt.Sprintf("%s: exit code %d", c.Name, x.Code)
 }
 
@@ -361,8 +364,9 @@ func (c *Container) failed(kind ProbeKind, st *Streak, limit int) []Event {
 // adopt takes over from an earlier agent: what the engine has counts, the rest
 // of the state is what that agent wrote down.
 func (s *State) adopt(a *nodev1.Assignment, o Adopted, now time.Time) []Event {
-	// Brought about again: each is idempotent, and running containers go on.
-	s.Network, s.Proxy = Step{}, Step{}
+	// Brought about again: each is idempotent, and running containers go on. After
+	// a reboot the identity is gone with its tmpfs.
+	s.Identity, s.Network, s.Proxy = Step{}, Step{}, Step{}
 	if s.ProxyGone.Done || s.Outcome != "" || !s.StopBegan.IsZero() {
 		s.Proxy.done()
 	}

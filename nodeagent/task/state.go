@@ -75,6 +75,8 @@ type Exit struct {
 	MemoryBytes int64     `json:"memory_bytes,omitempty"`
 	// Reason is one of the Reason constants; filled by Observe.
 	Reason string `json:"reason,omitempty"`
+	// Message of a start that failed.
+	Message string `json:"message,omitempty"`
 }
 
 // Streak is the state of one probe of one instance.
@@ -181,7 +183,7 @@ const (
 	ReasonStartFailed      = "StartFailed"
 	ReasonContainerLost    = "ContainerLost"
 	ReasonIdentityPending  = "IdentityPending"
-	ReasonNetworkFailed    = "NetworkFailed"
+	ReasonNetworkPending   = "NetworkPending"
 	ReasonProxyNotReady    = "ProxyNotReady"
 	ReasonNotReady         = "NotReady"
 	ReasonStopped          = "Stopped"

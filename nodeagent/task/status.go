@@ -137,7 +137,7 @@ func (s *State) pending(a *nodev1.Assignment) *portolanv1.Reason {
 	case !s.Identity.Done:
 		return reason(ReasonIdentityPending, s.Identity.Error)
 	case !s.Network.Done && !IsGateway(a):
-		return reason(ReasonNetworkFailed, s.Network.Error)
+		return reason(ReasonNetworkPending, s.Network.Error)
 	case !s.ProxyReady:
 		return reason(ReasonProxyNotReady, s.proxyWords())
 	}
@@ -177,7 +177,7 @@ func (s *State) unready(a *nodev1.Assignment) *portolanv1.Reason {
 
 func (s *State) allStarted() bool {
 	for i := range s.Containers {
-		if c := &s.Containers[i]; !c.Init && (c.Phase != Up || !c.Started) {
+		if c := &s.Containers[i]; !c.Init && !c.Finished && (c.Phase != Up || !c.Started) {
 			return false
 		}
 	}

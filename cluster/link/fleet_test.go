@@ -59,6 +59,7 @@ type cluster struct {
 	mu    sync.Mutex
 	cut   bool
 	cuts  int           // how often
+	dark  string        // the one replica that is cut, when it is not all
 	wires map[*wire]int // cuts at the time of each
 }
 
@@ -186,6 +187,7 @@ func (a admin) ListLaggards(_ context.Context, req *linkv1.ListLaggardsRequest) 
 type wire struct {
 	net.Conn
 	c      *cluster
+	to     string
 	closed chan struct{}
 	once   sync.Once
 }
@@ -193,7 +195,7 @@ type wire struct {
 func (x *wire) dead() bool {
 	x.c.mu.Lock()
 	defer x.c.mu.Unlock()
-	return x.c.cuts != x.c.wires[x]
+	return x.c.cuts != x.c.wires[x] || x.c.dark == x.to
 }
 
 func (x *wire) Read(p []byte) (int, error) {
@@ -233,7 +235,7 @@ func (w *world) dial(c *cluster, address string) (*grpc.ClientConn, error) {
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			c.mu.Lock()
-			cut := c.cut
+			cut := c.cut || c.dark == address
 			c.mu.Unlock()
 			if cut {
 				select {
@@ -246,7 +248,7 @@ func (w *world) dial(c *cluster, address string) (*grpc.ClientConn, error) {
 			if err != nil {
 				return nil, err
 			}
-			x := &wire{Conn: conn, c: c, closed: make(chan struct{})}
+			x := &wire{Conn: conn, c: c, to: address, closed: make(chan struct{})}
 			c.mu.Lock()
 			c.wires[x] = c.cuts
 			c.mu.Unlock()

@@ -31,7 +31,7 @@ const (
 	DefaultNodeTimeout = 3 * time.Second
 	keepalive          = 500 * time.Millisecond
 	coalesce           = 10 * time.Millisecond
-	ackTimeout         = 2 * time.Second
+	ackTimeout         = 1500 * time.Millisecond
 	minBackoff         = 50 * time.Millisecond
 	maxBackoff         = time.Second
 	maxNacks           = 100

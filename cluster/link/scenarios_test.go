@@ -158,6 +158,27 @@ func TestDeathOfAReplicaLosesNoCluster(t *testing.T) {
 	})
 }
 
+func TestFrozenReplicaIsLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, "eu", "us")
+		eu := w.clusters["eu"]
+		w.eventually(time.Second, "both are ready", func() bool { return w.clusterState("eu") == ready && w.clusterState("us") == ready })
+		// No connection breaks: nothing comes from fed-0 any more, that is all.
+		eu.mu.Lock()
+		eu.dark = "fed-0"
+		eu.mu.Unlock()
+		froze := time.Now()
+		rev := w.shop("eu")
+		w.eventually(3*time.Second, "the other replica serves", func() bool { return eu.state.Snapshot().IntentRevision >= rev && w.progress("eu") >= rev })
+		for time.Since(froze) < 10*time.Second {
+			<-time.After(100 * time.Millisecond)
+			if w.clusterState("eu") != ready {
+				t.Fatalf("eu was lost %v after one replica froze", time.Since(froze))
+			}
+		}
+	})
+}
+
 func TestPermitGoesWhenTheStopIsConfirmed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 1, "eu", "us")

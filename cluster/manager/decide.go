@@ -65,6 +65,7 @@ func (m *Manager) decide(s *state.Snapshot, plan reconcile.Plan, now time.Time) 
 		d.create(create)
 		m.requests = d.requests
 	}
+	d.check()
 	for _, id := range slices.Sorted(maps.Keys(d.put)) {
 		d.out.change.PutAllocations = append(d.out.change.PutAllocations, d.put[id])
 	}

@@ -279,6 +279,7 @@ func (x *Index) Apply(c Change) {
 	if touched == 0 && c.Settled <= x.now.Settled {
 		return
 	}
+	x.checkChange(c)
 	gen := x.now.Generation + 1
 	x.applyAllocations(c, gen)
 	x.applyNodes(c, gen)

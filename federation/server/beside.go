@@ -56,9 +56,30 @@ func (s *Server) dropBeside(tx store.Tx, old object, now time.Time) error {
 		}
 		return tx.Put(store.VirtualIP, ip, &storev1.VirtualIP{Service: o.GetName(), ReleaseTime: timestamppb.New(now.Add(virtualIPQuarantine))})
 	case *portolanv1.Cluster:
-		// Its domain is trusted by nobody from now on.
-		domain := identity.ClusterDomain(s.cfg.Fleet, lastID(o.GetName()))
-		if err := tx.Delete(store.TrustBundle, domain); err != nil && api.KindOf(err) != api.NotFound {
+		return s.dropCluster(tx, lastID(o.GetName()))
+	}
+	return nil
+}
+
+// dropCluster takes back what let a cluster in: its domain is trusted by nobody
+// from now on, and its unused tokens are void.
+func (s *Server) dropCluster(tx store.Tx, cluster string) error {
+	domain := identity.ClusterDomain(s.cfg.Fleet, cluster)
+	if err := tx.Delete(store.TrustBundle, domain); err != nil && api.KindOf(err) != api.NotFound {
+		return err
+	}
+	var tokens []string
+	g := &gatherer{r: tx}
+	each(g, store.JoinToken, store.ListOptions{}, func(hash string, t *storev1.JoinToken) {
+		if t.GetCluster() == cluster {
+			tokens = append(tokens, hash)
+		}
+	})
+	if g.err != nil {
+		return g.err
+	}
+	for _, hash := range tokens {
+		if err := tx.Delete(store.JoinToken, hash); err != nil {
 			return err
 		}
 	}

@@ -162,6 +162,10 @@ func (g *gatherer) tenant(tenant string, old object, deleting bool) {
 	each(g, store.PolicyBundle, store.ListOptions{Tenant: tenant}, func(name string, _ *portolanv1.PolicyBundle) {
 		g.snap.Others = append(g.snap.Others, name)
 	})
+	// What a deleted workload leaves until the control loop has seen it.
+	each(g, store.Placement, store.ListOptions{Tenant: tenant}, func(name string, _ *portolanv1.Placement) {
+		g.snap.Others = append(g.snap.Others, name)
+	})
 	g.roleBindings()
 }
 

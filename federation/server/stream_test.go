@@ -375,6 +375,14 @@ func TestJoinTokens(t *testing.T) {
 	if strings.Contains(e.state(), tok.GetToken()) {
 		t.Fatal("the secret is stored")
 	}
+	e.put(store.TrustBundle, "eu-west."+testFleet, &linkv1.TrustBundle{TrustDomain: "eu-west." + testFleet, Cluster: "eu-west"})
+	if _, err := c.DeleteCluster(e.root(), &portolanv1.DeleteClusterRequest{Name: "clusters/eu-west"}); err != nil {
+		t.Fatal(err)
+	}
+	if s := e.state(); strings.Contains(s, string(store.JoinToken)) || strings.Contains(s, string(store.TrustBundle)) {
+		t.Fatalf("a deleted cluster may still come in:\n%s", s)
+	}
+	e.cluster("eu-west", portolanv1.ClusterState_CLUSTER_STATE_PENDING)
 	_, err := c.CreateClusterJoinToken(e.root(), &portolanv1.CreateClusterJoinTokenRequest{Name: "clusters/nowhere"})
 	wantCode(t, err, codes.NotFound)
 	_, err = c.CreateClusterJoinToken(e.as("shop"), &portolanv1.CreateClusterJoinTokenRequest{Name: "clusters/eu-west"})

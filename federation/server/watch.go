@@ -260,78 +260,93 @@ func (w *watch) recheck(ctx context.Context) error {
 	return nil
 }
 
+// message is a change that is ready to be sent.
+type message struct {
+	kind     portolanv1.ChangeKind
+	m        proto.Message
+	revision int64
+}
+
 // batch sends the changes of one batch, and says how many messages these were.
 func (w *watch) batch(ctx context.Context, b store.Batch) (int, error) {
 	if len(b.Changes) == 0 {
 		return 0, nil
 	}
-	n := 0
-	type key struct {
-		kind store.Kind
-		name string
-	}
-	sent := map[key]bool{}
 	// Messages are made in the view and sent after it, so that a slow reader holds
 	// no snapshot.
-	type message struct {
-		kind     portolanv1.ChangeKind
-		m        proto.Message
-		revision int64
-	}
 	var out []message
 	_, err := w.s.cfg.Store.View(ctx, func(r store.Reader) error {
-		out = nil
-		clear(sent)
-		j := newJoiner(r, w.c, "")
+		a := &assembly{w: w, j: newJoiner(r, w.c, ""), sent: map[objectKey]bool{}}
 		for _, ch := range b.Changes {
-			rec := ch.Record
-			if !w.mine(rec.Kind, rec.Tenant) {
-				continue
-			}
-			sent[key{rec.Kind, rec.Name}] = true
-			if ch.Deleted {
-				out = append(out, message{portolanv1.ChangeKind_CHANGE_KIND_DELETE, rec.Message, rec.Revision})
-				continue
-			}
-			m, err := w.present(j, w.s.kinds[rec.Kind], rec.Message)
-			if err != nil {
+			if err := a.own(ch); err != nil {
 				return err
 			}
-			out = append(out, message{portolanv1.ChangeKind_CHANGE_KIND_PUT, m, rec.Revision})
 		}
 		for _, ch := range b.Changes {
 			for kind, name := range affected(ch.Record) {
-				if sent[key{kind, name}] || !w.mine(kind, api.TenantOf(name)) {
-					continue
-				}
-				sent[key{kind, name}] = true
-				o, err := w.s.kinds[kind].get(r, name)
-				if err != nil {
+				if err := a.again(objectKey{kind, name}, b.Revision); err != nil {
 					return err
 				}
-				// A newer one is still to come in order.
-				if o == nil || o.GetRevision() > b.Revision {
-					continue
-				}
-				m, err := w.present(j, w.s.kinds[kind], o)
-				if err != nil {
-					return err
-				}
-				out = append(out, message{portolanv1.ChangeKind_CHANGE_KIND_PUT, m, ch.Record.Revision})
 			}
 		}
+		out = a.out
 		return nil
 	})
 	if err != nil {
 		return 0, err
 	}
-	for _, m := range out {
+	for n, m := range out {
 		if err := w.send(m.kind, m.m, m.revision); err != nil {
 			return n, err
 		}
-		n++
 	}
-	return n, nil
+	return len(out), nil
+}
+
+type objectKey struct {
+	kind store.Kind
+	name string
+}
+
+// assembly makes the messages of one batch from one snapshot.
+type assembly struct {
+	w    *watch
+	j    *joiner
+	sent map[objectKey]bool
+	out  []message
+}
+
+// own takes a change of an object in scope.
+func (a *assembly) own(ch store.Change) error {
+	rec := ch.Record
+	if !a.w.mine(rec.Kind, rec.Tenant) {
+		return nil
+	}
+	a.sent[objectKey{rec.Kind, rec.Name}] = true
+	if ch.Deleted {
+		a.out = append(a.out, message{portolanv1.ChangeKind_CHANGE_KIND_DELETE, rec.Message, rec.Revision})
+		return nil
+	}
+	m, err := a.w.present(a.j, a.w.s.kinds[rec.Kind], rec.Message)
+	a.out = append(a.out, message{portolanv1.ChangeKind_CHANGE_KIND_PUT, m, rec.Revision})
+	return err
+}
+
+// again takes an object whose joined status changed, unless it goes out anyway
+// or a newer one is still to come in order.
+func (a *assembly) again(key objectKey, revision int64) error {
+	if a.sent[key] || !a.w.mine(key.kind, api.TenantOf(key.name)) {
+		return nil
+	}
+	a.sent[key] = true
+	k := a.w.s.kinds[key.kind]
+	o, err := k.get(a.j.r, key.name)
+	if err != nil || o == nil || o.GetRevision() > revision {
+		return err
+	}
+	m, err := a.w.present(a.j, k, o)
+	a.out = append(a.out, message{portolanv1.ChangeKind_CHANGE_KIND_PUT, m, revision})
+	return err
 }
 
 // affected names the objects to which a record is joined.

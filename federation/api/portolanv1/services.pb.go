@@ -4074,7 +4074,8 @@ func (x *NodeVerdict) GetReasons() []*Reason {
 
 type WatchRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Kinds by message name: "Workload", "Placement", …; empty means all.
+	// Kinds by message name: "Workload", "Placement", …; empty means all but
+	// AuditEntry.
 	Kinds []string `protobuf:"bytes,1,rep,name=kinds,proto3" json:"kinds,omitempty"`
 	// "tenants/{tenant}"; empty means all that the caller may read.
 	Parent        string `protobuf:"bytes,2,opt,name=parent,proto3" json:"parent,omitempty"`

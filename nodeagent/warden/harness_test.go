@@ -28,6 +28,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/portolan-io/portolan/federation/api"
@@ -275,6 +276,13 @@ func newNode(t *testing.T) *node {
 		t.Skip("needs root and the right to make network namespaces")
 	}
 	binary := envoyBinary(t)
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		t.Fatal(err)
+	}
 	base, err := os.MkdirTemp("", "warden")
 	if err != nil {
 		t.Fatal(err)

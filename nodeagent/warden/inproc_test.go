@@ -14,8 +14,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/portolan-io/portolan/federation/api/nodev1"
@@ -367,6 +371,33 @@ func TestBrokenGenerationFallsBack(t *testing.T) {
 		}
 		if r := s.call(0); !r.OK() {
 			t.Errorf("call: %+v", r)
+		}
+	})
+}
+
+// TestPingsAreWelcome: proxies ping their connection often, for hours.
+func TestPingsAreWelcome(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *small) {
+		s.commit()
+		conn, err := grpc.NewClient(
+			"passthrough:///warden", grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 2 * time.Second, PermitWithoutStream: true}),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				return s.pipes.dial(ctx, filepath.Join(s.cfg.RunDir, "proxies", "api-2", proxy.XDSSocketFile))
+			}),
+		)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer cancel()
+		stream, err := discovery.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := stream.Recv(); status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("the stream ended with %v", err)
 		}
 	})
 }

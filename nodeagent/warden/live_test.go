@@ -3,6 +3,7 @@ package warden
 import (
 	"errors"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -80,6 +81,7 @@ func TestNode(t *testing.T) {
 	t.Run("names", func(t *testing.T) { testNames(t, n) })
 	t.Run("identities rotate without a failed call", func(t *testing.T) { testRotation(t, n) })
 	t.Run("a frozen proxy is the laggard", func(t *testing.T) { testFrozen(t, n) })
+	t.Run("the ingress calls as itself", func(t *testing.T) { testIngress(t, n) })
 	t.Run("a killed proxy comes back from disk", func(t *testing.T) { testProxyKilled(t, n) })
 }
 
@@ -306,4 +308,48 @@ func testProxyKilled(t *testing.T, n *node) {
 		t.Fatal("it did not come back")
 	}
 	n.applied(n.disk.generation + 100)
+}
+
+func testIngress(t *testing.T, n *node) {
+	n.ca.issue(t, filepath.Join(n.run, "identity", "ingress-1"), "spiffe://"+domain+"/gateway/ingress")
+	n.disk.directives["assignment/ingress-1"] = &nodev1.Directive{Body: &nodev1.Directive_Assignment{Assignment: &nodev1.Assignment{
+		Allocation: "ingress-1", Tenant: "system", Workload: "ingress", Revision: "r1", Address: network.LinkAddress,
+		Spec: &portolanv1.WorkloadSpec{Gateway: portolanv1.GatewayKind_GATEWAY_KIND_INGRESS},
+	}}}
+	n.disk.directives["route/shop/front"] = &nodev1.Directive{Body: &nodev1.Directive_Route{Route: &nodev1.MeshRoute{
+		Tenant: "shop", Route: "front", Spec: &portolanv1.RouteSpec{
+			IngressHosts: []string{"shop.localhost"}, Rules: []*portolanv1.RouteRule{{Backends: []*portolanv1.RouteBackend{{Service: "api"}}}},
+		},
+	}}}
+	n.disk.policy("web api\nweb redis\ningress api\n")
+	rev := n.commit()
+	n.startProxy("ingress-1", "ingress", "r1")
+	n.applied(rev)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+network.LinkAddress+":8080/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = "shop.localhost"
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = res.Body.Close() }()
+	body, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != 200 || !strings.Contains(string(body), "URI=spiffe://"+domain+"/gateway/ingress") {
+		t.Errorf("%d %s, error %v", res.StatusCode, body, err)
+	}
+	for _, p := range n.warden.Status().GetProblems() {
+		t.Errorf("problem: %v", p)
+	}
+	if err := n.proxies.Stop(t.Context(), "ingress-1"); err != nil {
+		t.Fatal(err)
+	}
+	delete(n.disk.directives, "assignment/ingress-1")
+	delete(n.disk.directives, "route/shop/front")
+	n.disk.policy("web api\nweb redis\n")
+	n.applied(n.commit())
+	if _, err := os.Stat(filepath.Join(n.run, "proxies", "ingress-1")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the gateway's directory is left: %v", err)
+	}
 }

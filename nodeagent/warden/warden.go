@@ -30,6 +30,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
 	"github.com/portolan-io/portolan/federation/api"
@@ -216,6 +217,9 @@ func (w *Warden) replicaServer(ctx context.Context) *grpc.Server {
 	s := grpc.NewServer(
 		grpc.Creds(socketCreds{uids: []uint32{proxy.UID, 0}, peerUID: w.cfg.PeerUID}),
 		grpc.MaxRecvMsgSize(api.MaxMessageBytes), grpc.MaxConcurrentStreams(4096),
+		// Envoy pings every few seconds to notice a warden that hangs; by default that
+		// is held for an attack after three, and the connection is closed.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 	)
 	distribute.NewServer(ctx, distribute.ServerConfig{Cache: w.cache, Identify: identify, Log: w.cfg.Log}).Register(s)
 	authv3.RegisterAuthorizationServer(s, w)
@@ -240,7 +244,10 @@ func (w *Warden) agentListener() (net.Listener, error) {
 
 func (w *Warden) agentServer() *grpc.Server {
 	own := uint32(os.Getuid())
-	s := grpc.NewServer(grpc.Creds(socketCreds{uids: []uint32{own, 0}, peerUID: w.cfg.PeerUID}))
+	s := grpc.NewServer(
+		grpc.Creds(socketCreds{uids: []uint32{own, 0}, peerUID: w.cfg.PeerUID}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+	)
 	nodev1.RegisterWardenServiceServer(s, wardenService{w: w})
 	h := health.NewServer()
 	grpc_health_v1.RegisterHealthServer(s, h)

@@ -24,6 +24,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/nodeagent/engine"
@@ -86,7 +88,11 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.CgroupParent == "" {
 		cfg.CgroupParent = defaultCgroupParent
 	}
-	c, err := client.New(cfg.Address, client.WithDefaultNamespace(cfg.Namespace), client.WithTimeout(connectBound))
+	// A restarted daemon is up again in 50 ms: be there soon after.
+	params := grpc.ConnectParams{
+		Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}, MinConnectTimeout: connectBound,
+	}
+	c, err := client.New(cfg.Address, client.WithDefaultNamespace(cfg.Namespace), client.WithExtraDialOpts([]grpc.DialOption{grpc.WithConnectParams(params)}))
 	if err != nil {
 		return nil, fmt.Errorf("containerd: %w", err)
 	}

@@ -195,5 +195,5 @@ func (d *Dispatch) Tunnel(s grpc.BidiStreamingServer[linkv1.Chunk, linkv1.Chunk]
 	if err != nil {
 		return err
 	}
-	return d.tunnels.Handle(node, s)
+	return d.tunnels.Handle(d.stopped, node, s)
 }

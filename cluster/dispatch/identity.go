@@ -134,8 +134,7 @@ func (d *Dispatch) SignWorkload(ctx context.Context, req *nodev1.SignWorkloadReq
 
 // ended says whether a replica has run to its end.
 func ended(a *clusterv1.Allocation, o *nodev1.AllocationStatus) bool {
-	switch o.GetState() {
-	case portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED, portolanv1.ReplicaState_REPLICA_STATE_FAILED:
+	if st := o.GetState(); st == portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED || st == portolanv1.ReplicaState_REPLICA_STATE_FAILED {
 		return true
 	}
 	return a.GetFinal() != nil

@@ -34,6 +34,8 @@ type session struct {
 	node   string
 	number int64
 	cancel context.CancelCauseFunc
+	// release ends the wait for the cluster's end.
+	release func() bool
 
 	mu       sync.Mutex
 	sequence int64
@@ -88,7 +90,7 @@ func (d *Dispatch) enter(ctx context.Context, node string, number int64) (*sessi
 	}
 	s := &session{d: d, node: node, number: number, alarmed: map[string]bool{}}
 	ctx, s.cancel = context.WithCancelCause(ctx)
-	context.AfterFunc(d.stopped, func() { s.cancel(api.E(api.Unavailable, doing, "the cluster is stopping")) })
+	s.release = context.AfterFunc(d.stopped, func() { s.cancel(api.E(api.Unavailable, doing, "the cluster is stopping")) })
 	d.sessions[node] = s
 	d.log.Info("node reports", "node", node, "session", number)
 	return s, ctx, nil
@@ -97,6 +99,7 @@ func (d *Dispatch) enter(ctx context.Context, node string, number int64) (*sessi
 // leave notes that the node is gone, unless a newer stream has taken over.
 func (d *Dispatch) leave(s *session) {
 	s.cancel(nil)
+	s.release()
 	d.mu.Lock()
 	newest := d.sessions[s.node] == s
 	if newest {

@@ -3,6 +3,7 @@ package dispatch
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -534,7 +535,7 @@ func (nodeRuntime) Logs(req *portolanv1.LogsRequest, s grpc.ServerStreamingServe
 func (nodeRuntime) Exec(s grpc.BidiStreamingServer[portolanv1.ExecRequest, portolanv1.ExecResponse]) error {
 	for {
 		m, err := s.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return s.Send(&portolanv1.ExecResponse{Message: &portolanv1.ExecResponse_ExitCode{ExitCode: 3}})
 		}
 		if err != nil {
@@ -573,7 +574,7 @@ func TestLogsAndExecReadThroughTheNodesTunnel(t *testing.T) {
 			text := ""
 			for {
 				m, err := s.Recv()
-				if err == io.EOF {
+				if errors.Is(err, io.EOF) {
 					return text, nil
 				}
 				if err != nil {

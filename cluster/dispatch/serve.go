@@ -51,6 +51,10 @@ type nodeSet struct {
 	resources  []*distribute.Resource
 	settled    int64
 	generation int64 // at which resources changed last
+	// modified is when the records of the node's allocations changed last: a change
+	// that the node sees nothing of must be covered by its watermark too, because
+	// the manager waits for that.
+	modified int64
 }
 
 // server keeps the cache at the state. Owned by one goroutine.
@@ -136,11 +140,16 @@ func (s *server) node(w *world, node string) {
 		next = append(next, r)
 	}
 	old := s.nodes[node]
-	same := old != nil && slices.Equal(old.resources, next)
+	modified := int64(0)
+	for _, a := range w.onNode[node] {
+		modified = max(modified, w.s.Modified[a.GetAllocation()])
+	}
+	unchanged := old != nil && slices.Equal(old.resources, next)
+	same := unchanged && modified <= old.modified
 	if same && old.settled == w.s.Settled {
 		return
 	}
-	now := &nodeSet{resources: next, settled: w.s.Settled, generation: w.s.Generation}
+	now := &nodeSet{resources: next, settled: w.s.Settled, generation: w.s.Generation, modified: modified}
 	if same {
 		now.generation = old.generation
 	}
@@ -150,7 +159,7 @@ func (s *server) node(w *world, node string) {
 		s.d.log.Error("watermark not made", "node", node, "error", err)
 		return
 	}
-	if same {
+	if unchanged {
 		s.d.cache.Update(node, api.DirectiveTypeURL, []*distribute.Resource{mark}, nil)
 		return
 	}

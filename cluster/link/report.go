@@ -3,6 +3,7 @@ package link
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"time"
 
 	"google.golang.org/grpc"
@@ -24,10 +25,14 @@ func (l *Link) report(ctx context.Context) error {
 			return nil
 		}
 		l.replicas.failed(at)
-		l.log.Warn("report stream ended", "address", address, "error", err)
 		if time.Since(began) > ackTimeout {
 			attempt = 0
 		}
+		level := slog.LevelDebug // said once; nobody need be told every second
+		if attempt == 0 {
+			level = slog.LevelWarn
+		}
+		l.log.Log(ctx, level, "report stream ended", "address", address, "error", err)
 		if !l.backoff(ctx, attempt) {
 			return nil
 		}

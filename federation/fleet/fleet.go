@@ -190,7 +190,7 @@ func (f *Fleet) Tunnel(s grpc.BidiStreamingServer[linkv1.Chunk, linkv1.Chunk]) e
 	}
 	f.log.Info("tunnel opened", "cluster", c)
 	defer f.log.Info("tunnel closed", "cluster", c)
-	return f.tunnels.Handle(c, s)
+	return f.tunnels.Handle(f.stopped, c, s)
 }
 
 // cluster gives the cluster that calls, by its certificate, and refuses everybody

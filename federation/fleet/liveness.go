@@ -132,6 +132,7 @@ func (f *Fleet) known() (ready, lost []string) {
 			ready = append(ready, ids[0])
 		case portolanv1.ClusterState_CLUSTER_STATE_LOST:
 			lost = append(lost, ids[0])
+		default: // has never joined
 		}
 	}
 	return ready, lost

@@ -37,6 +37,7 @@ type session struct {
 	cluster string
 	number  int64
 	cancel  context.CancelCauseFunc
+	release func() bool // of the wait for the replica's end
 
 	lease chan struct{} // wakes renew
 	write chan struct{} // wakes commit
@@ -120,12 +121,13 @@ func (f *Fleet) enter(ctx context.Context, cluster string, number int64) (*sessi
 		got: newReported(), goneAt: map[string]int64{},
 	}
 	ctx, s.cancel = context.WithCancelCause(ctx)
-	context.AfterFunc(f.stopped, func() { s.cancel(api.E(api.Unavailable, doing, "this replica is stopping")) })
+	s.release = context.AfterFunc(f.stopped, func() { s.cancel(api.E(api.Unavailable, doing, "this replica is stopping")) })
 	f.sessions[cluster] = s
 	return s, ctx, nil
 }
 
 func (f *Fleet) leave(s *session) {
+	s.release()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.sessions[s.cluster] == s {

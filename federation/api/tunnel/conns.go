@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"context"
 	"slices"
 	"sync"
 
@@ -19,8 +20,8 @@ type Conns struct {
 }
 
 // Handle serves one tunnel RPC: the stream's client is available under key until
-// the stream ends or a newer one takes its place. It returns then.
-func (c *Conns) Handle(key string, s Stream) error {
+// the stream or ctx ends or a newer one takes its place. It returns then.
+func (c *Conns) Handle(ctx context.Context, key string, s Stream) error {
 	cc, gone, err := Client(s)
 	if err != nil {
 		return api.E(api.Internal, "open tunnel of "+key, "%w", err)
@@ -38,6 +39,7 @@ func (c *Conns) Handle(key string, s Stream) error {
 	select {
 	case <-gone:
 	case <-s.Context().Done():
+	case <-ctx.Done():
 	}
 	c.mu.Lock()
 	if c.conns[key] == cc {

@@ -64,7 +64,7 @@ func (j *journal) take() []string {
 
 // world is a node with everything around it but the agent.
 type world struct {
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	journal journal
 	engine  *enginetest.Fake
@@ -80,11 +80,7 @@ type world struct {
 func inWorld(t *testing.T, test func(w *world)) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, dir: dir, engine: enginetest.NewFake()}
-		w.network = networktest.NewFake(filepath.Join(dir, "net"))
-		w.warden = &warden{changed: make(chan struct{}), proxies: map[string]*nodev1.WardenProxy{}}
-		w.proxies = &proxies{journal: &w.journal, warden: w.warden, running: map[string]bool{}}
-		w.cluster = newCluster(t)
+		w := newWorld(t, dir)
 		defer func() {
 			for _, kill := range w.kills {
 				kill()
@@ -95,6 +91,14 @@ func inWorld(t *testing.T, test func(w *world)) {
 		}()
 		test(w)
 	})
+}
+
+func newWorld(t testing.TB, dir string) *world {
+	w := &world{t: t, dir: dir, engine: enginetest.NewFake(), network: networktest.NewFake(filepath.Join(dir, "net"))}
+	w.warden = &warden{changed: make(chan struct{}), proxies: map[string]*nodev1.WardenProxy{}}
+	w.proxies = &proxies{journal: &w.journal, warden: w.warden, running: map[string]bool{}}
+	w.cluster = newCluster(t)
+	return w
 }
 
 // recorded is the engine with its changes written down.
@@ -278,7 +282,7 @@ func (w *warden) Watch(ctx context.Context, fn func(*nodev1.WardenStatus)) error
 
 // cluster is what the agent dials: discovery, and the node service.
 type cluster struct {
-	t     *testing.T
+	t     testing.TB
 	cache *distribute.Cache
 	key   *ecdsa.PrivateKey
 	root  *x509.Certificate
@@ -302,7 +306,7 @@ type cluster struct {
 	life     time.Duration
 }
 
-func newCluster(t *testing.T) *cluster {
+func newCluster(t testing.TB) *cluster {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)

@@ -209,6 +209,39 @@ func TestPermitGoesWhenTheStopIsConfirmed(t *testing.T) {
 	})
 }
 
+func TestRefusedIntentIsQuarantinedAloneAndKnownAbove(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, "eu")
+		eu := w.clusters["eu"]
+		w.shop("eu")
+		w.eventually(time.Second, "the service is there", func() bool { return eu.state.Snapshot().Intents["service/shop/web"] != nil })
+		name := api.ServiceName("shop", "web")
+		rev := w.update(func(tx store.Tx) error {
+			if err := tx.Put(store.Service, api.ServiceName("shop", "other"), &portolanv1.Service{Spec: &portolanv1.ServiceSpec{Ports: []*portolanv1.ServicePort{{Port: 1}}}}); err != nil {
+				return err
+			}
+			return tx.Put(store.Service, name, &portolanv1.Service{Spec: &portolanv1.ServiceSpec{}})
+		})
+		w.eventually(time.Second, "the rest is there", func() bool {
+			s := eu.state.Snapshot()
+			return s.IntentRevision >= rev && s.Intents["service/shop/other"] != nil
+		})
+		if got := eu.state.Snapshot().Intents["service/shop/web"].GetService().GetSpec().GetPorts(); len(got) != 1 {
+			t.Errorf("the last good one did not stay: %v", got)
+		}
+		nack := func() *storev1.NackRecord {
+			n, _ := get[*storev1.NackRecord](w, store.Nack, "service/shop/web@eu")
+			return n
+		}
+		w.eventually(time.Second, "the refusal is known above", func() bool { return nack() != nil })
+		if n := nack(); n.GetConsumer() != "clusters/eu" || n.GetMessage() != "service.spec.ports: must not be empty" {
+			t.Errorf("nack %v", n)
+		}
+		w.put(store.Service, name, &portolanv1.Service{Spec: &portolanv1.ServiceSpec{Ports: []*portolanv1.ServicePort{{Port: 81}}}})
+		w.eventually(time.Second, "the refusal is over", func() bool { return nack() == nil })
+	})
+}
+
 // raw opens a report stream by hand.
 func (w *world) raw(c string) (linkv1.LinkService_ReportClient, context.CancelFunc) {
 	w.t.Helper()

@@ -2,6 +2,7 @@ package admit
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -164,9 +165,7 @@ func TestCyclesAgainstADumbSearch(t *testing.T) {
 			to := []string{names[rnd.IntN(4)], names[rnd.IntN(4)]}
 			r := route(from, to...)
 			next := map[string][]string{}
-			for k, v := range edges {
-				next[k] = v
-			}
+			maps.Copy(next, edges)
 			next[from] = slices.DeleteFunc(slices.Clone(to), func(s string) bool { return s == from })
 			vs := Validate(Input{Object: r, Snapshot: snap})
 			if loops := comesBack(next, from); loops != (len(vs) > 0) {

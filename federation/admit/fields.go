@@ -139,7 +139,7 @@ func (c *checker) absolute(field, p string) bool {
 // urlPath checks a path of a request.
 func (c *checker) urlPath(field, p string) {
 	bad := !strings.HasPrefix(p, "/") || strings.Contains(p, "//") || strings.ContainsAny(p, "?#%\\ \t\r\n\x00")
-	for _, seg := range strings.Split(p, "/") {
+	for seg := range strings.SplitSeq(p, "/") {
 		bad = bad || seg == "." || seg == ".."
 	}
 	if bad {

@@ -145,8 +145,8 @@ func callerOf(ctx context.Context) (*caller, error) {
 
 // peerIdentity reads the URI of the verified certificate.
 func peerIdentity(ctx context.Context) (identity.ID, error) {
-	unknown := func(format string, args ...any) (identity.ID, error) {
-		return identity.ID{}, api.E(api.Unknown, "", format, args...)
+	unknown := func(message string) (identity.ID, error) {
+		return identity.ID{}, api.E(api.Unknown, "", "%s", message)
 	}
 	p, ok := peer.FromContext(ctx)
 	if !ok {

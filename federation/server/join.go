@@ -35,7 +35,7 @@ func newJoiner(r store.Reader, c *caller, scope string) *joiner {
 }
 
 // join gives a copy of the object with its status.
-func (j *joiner) join(k *kindInfo, o object) (object, error) {
+func (j *joiner) join(o object) (object, error) {
 	o = cloneObject(o)
 	var err error
 	switch m := o.(type) {

@@ -35,7 +35,6 @@ const (
 	fieldCreateTime protoreflect.FieldNumber = 7
 	fieldUpdateTime protoreflect.FieldNumber = 8
 	fieldSpec       protoreflect.FieldNumber = 10
-	fieldStatus     protoreflect.FieldNumber = 11
 )
 
 // kindInfo is what the engine needs of a kind of resource.
@@ -89,10 +88,11 @@ func (k *kindInfo) absent(doing string) error {
 // get reads an object; nil without error when it is absent.
 func (k *kindInfo) get(r store.Reader, name string) (object, error) {
 	rec, err := r.Get(k.kind, name)
-	if api.KindOf(err) == api.NotFound && err != nil {
+	switch {
+	case err == nil:
+	case api.KindOf(err) == api.NotFound:
 		return nil, nil
-	}
-	if err != nil {
+	default:
 		return nil, err
 	}
 	o, ok := rec.Message.(object)
@@ -106,9 +106,9 @@ func fieldOf(o proto.Message, n protoreflect.FieldNumber) protoreflect.FieldDesc
 	return o.ProtoReflect().Descriptor().Fields().ByNumber(n)
 }
 
-// part gives a message field; nil when unset or not there at all.
-func part(o proto.Message, n protoreflect.FieldNumber) proto.Message {
-	f := fieldOf(o, n)
+// specOf gives the spec; nil when it is unset.
+func specOf(o proto.Message) proto.Message {
+	f := fieldOf(o, fieldSpec)
 	if f == nil || !o.ProtoReflect().Has(f) {
 		return nil
 	}
@@ -150,7 +150,7 @@ func setLabels(o, from object) {
 // etagOf is the hex SHA-256 of spec and labels, so that status never changes it.
 func etagOf(o object) string {
 	bare := o.ProtoReflect().New().Interface()
-	if spec := part(o, fieldSpec); spec != nil {
+	if spec := specOf(o); spec != nil {
 		setPart(bare, fieldSpec, spec)
 	}
 	if b, ok := bare.(object); ok {

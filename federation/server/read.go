@@ -52,7 +52,7 @@ func getObject[T object](ctx context.Context, s *Server, kind store.Kind, name s
 		}
 		j := newJoiner(r, c, name)
 		j.applied = applied
-		out, err = as[T](j.join(k, o))
+		out, err = as[T](j.join(o))
 		return err
 	})
 	return out, err
@@ -138,7 +138,7 @@ func listObjects[T object](ctx context.Context, s *Server, kind store.Kind, pare
 			j = newJoiner(r, c, scope.opts.Prefix)
 			j.applied = applied
 		}
-		t, err := as[T](j.join(k, o))
+		t, err := as[T](j.join(o))
 		return t, err == nil, err
 	})
 }
@@ -246,7 +246,7 @@ func (s *Server) tokenSum(q listQuery, after string) []byte {
 		keys = append(keys, fmt.Sprintf("%q=%q", k, v))
 	}
 	slices.Sort(keys)
-	fmt.Fprintf(h, "page token\x00%s\x00%s\x00%s\x00%q\x00%q", s.cfg.Fleet, q.req.ProtoReflect().Descriptor().FullName(), q.parent, keys, after)
+	_, _ = fmt.Fprintf(h, "page token\x00%s\x00%s\x00%s\x00%q\x00%q", s.cfg.Fleet, q.req.ProtoReflect().Descriptor().FullName(), q.parent, keys, after)
 	return h.Sum(nil)[:12]
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -147,7 +146,7 @@ func newEnv(t *testing.T, change ...func(*Config)) *env {
 	t.Helper()
 	e := &env{t: t, store: mem.New(mem.Config{RunTwice: true}), resolver: &fakeResolver{digest: strings.Repeat("a", 64)}, logs: &strings.Builder{}}
 	cfg := Config{
-		Store: e.store, Fleet: testFleet, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Identify: identifyByHeader,
+		Store: e.store, Fleet: testFleet, Log: slog.New(slog.DiscardHandler), Identify: identifyByHeader,
 		Admission: opaEngine{}, Policies: opaEngine{}, Resolver: e.resolver, Registries: []string{testRegistry},
 		VirtualIPs: netip.MustParsePrefix("10.68.0.0/16"), Tokens: fakeTokens{},
 	}

@@ -195,7 +195,7 @@ func (w *watch) present(j *joiner, k *kindInfo, m proto.Message) (proto.Message,
 	if !ok || k == nil {
 		return m, nil
 	}
-	return j.join(k, o)
+	return j.join(o)
 }
 
 func (w *watch) sendSnapshot(objects []proto.Message, revision int64) error {

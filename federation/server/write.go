@@ -203,10 +203,7 @@ func (s *Server) prepare(r store.Reader, ch *change, d *decision) error {
 	if old == nil {
 		d.op = opCreate
 	}
-	next, err := merge(ch, old)
-	if err != nil {
-		return err
-	}
+	next := merge(ch, old)
 	snap, err := s.gather(r, next, old, false)
 	if err != nil {
 		return err
@@ -222,7 +219,7 @@ func (s *Server) prepare(r store.Reader, ch *change, d *decision) error {
 		return err
 	}
 	if old != nil && etagOf(next) == old.GetEtag() {
-		d.result, err = newJoiner(r, ch.c, ch.name).join(ch.k, old)
+		d.result, err = newJoiner(r, ch.c, ch.name).join(old)
 	}
 	return err
 }
@@ -282,7 +279,7 @@ func distinct(vs []api.Violation) []api.Violation {
 
 // merge makes the object as the user wants it: name, labels and spec are theirs,
 // everything else is carried over.
-func merge(ch *change, old object) (object, error) {
+func merge(ch *change, old object) object {
 	var next object
 	if old == nil {
 		next = newLike(ch.object)
@@ -294,11 +291,11 @@ func merge(ch *change, old object) (object, error) {
 	clearOutputs(sent)
 	if old == nil || len(ch.mask.GetPaths()) == 0 || ch.mask.GetPaths()[0] == "*" {
 		setLabels(next, sent)
-		setPart(next, fieldSpec, part(sent, fieldSpec))
-		return next, nil
+		setPart(next, fieldSpec, specOf(sent))
+		return next
 	}
 	applyMask(ch.mask, next, sent)
-	return next, nil
+	return next
 }
 
 // commit re-checks the decision on the present state and stores it with all that
@@ -379,7 +376,7 @@ func (s *Server) apply(tx store.Tx, ch *change, d *decision, now time.Time, uid 
 		setValue(next, fieldUID, uid)
 		setValue(next, fieldGeneration, int64(1))
 		setTime(next, fieldCreateTime, now)
-	} else if !proto.Equal(part(next, fieldSpec), part(d.old, fieldSpec)) {
+	} else if !proto.Equal(specOf(next), specOf(d.old)) {
 		setValue(next, fieldGeneration, d.old.GetGeneration()+1)
 	}
 	setTime(next, fieldUpdateTime, now)
@@ -391,7 +388,7 @@ func (s *Server) apply(tx store.Tx, ch *change, d *decision, now time.Time, uid 
 	if err := tx.Put(ch.k.kind, ch.name, next); err != nil {
 		return nil, err
 	}
-	return newJoiner(tx, ch.c, ch.name).join(ch.k, next)
+	return newJoiner(tx, ch.c, ch.name).join(next)
 }
 
 // dryTx writes nothing.

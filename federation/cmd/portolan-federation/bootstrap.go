@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -43,7 +42,7 @@ func bootstrap(ctx context.Context, c *Config, admin, out string) error {
 	if err := cockroach.Migrate(ctx, c.Database.URL); err != nil {
 		return err
 	}
-	log := slog.New(slog.NewJSONHandler(io.Discard, nil))
+	log := slog.New(slog.DiscardHandler)
 	st, err := cockroach.Open(ctx, cockroach.Config{URL: c.Database.URL, Log: log})
 	if err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"sigs.k8s.io/yaml"
@@ -152,7 +153,7 @@ func (c *Config) Validate() error {
 		bad("livenessTimeout", "is shorter than 500ms")
 	}
 	for name := range c.Registries.Hosts {
-		if !contains(c.Registries.Allow, name) {
+		if !slices.Contains(c.Registries.Allow, name) {
 			bad("registries.hosts", "%q is not in registries.allow", name)
 		}
 	}
@@ -161,13 +162,4 @@ func (c *Config) Validate() error {
 		bad("logLevel", "%q is none of debug, info, warn, error", c.LogLevel)
 	}
 	return errors.Join(errs...)
-}
-
-func contains(list []string, v string) bool {
-	for _, s := range list {
-		if s == v {
-			return true
-		}
-	}
-	return false
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -96,7 +95,7 @@ func TestProcess(t *testing.T) {
 	dir := t.TempDir()
 	c := &Config{Replica: "one", DataDir: dir}
 	c.SetDefaults()
-	log := slog.New(slog.NewTextHandler(io.Discard, nil))
+	log := slog.New(slog.DiscardHandler)
 	authority, err := openAuthority(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)

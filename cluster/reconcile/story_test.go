@@ -17,7 +17,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
-// The stories in testdata. Commands:
+// The stories in testdata/stories. Commands:
 //
 //	nodes n1 n2                 nodes that are there
 //	lost|back|refuse|full|mute|heard n1
@@ -31,7 +31,7 @@ import (
 //	status                      what the federation is told
 //	show                        the replicas
 func TestStories(t *testing.T) {
-	datadriven.Walk(t, "testdata", func(t *testing.T, path string) {
+	datadriven.Walk(t, "testdata/stories", func(t *testing.T, path string) {
 		w := newWorld()
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
 			t.Helper()

@@ -16,7 +16,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
-// The stories in testdata. Commands:
+// The stories in testdata/stories. Commands:
 //
 //	node n1 [cpu=4000] [memory=8192] [zone=a] [taint=(key,Effect)] [notready=Code] [addresses=N]
 //	used n1 cpu=… memory=…       what runs there already
@@ -24,7 +24,7 @@ import (
 //
 // Nodes keep what was placed on them.
 func TestStories(t *testing.T) {
-	datadriven.Walk(t, "testdata", func(t *testing.T, path string) {
+	datadriven.Walk(t, "testdata/stories", func(t *testing.T, path string) {
 		var nodes []Node
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
 			t.Helper()

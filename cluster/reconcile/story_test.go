@@ -31,7 +31,14 @@ import (
 //	status                      what the federation is told
 //	show                        the replicas
 func TestStories(t *testing.T) {
+	told := 0
+	defer func() {
+		if told == 0 {
+			t.Error("no story was told")
+		}
+	}()
 	datadriven.Walk(t, "testdata/stories", func(t *testing.T, path string) {
+		told++
 		w := newWorld()
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
 			t.Helper()

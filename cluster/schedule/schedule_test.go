@@ -24,7 +24,14 @@ import (
 //
 // Nodes keep what was placed on them.
 func TestStories(t *testing.T) {
+	told := 0
+	defer func() {
+		if told == 0 {
+			t.Error("no story was told")
+		}
+	}()
 	datadriven.Walk(t, "testdata/stories", func(t *testing.T, path string) {
+		told++
 		var nodes []Node
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
 			t.Helper()

@@ -43,6 +43,7 @@ func (r *runner) execute(ctx context.Context, as *nodev1.Assignment, act task.Ac
 		bound = task.Grace(as) + drainBound
 	case task.Drain:
 		bound = drainBound
+	default:
 	}
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
@@ -103,6 +104,7 @@ func (r *runner) do(ctx context.Context, as *nodev1.Assignment, act task.Action)
 		err = r.a.cfg.Proxies.Stop(ctx, r.id)
 	case task.Remove:
 		err = r.remove(ctx, as)
+	default: // Cancel begins nothing
 	}
 	return f, err
 }

@@ -30,7 +30,7 @@ func (a *Agent) adoptLoop(ctx context.Context) error {
 			return nil
 		}
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // asked to end
 		}
 		a.log.Warn("engine is away", "error", err)
 		if !sleep(ctx, a.jittered(wait)) {

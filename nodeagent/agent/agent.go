@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -189,7 +190,7 @@ func (a *Agent) wardenLoop(ctx context.Context) error {
 			a.wardenSaid(s)
 		})
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // asked to end
 		}
 		a.log.Warn("warden is away", "error", err)
 		if !sleep(ctx, a.jittered(wait)) {
@@ -238,11 +239,7 @@ func (a *Agent) sampleLoop(ctx context.Context) error {
 func (a *Agent) liveNow() map[string]liveInstance {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	out := make(map[string]liveInstance, len(a.live))
-	for id, in := range a.live {
-		out[id] = in
-	}
-	return out
+	return maps.Clone(a.live)
 }
 
 // assertLoop brings about routes and replica networks again and again: a foreign

@@ -251,11 +251,11 @@ func (a *Agent) enroll(ctx context.Context) error {
 			return nil
 		}
 		if ctx.Err() != nil {
-			return nil
+			return ctx.Err()
 		}
 		a.log.Warn("no identity yet: not joined", "held", held, "error", err, "retry_in", wait)
 		if !sleep(ctx, a.jittered(wait)) {
-			return nil
+			return ctx.Err()
 		}
 	}
 }
@@ -315,7 +315,7 @@ func (a *Agent) join(ctx context.Context) error {
 }
 
 // renewLoop renews the node's own identity at half of its life.
-func (a *Agent) renewLoop(ctx context.Context) error {
+func (a *Agent) renewLoop(ctx context.Context) {
 	next := a.self.renewAt(a.cfg.Rand())
 	for sleep(ctx, max(time.Until(next), time.Second)) {
 		if err := a.renew(ctx); err != nil && ctx.Err() == nil {
@@ -325,7 +325,6 @@ func (a *Agent) renewLoop(ctx context.Context) error {
 		}
 		next = a.self.renewAt(a.cfg.Rand())
 	}
-	return nil
 }
 
 func (a *Agent) renew(ctx context.Context) error {

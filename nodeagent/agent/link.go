@@ -18,12 +18,12 @@ import (
 
 // linkLoop holds the connection on which reports and the tunnel go; it comes
 // back with full jitter.
-func (a *Agent) linkLoop(ctx context.Context) error {
+func (a *Agent) linkLoop(ctx context.Context) {
 	for attempt := 0; ; attempt++ {
 		began := time.Now()
 		err := a.linkOnce(ctx)
 		if ctx.Err() != nil {
-			return nil
+			return
 		}
 		if time.Since(began) > 10*time.Second {
 			attempt = 0
@@ -31,7 +31,7 @@ func (a *Agent) linkLoop(ctx context.Context) error {
 		wait := time.Duration(a.cfg.Rand() * float64(min(100*time.Millisecond<<min(attempt, 6), 5*time.Second)))
 		a.log.Warn("link to the cluster ended", "error", err, "retry_in", wait)
 		if !sleep(ctx, wait) {
-			return nil
+			return
 		}
 	}
 }
@@ -104,14 +104,13 @@ func (a *Agent) reportLoop(ctx context.Context, client nodev1.NodeServiceClient)
 	}()
 	keepalive := time.NewTicker(a.cfg.Keepalive)
 	defer keepalive.Stop()
-	full := true
+	resync.Store(true) // a stream begins with all there is
 	for sequence := int64(1); ; sequence++ {
 		changed := a.board.wait()
-		if err := stream.Send(a.board.report(a.session, sequence, full)); err != nil {
+		if err := stream.Send(a.board.report(a.session, sequence, resync.Swap(false))); err != nil {
 			cancel()
 			return <-ended
 		}
-		full = false
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -123,7 +122,6 @@ func (a *Agent) reportLoop(ctx context.Context, client nodev1.NodeServiceClient)
 			}
 		case <-keepalive.C:
 		}
-		full = resync.Swap(false)
 	}
 }
 

@@ -245,9 +245,7 @@ func (a *Agent) upward(ctx context.Context, good *distribute.LastGood, known *di
 	if err != nil {
 		return err
 	}
-	done := make(chan error, 2)
-	go func() { done <- a.linkLoop(ctx) }()
-	go func() { done <- a.renewLoop(ctx) }()
-	err = consumer.Run(ctx)
-	return errors.Join(err, <-done, <-done)
+	a.group.Go(func() { a.linkLoop(ctx) })
+	a.group.Go(func() { a.renewLoop(ctx) })
+	return consumer.Run(ctx)
 }

@@ -232,6 +232,7 @@ func (d *decider) giveUp() Action {
 		if !s.Cancelled {
 			return Action{Kind: Cancel}
 		}
+	default:
 	}
 	for i := range s.Containers {
 		c := &s.Containers[i]

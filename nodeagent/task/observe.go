@@ -144,6 +144,7 @@ func (s *State) finishReplica(a *nodev1.Assignment, o Finished, now time.Time) [
 		}
 	case Drain:
 		s.drained(a, now)
+	default:
 	}
 	return nil
 }
@@ -172,6 +173,7 @@ func (s *State) finishContainer(a *nodev1.Assignment, c *Container, o Finished, 
 			return nil
 		}
 		c.Retry, c.Phase, c.Pid = Step{}, Absent, 0
+	default:
 	}
 	return nil
 }

@@ -111,8 +111,7 @@ func failed(doing string, err error) error {
 	if err == nil {
 		return nil
 	}
-	var known *api.Error
-	if errors.As(err, &known) {
+	if _, ok := errors.AsType[*api.Error](err); ok {
 		return err
 	}
 	return api.E(kindOf(err), doing, "%w", err)
@@ -168,7 +167,7 @@ func (e *Engine) Create(ctx context.Context, spec engine.Spec) error {
 	)
 	if err != nil {
 		if !is(err, api.Exists) {
-			e.cleanRecord(ctx, spec.ID)
+			err = errors.Join(err, e.cleanRecord(ctx, spec.ID))
 		}
 		return failed(doing, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
@@ -436,4 +437,33 @@ func TestCallersAreLimited(t *testing.T) {
 	if len(l.callers) > maxCallers {
 		t.Fatalf("%d callers are remembered", len(l.callers))
 	}
+}
+
+// TestBarrierInVirtualTime: progress is told at least each second, and the end
+// comes when it was asked for. It also shows that the server works in a bubble.
+func TestBarrierInVirtualTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		e.cluster("eu-west", portolanv1.ClusterState_CLUSTER_STATE_READY)
+		begin := time.Now()
+		s := must[grpc.ServerStreamingClient[portolanv1.WaitConvergedResponse]](t)(portolanv1.NewConvergenceServiceClient(e.conn).WaitConverged(e.root(), &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(20 * time.Second)}))
+		last, n := begin, 0
+		for {
+			m, err := s.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			n++
+			if gap := time.Since(last); gap > convergeReport+2*convergePoll {
+				t.Fatalf("silent for %v", gap)
+			}
+			last = time.Now()
+			if m.GetFinal() {
+				break
+			}
+		}
+		if took := time.Since(begin); took != 20*time.Second || n < 19 {
+			t.Fatalf("%d messages in %v", n, took)
+		}
+	})
 }

@@ -143,6 +143,10 @@ func (r *runner) startProxy(ctx context.Context, as *nodev1.Assignment) error {
 	r.a.mu.Lock()
 	cfg := r.a.config
 	r.a.mu.Unlock()
+	if cfg == nil {
+		// With other metadata a proxy that runs would be restarted: wait.
+		return api.E(api.Unavailable, "start proxy "+r.id, "the cluster's configuration of this node has not come yet")
+	}
 	return r.a.cfg.Proxies.Start(ctx, proxy.Spec{
 		ID: r.id, NetNS: r.attached().NetNS, XDSSocket: filepath.Join(dir, "xds.sock"), Dir: dir, Role: role,
 		Cluster: cfg.GetCluster(), Region: cfg.GetRegion(), Zone: cfg.GetZone(), Node: r.a.cfg.Node,

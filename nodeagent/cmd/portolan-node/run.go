@@ -76,6 +76,7 @@ func runAgent(ctx context.Context, c *config, log *slog.Logger) (err error) {
 	log.Info("agent begins", "address", c.Address, "cluster", c.Cluster.ServerName)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.Run(ctx) })
+	g.Go(func() error { return proxies.Run(ctx) })
 	g.Go(func() error { return serveLocal(ctx, filepath.Join(c.RunDir, "agent.sock"), a) })
 	return g.Wait()
 }

@@ -37,8 +37,9 @@ type Server struct {
 // startTimeout of a server until it answers.
 const startTimeout = 60 * time.Second
 
-// Postgres starts a PostgreSQL, or skips the test when the machine has none.
-func Postgres(t testing.TB) *Server {
+// Postgres starts a PostgreSQL, or skips the test when the machine has none. It
+// does not sync its disk, unless a setting ("fsync=on") says so.
+func Postgres(t testing.TB, settings ...string) *Server {
 	t.Helper()
 	bin, err := postgresDir()
 	if err != nil {
@@ -55,8 +56,11 @@ func Postgres(t testing.TB) *Server {
 	if out, err := initdb.CombinedOutput(); err != nil {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
-	start(t, exec.Command(filepath.Join(bin, "postgres"), "-D", data, "-k", dir, "-c", "listen_addresses=",
-		"-c", "fsync=off", "-c", "full_page_writes=off", "-c", "max_connections=200", "-c", "shared_buffers=64MB"), cred, dir, syscall.SIGQUIT)
+	args := []string{"-D", data, "-k", dir}
+	for _, s := range append([]string{"listen_addresses=", "fsync=off", "full_page_writes=off", "max_connections=200", "shared_buffers=64MB"}, settings...) {
+		args = append(args, "-c", s)
+	}
+	start(t, exec.Command(filepath.Join(bin, "postgres"), args...), cred, dir, syscall.SIGQUIT)
 	s := &Server{admin: url.URL{Scheme: "postgres", User: url.User("portolan"), Path: "/postgres", RawQuery: "host=" + url.QueryEscape(dir)}}
 	s.await(t)
 	return s

@@ -45,6 +45,7 @@ var sideways = map[string]string{
 	"policy/opa -> policy/bundle":             "the engine digests what it compiles",
 	"policy/policytest -> policy/opa":         "reports run the engine",
 	"policy/policytest -> policy/bundle":      "reports load folders",
+	"nodeagent/proxy -> xds/distribute":      "what the version of a resource is",
 	"xds/translate -> xds/model":              "translation reads the resolved graph",
 	"federation/cli -> federation/localfleet": "up, down and local are verbs of the CLI",
 }

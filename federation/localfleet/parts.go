@@ -109,7 +109,24 @@ func (p *parts) initDatabase(ctx context.Context) error {
 		Name: "initdb", Path: p.tools.Initdb, UID: p.tools.UID, GID: p.tools.GID, LogFile: p.logFile("initdb"), Dir: "/",
 		Args: []string{"-D", p.data("db"), "-U", "portolan", "--auth-local=trust", "--auth-host=reject", "-E", "UTF8", "--no-locale"},
 	}
+	if err := p.once(ctx, c); err != nil {
+		return err
+	}
+	// Single-user mode needs no client program.
+	c.Name, c.Path, c.Stdin = "createdb", p.tools.Postgres, "CREATE DATABASE portolan;\n"
+	c.Args = []string{"--single", "-D", p.data("db"), "postgres"}
 	return p.once(ctx, c)
+}
+
+// createDatabase makes CockroachDB's database, which is part of no initialisation.
+func (p *parts) createDatabase(ctx context.Context) error {
+	if p.tools.Cockroach == "" {
+		return nil
+	}
+	return p.once(ctx, Command{
+		Name: "createdb", Path: p.tools.Cockroach, LogFile: p.logFile("createdb"),
+		Args: []string{"sql", "--insecure", fmt.Sprintf("--host=127.0.0.1:%d", p.cockroachPort()), "-e", "CREATE DATABASE IF NOT EXISTS portolan"},
+	})
 }
 
 func (p *parts) ownedDir(dir string) error {

@@ -34,6 +34,8 @@ type Command struct {
 	// Address for people.
 	Address string
 	LogFile string
+	// Stdin is what it reads; empty is nothing.
+	Stdin string
 }
 
 // ProcessState is what `status` shows.
@@ -140,6 +142,9 @@ func (p *process) start() (*exec.Cmd, error) {
 	cmd := exec.Command(path, args...)
 	cmd.Stdout, cmd.Stderr, cmd.Dir = logFile, logFile, p.cmd.Dir
 	cmd.Env = append(os.Environ(), p.cmd.Env...)
+	if p.cmd.Stdin != "" {
+		cmd.Stdin = strings.NewReader(p.cmd.Stdin)
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if p.cmd.UID != 0 {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(p.cmd.UID), Gid: uint32(p.cmd.GID)}

@@ -68,7 +68,10 @@ func (s *Supervisor) startDatabase(ctx context.Context) error {
 	c := s.parts.database()
 	// Its log is opened by us, before it drops its rights.
 	s.launch(ctx, c)
-	return s.await(ctx, c.Name, time.Minute)
+	if err := s.await(ctx, c.Name, time.Minute); err != nil {
+		return err
+	}
+	return s.parts.createDatabase(ctx)
 }
 
 func (s *Supervisor) bootstrap(ctx context.Context) error {

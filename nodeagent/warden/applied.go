@@ -97,7 +97,7 @@ func inactive(sets map[string][]*distribute.Resource, acked map[distribute.Key]s
 				continue // nothing refers to it
 			}
 			if got := have[x.Name]; got != x.Version {
-				return fmt.Sprintf("%s %s is not active yet", shortType(typeURL), x.Name)
+				return fmt.Sprintf("%s %s is not active yet: at %.8s, wants %.8s", shortType(typeURL), x.Name, orNone(got), x.Version)
 			}
 		}
 		if typeURL != distribute.ListenerType && typeURL != distribute.ClusterType {
@@ -146,4 +146,11 @@ func shortType(typeURL string) string {
 	default:
 		return typeURL
 	}
+}
+
+func orNone(version string) string {
+	if version == "" {
+		return "none"
+	}
+	return version
 }

@@ -50,6 +50,15 @@ func NewResource(typeURL, name string, m proto.Message) (*Resource, error) {
 	return r, nil
 }
 
+// VersionOf is the version that a resource with this content has.
+func VersionOf(m proto.Message) (string, error) {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return "", api.E(api.Invalid, "hash a resource", "marshal: %w", err)
+	}
+	return versionOf(b), nil
+}
+
 func versionOf(body []byte) string {
 	sum := sha256.Sum256(body)
 	return hex.EncodeToString(sum[:16])

@@ -29,6 +29,9 @@ type Rules struct {
 	// Resend names resources that the consumer forgets when it takes typeURL/name,
 	// and that are therefore sent again.
 	Resend func(typeURL, name string) []Key
+	// ByReference names types that a consumer asks for only when something else
+	// refers to them: unasked for, they are not pending.
+	ByReference []string
 }
 
 // EnvoyRules is make-before-break between clusters, endpoints, listeners and
@@ -58,6 +61,7 @@ func EnvoyRules() Rules {
 			}
 			return []Key{{Type: resource.EndpointType, Name: name}}
 		},
+		ByReference: []string{resource.EndpointType, resource.RouteType, resource.SecretType},
 	}
 }
 

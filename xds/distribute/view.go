@@ -195,6 +195,9 @@ func (v *view) status() Status {
 				st.Pending += sub.pending()
 				continue
 			}
+			if slices.Contains(v.rules.ByReference, typeURL) {
+				continue
+			}
 		}
 		st.Pending += t.unacked()
 	}

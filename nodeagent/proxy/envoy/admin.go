@@ -10,7 +10,11 @@ import (
 	"net/http"
 	"strings"
 
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	"google.golang.org/protobuf/encoding/protojson"
+
 	"github.com/portolan-io/portolan/nodeagent/proxy/socket"
+	"github.com/portolan-io/portolan/xds/distribute"
 )
 
 // maxDump bounds what is read of a configuration dump.
@@ -89,7 +93,6 @@ type dumped struct {
 	Name     string    `json:"name"`
 	Version  string    `json:"version_info"`
 	Cluster  dumpedRef `json:"cluster"`
-	Listener dumpedRef `json:"listener"`
 	Route    dumpedRef `json:"route_config"`
 	Endpoint dumpedRef `json:"endpoint_config"`
 }
@@ -100,8 +103,33 @@ type dumpedRef struct {
 }
 
 type dumpedLDS struct {
-	Name   string  `json:"name"`
-	Active *dumped `json:"active_state"`
+	Name   string `json:"name"`
+	Active *struct {
+		Version  string          `json:"version_info"`
+		Listener json.RawMessage `json:"listener"`
+	} `json:"active_state"`
+}
+
+// version of a listener is that of its content: an update of filter chains in
+// place leaves version_info as it was (seen in Envoy 1.40). What cannot be read
+// here, for example an extension unknown to this binary, keeps version_info.
+func (l dumpedLDS) version() string {
+	m := &listenerv3.Listener{}
+	// Envoy dumps an Any, which carries its own type.
+	var raw map[string]json.RawMessage
+	if json.Unmarshal(l.Active.Listener, &raw) != nil {
+		return l.Active.Version
+	}
+	delete(raw, "@type")
+	b, err := json.Marshal(raw)
+	if err != nil || protojson.Unmarshal(b, m) != nil {
+		return l.Active.Version
+	}
+	v, err := distribute.VersionOf(m)
+	if err != nil {
+		return l.Active.Version
+	}
+	return v
 }
 
 // Type URLs of the resources that Envoy takes.
@@ -138,7 +166,7 @@ func parseDump(body []byte) (map[string]map[string]string, error) {
 		}
 		for _, x := range c.Listeners {
 			if x.Active != nil {
-				put(listenerType, x.Name, x.Active.Version)
+				put(listenerType, x.Name, x.version())
 			}
 		}
 		for _, x := range c.RouteConfigs {

@@ -66,7 +66,9 @@ func runAll(m *testing.M) int {
 		return fail("look at the machine", err)
 	}
 	fleet.dataDir, fleet.own = *dataDir, *dataDir == ""
-	fleet.config = filepath.Join(fleet.dataDir, "cli.yaml")
+	if fleet.config, err = client.DefaultPath(); err != nil {
+		return fail("find the contexts", err)
+	}
 	if fleet.own {
 		tmp, err := os.MkdirTemp("", "portolan-live-")
 		if err != nil {

@@ -246,7 +246,11 @@ func specYAML(m proto.Message) (string, error) {
 	if err := yaml.Unmarshal(b, &v); err != nil {
 		return "", err
 	}
-	y, err := yaml.Marshal(map[string]any{"labels": v["labels"], "spec": v["spec"]})
+	shown := map[string]any{"spec": v["spec"]}
+	if v["labels"] != nil {
+		shown["labels"] = v["labels"]
+	}
+	y, err := yaml.Marshal(shown)
 	return string(y), err
 }
 

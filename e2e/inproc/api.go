@@ -1,0 +1,159 @@
+package inproc
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/cli/manifest"
+	"github.com/portolan-io/portolan/identity"
+	"github.com/portolan-io/portolan/identity/ca"
+	"github.com/portolan-io/portolan/identity/trust"
+)
+
+// callTimeout bounds one call of the API.
+const callTimeout = 10 * time.Second
+
+// connect dials the API as the admin, over whichever replica answers.
+func (f *Fleet) connect() {
+	f.t.Helper()
+	pair, err := f.authority.Issue(f.ctx, ca.Request{ID: identity.ID{Kind: identity.User, TrustDomain: fleetDomain, Name: adminName}, TTL: 24 * time.Hour})
+	f.must("issue the admin's certificate", err)
+	set := trust.NewSet()
+	f.must("trust the fleet", set.Put(fleetDomain, f.authority.Bundle()))
+	tls := trust.ClientTLS(trust.Static(pair.TLS()), set, federationName, identity.ID{Kind: identity.Control, TrustDomain: fleetDomain}, trust.Options{})
+	f.conn, err = grpc.NewClient("passthrough:///federation", grpc.WithNoProxy(), grpc.WithTransportCredentials(credentials.NewTLS(tls)),
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			var err error
+			for _, a := range f.federation {
+				var c net.Conn
+				if c, err = f.wires.Dial(ctx, "admin", a, a); err == nil {
+					return c, nil
+				}
+			}
+			return nil, err
+		}))
+	f.must("dial the federation", err)
+}
+
+// call is the context of one call.
+func (f *Fleet) call() context.Context {
+	ctx, cancel := context.WithTimeout(f.ctx, callTimeout)
+	context.AfterFunc(ctx, cancel)
+	return ctx
+}
+
+func message(name string) (protoreflect.Message, error) {
+	t, err := protoregistry.GlobalTypes.FindMessageByName(protoreflect.FullName("portolan.v1." + name))
+	if err != nil {
+		return nil, err
+	}
+	return t.New(), nil
+}
+
+// TryApply sends the objects of a manifest, as `portolan apply` does.
+func (f *Fleet) TryApply(yaml string) error {
+	objs, err := manifest.Parse("test.yaml", []byte(yaml))
+	if err != nil {
+		return err
+	}
+	manifest.Sort(objs)
+	for _, o := range objs {
+		req, err := message("Update" + o.Kind.Name + "Request")
+		if err != nil {
+			return err
+		}
+		fields := req.Descriptor().Fields()
+		for i := range fields.Len() {
+			if d := fields.Get(i); d.Kind() == protoreflect.MessageKind && string(d.Message().Name()) == o.Kind.Name {
+				req.Set(d, protoreflect.ValueOfMessage(o.Message.ProtoReflect()))
+			}
+		}
+		req.Set(fields.ByName("allow_missing"), protoreflect.ValueOfBool(true))
+		req.Set(fields.ByName("request_id"), protoreflect.ValueOfString(uuid.NewString()))
+		out := o.Kind.New()
+		if err := f.conn.Invoke(f.call(), "/portolan.v1."+o.Kind.Service+"/Update"+o.Kind.Name, req.Interface(), out); err != nil {
+			return fmt.Errorf("%s: %w", o.Where, err)
+		}
+		if s, ok := out.(*portolanv1.Service); ok {
+			f.vips[s.GetName()], err = netip.ParseAddr(s.GetStatus().GetVirtualIp())
+			if err != nil {
+				return fmt.Errorf("%s has no virtual IP: %w", s.GetName(), err)
+			}
+		}
+	}
+	return nil
+}
+
+// Apply applies, and fails the test when something is refused.
+func (f *Fleet) Apply(yaml string) {
+	f.t.Helper()
+	f.must("apply", f.TryApply(yaml))
+}
+
+// Get reads an object: Get(&portolanv1.Route{}, "tenants/shop/routes/catalog").
+func Get[M proto.Message](f *Fleet, out M, name string) M {
+	f.t.Helper()
+	kind, err := manifest.FindKind(string(out.ProtoReflect().Descriptor().Name()))
+	f.must("get", err)
+	req, err := message("Get" + kind.Name + "Request")
+	f.must("get", err)
+	req.Set(req.Descriptor().Fields().ByName("name"), protoreflect.ValueOfString(name))
+	f.must("get "+name, f.conn.Invoke(f.call(), "/portolan.v1."+kind.Service+"/Get"+kind.Name, req.Interface(), out))
+	return out
+}
+
+// Replicas lists the replicas of a workload of tenant shop, as the API tells of
+// them through the tunnels.
+func (f *Fleet) Replicas(workload string) []*portolanv1.Replica {
+	f.t.Helper()
+	res, err := portolanv1.NewRuntimeServiceClient(f.conn).ListReplicas(f.call(), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/" + workload})
+	f.must("list replicas of "+workload, err)
+	slices.SortFunc(res.GetReplicas(), func(a, b *portolanv1.Replica) int {
+		return cmp.Or(strings.Compare(a.GetCluster(), b.GetCluster()), strings.Compare(a.GetName(), b.GetName()))
+	})
+	return res.GetReplicas()
+}
+
+// Converged waits at most that long until everything that lives has applied all
+// that was committed, and else says who has not.
+func (f *Fleet) Converged(most time.Duration) (bool, []*portolanv1.Laggard) {
+	f.t.Helper()
+	ctx, cancel := context.WithTimeout(f.ctx, most+callTimeout)
+	defer cancel()
+	s, err := portolanv1.NewConvergenceServiceClient(f.conn).WaitConverged(ctx, &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(most)})
+	f.must("wait for convergence", err)
+	for {
+		res, err := s.Recv()
+		f.must("wait for convergence", err)
+		if res.GetFinal() {
+			return res.GetConverged(), res.GetLaggards()
+		}
+	}
+}
+
+// WaitConverged waits, and fails the test when somebody lags. It returns how long
+// it took.
+func (f *Fleet) WaitConverged() time.Duration {
+	f.t.Helper()
+	began := time.Now()
+	if ok, laggards := f.Converged(20 * time.Second); !ok {
+		f.t.Fatalf("not converged: %v", laggards)
+	}
+	return time.Since(began)
+}

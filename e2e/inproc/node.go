@@ -140,7 +140,9 @@ func (f *Fleet) wardenProcess(n *node) (*process, error) {
 		Compile: func(_ context.Context, bundles []policy.Bundle) (policy.Authorizer, error) {
 			return opa.Compile(bundles, opa.Limits{})
 		},
-		Listen:  func(path string, _, _ int, _ os.FileMode) (net.Listener, error) { return f.wires.Listen(n.warden(), path), nil },
+		Listen: func(path string, _, _ int, _ os.FileMode) (net.Listener, error) {
+			return f.wires.Listen(n.warden(), path), nil
+		},
 		PeerUID: func(net.Conn) (uint32, error) { return 0, nil },
 	})
 	if err != nil {
@@ -219,4 +221,3 @@ func (f *Fleet) nodeOf(a netip.Addr) *node {
 	}
 	return nil
 }
-

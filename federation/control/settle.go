@@ -267,10 +267,10 @@ func (l *loop) write(tx store.Tx, d decision, now *timestamppb.Timestamp) error 
 	}
 	for _, name := range slices.Sorted(maps.Keys(d.puts)) {
 		p := &portolanv1.Placement{Name: name, Uid: uuid.NewString(), CreateTime: now}
-		if rec, err := tx.Get(store.Placement, name); err == nil {
+		// The view is as good as the transaction: nobody else writes placements
+		// while the epoch holds.
+		if rec, ok := l.view.Get(store.Placement, name); ok {
 			p = proto.CloneOf(message[*portolanv1.Placement](rec))
-		} else if api.KindOf(err) != api.NotFound {
-			return err
 		}
 		p.Generation++
 		p.UpdateTime = now

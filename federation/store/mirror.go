@@ -5,6 +5,7 @@ import (
 	"errors"
 	"iter"
 	"math/rand/v2"
+	"sort"
 	"sync"
 	"time"
 
@@ -195,13 +196,11 @@ func (m *Mirror) Since(from, to int64) ([]Change, bool) {
 	if from < m.from {
 		return nil, false
 	}
-	var out []Change
-	for _, c := range m.history {
-		if c.Record.Revision > from && c.Record.Revision <= to {
-			out = append(out, c)
-		}
+	after := func(revision int64) int {
+		return sort.Search(len(m.history), func(i int) bool { return m.history[i].Record.Revision > revision })
 	}
-	return out, true
+	first, end := after(from), after(to)
+	return append([]Change(nil), m.history[first:max(first, end)]...), true
 }
 
 // Err is why the mirror stands still; nil while it follows.

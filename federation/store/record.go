@@ -83,26 +83,25 @@ type pendingKey struct {
 
 type pendingOp struct {
 	change Change
-	before bool // it existed before the transaction
+	void   bool // deleted, and not there before the transaction
 	at     int  // place in order; of several only the last counts
 }
 
-// Put notes a write; existed says whether the record was there before it.
-func (p *Pending) Put(r Record, existed bool) { p.note(Change{Record: r}, existed) }
+// Put notes a write.
+func (p *Pending) Put(r Record) { p.note(Change{Record: r}, false) }
 
-// Delete notes a deletion of r, which was there.
-func (p *Pending) Delete(r Record) { p.note(Change{Deleted: true, Record: r}, true) }
+// Delete notes a deletion of r; before says whether it was there before the
+// transaction.
+func (p *Pending) Delete(r Record, before bool) {
+	p.note(Change{Deleted: true, Record: r}, !before)
+}
 
-func (p *Pending) note(c Change, existed bool) {
+func (p *Pending) note(c Change, void bool) {
 	if p.ops == nil {
 		p.ops = map[pendingKey]pendingOp{}
 	}
 	k := pendingKey{c.Record.Kind, c.Record.Name}
-	before := existed
-	if old, ok := p.ops[k]; ok {
-		before = old.before
-	}
-	p.ops[k] = pendingOp{change: c, before: before, at: len(p.order)}
+	p.ops[k] = pendingOp{change: c, void: void, at: len(p.order)}
 	p.order = append(p.order, k)
 }
 
@@ -112,7 +111,7 @@ func (p *Pending) Changes() []Change {
 	var out []Change
 	for i, k := range p.order {
 		op := p.ops[k]
-		if op.at != i || op.change.Deleted && !op.before {
+		if op.at != i || op.void {
 			continue
 		}
 		out = append(out, op.change)

@@ -76,6 +76,7 @@ type Store struct {
 	pool      *pgxpool.Pool
 	cockroach bool
 	updates   chan *update
+	ended     chan struct{} // closed when nobody commits any more
 	feed      *feed
 	ctx       context.Context //nolint:containedctx // the life of the store's own goroutines
 	cancel    context.CancelFunc
@@ -103,7 +104,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, failure(doing, err)
 	}
-	s := &Store{cfg: cfg, pool: pool, updates: make(chan *update, 1024)}
+	s := &Store{cfg: cfg, pool: pool, updates: make(chan *update, 1024), ended: make(chan struct{})}
 	revision, err := s.probe(ctx)
 	if err != nil {
 		pool.Close()

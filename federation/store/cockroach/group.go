@@ -45,7 +45,16 @@ func (s *Store) Update(ctx context.Context, fn func(store.Tx) error) (int64, err
 	case <-s.ctx.Done():
 		return 0, gone(doingUpdate)
 	}
-	<-u.done
+	select {
+	case <-u.done:
+	case <-s.ended:
+		// Nobody commits any more; it was answered before, or never will be.
+		select {
+		case <-u.done:
+		default:
+			return 0, gone(doingUpdate)
+		}
+	}
 	if u.panicked != nil {
 		panic(u.panicked)
 	}
@@ -54,10 +63,10 @@ func (s *Store) Update(ctx context.Context, fn func(store.Tx) error) (int64, err
 
 // commitLoop is the one goroutine that writes.
 func (s *Store) commitLoop() {
+	defer close(s.ended)
 	for {
 		select {
 		case <-s.ctx.Done():
-			s.refuseWaiting()
 			return
 		case u := <-s.updates:
 			s.commitGroup(s.gather(u))
@@ -76,22 +85,6 @@ func (s *Store) gather(first *update) []*update {
 		}
 	}
 	return group
-}
-
-// refuseWaiting answers those who came before the close was seen. Close waits
-// for it, and Update refuses once the context is over; one that slips in between
-// is answered by the linger at the end.
-func (s *Store) refuseWaiting() {
-	linger := time.After(100 * time.Millisecond)
-	for {
-		select {
-		case u := <-s.updates:
-			u.err = gone(doingUpdate)
-			close(u.done)
-		case <-linger:
-			return
-		}
-	}
 }
 
 // commitGroup commits the updates together; after an error of SQL that is none of
@@ -113,7 +106,10 @@ func (s *Store) commitGroup(all []*update) {
 			if alone {
 				e = s.commitOnce([]*update{u})
 			}
-			if e != nil {
+			switch {
+			case e != nil && s.ctx.Err() != nil && !errors.Is(e, store.ErrOutcomeUnknown):
+				u.revision, u.err = 0, gone(doingUpdate)
+			case e != nil:
 				u.revision, u.err = 0, failure(doingUpdate, e)
 			}
 		}
@@ -211,10 +207,15 @@ type tx struct {
 }
 
 func (t *tx) Get(kind store.Kind, name string) (store.Record, error) {
-	if r, ok := t.live.Get(kind, name); ok {
+	return t.getOver(t.live, t.dead, kind, name)
+}
+
+// getOver reads what some writes leave of the database.
+func (t *tx) getOver(live, dead *store.Set, kind store.Kind, name string) (store.Record, error) {
+	if r, ok := live.Get(kind, name); ok {
 		return r, nil
 	}
-	if _, ok := t.dead.Get(kind, name); ok {
+	if _, ok := dead.Get(kind, name); ok {
 		return store.Record{}, notFound("get "+name, kind)
 	}
 	k := cacheKey{kind, name}
@@ -276,40 +277,36 @@ func (t *tx) List(kind store.Kind, opts store.ListOptions) iter.Seq2[store.Recor
 	}
 }
 
-func (t *tx) exists(kind store.Kind, name string) (store.Record, bool, error) {
-	r, err := t.Get(kind, name)
-	if err != nil && api.KindOf(err) == api.NotFound {
-		return r, false, nil
-	}
-	return r, err == nil, err
-}
-
 func (t *tx) Put(kind store.Kind, name string, m proto.Message) error {
 	r, err := store.NewRecord(kind, name, m, t.revision)
 	if err != nil {
 		return err
 	}
-	_, existed, err := t.exists(kind, name)
-	if err != nil {
-		return err
-	}
 	t.live.Put(r)
 	t.dead.Delete(kind, name)
-	t.pending.Put(r, existed)
+	t.pending.Put(r)
 	return nil
 }
 
 func (t *tx) Delete(kind store.Kind, name string) error {
-	r, existed, err := t.exists(kind, name)
+	r, err := t.Get(kind, name)
+	if api.KindOf(err) == api.NotFound {
+		return notFound("delete "+name, kind)
+	}
 	if err != nil {
 		return err
 	}
-	if !existed {
-		return notFound("delete "+name, kind)
+	before := true
+	if r.Revision == t.revision {
+		// Its own write: was there anything under it?
+		_, err := t.getOver(t.group.live, t.group.dead, kind, name)
+		if before = err == nil; !before && api.KindOf(err) != api.NotFound {
+			return err
+		}
 	}
 	t.live.Delete(kind, name)
 	t.dead.Put(r)
-	t.pending.Delete(r)
+	t.pending.Delete(r, before)
 	return nil
 }
 

@@ -348,7 +348,7 @@ func testWaitingAtClose(t *testing.T, server *pgtest.Server) {
 	for range 5 {
 		g.Go(func() error {
 			_, err := s.Update(context.Background(), put("a"))
-			if err != nil && api.KindOf(err) != api.Unavailable && api.KindOf(err) != api.Canceled {
+			if err != nil && api.KindOf(err) != api.Unavailable {
 				return err
 			}
 			return nil
@@ -360,6 +360,11 @@ func testWaitingAtClose(t *testing.T, server *pgtest.Server) {
 	release()
 	if err := errors.Join(g.Wait(), <-closed); err != nil {
 		t.Error(err)
+	}
+	for range 20 {
+		if _, err := s.Update(context.Background(), put("a")); api.KindOf(err) != api.Unavailable {
+			t.Fatalf("after the close: %v", err)
+		}
 	}
 }
 

@@ -145,7 +145,7 @@ func (s *Store) Update(ctx context.Context, fn func(store.Tx) error) (int64, err
 }
 
 func (s *Store) begin(st state) *tx {
-	return &tx{reader: reader{state{revision: st.revision + 1, set: st.set.Fork()}}, store: s}
+	return &tx{reader: reader{state{revision: st.revision + 1, set: st.set.Fork()}}, store: s, base: st}
 }
 
 func (s *Store) commit(st state, changes []store.Change) {

@@ -37,6 +37,7 @@ func (r reader) List(kind store.Kind, opts store.ListOptions) iter.Seq2[store.Re
 type tx struct {
 	reader
 	store   *Store
+	base    state // what the transaction found
 	pending store.Pending
 }
 
@@ -50,9 +51,8 @@ func (t *tx) Put(kind store.Kind, name string, m proto.Message) error {
 	if err != nil {
 		return err
 	}
-	_, existed := t.state.set.Get(kind, name)
 	t.state.set.Put(r)
-	t.pending.Put(r, existed)
+	t.pending.Put(r)
 	return nil
 }
 
@@ -61,8 +61,9 @@ func (t *tx) Delete(kind store.Kind, name string) error {
 	if !ok {
 		return api.E(api.NotFound, "delete "+name, "no such %s", kind)
 	}
+	_, before := t.base.set.Get(kind, name)
 	t.state.set.Delete(kind, name)
-	t.pending.Delete(r)
+	t.pending.Delete(r, before)
 	return nil
 }
 

@@ -290,6 +290,12 @@ func testReadYourWrites(t *testing.T, k *kit) {
 	if got := k.text("b"); got != "again" {
 		t.Errorf("deleted and put again in one update: %q", got)
 	}
+	before := k.view(func(store.Reader) error { return nil })
+	if rev := k.update(func(tx store.Tx) error {
+		return errors.Join(put(tx, "b", "once more"), tx.Delete(store.Tenant, "tenants/b"))
+	}); rev <= before || k.text("b") != "" {
+		t.Errorf("put over a record and deleted in one update: %q at %d after %d", k.text("b"), rev, before)
+	}
 }
 
 var errMine = errors.New("mine")

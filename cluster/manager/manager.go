@@ -11,6 +11,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
@@ -115,6 +117,14 @@ type Manager struct {
 	pending  map[string]bool
 }
 
+// streamOf makes clusters draw different names, also from the same seed: a
+// replica's name is asked for over the whole fleet.
+func streamOf(cluster string) uint64 {
+	h := fnv.New64a()
+	_, _ = io.WriteString(h, cluster)
+	return h.Sum64()
+}
+
 // New makes a manager; Run starts it.
 func New(cfg Config) (*Manager, error) {
 	cfg.SetDefaults()
@@ -122,7 +132,7 @@ func New(cfg Config) (*Manager, error) {
 		return nil, api.E(api.Invalid, "configure the manager", "%w", err)
 	}
 	return &Manager{
-		cfg: cfg, cidr: netip.MustParsePrefix(cfg.CIDR).Masked(), events: newRing(cfg.MaxEvents), rand: rand.New(rand.NewPCG(cfg.Seed, 0x706f72746f6c616e)),
+		cfg: cfg, cidr: netip.MustParsePrefix(cfg.CIDR).Masked(), events: newRing(cfg.MaxEvents), rand: rand.New(rand.NewPCG(cfg.Seed, streamOf(cfg.Cluster))),
 		requests: map[specKey]api.Resources{}, halted: map[reconcile.Key]string{}, pending: map[string]bool{},
 	}, nil
 }

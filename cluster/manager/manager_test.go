@@ -594,3 +594,21 @@ func TestCopyAllocation(t *testing.T) {
 		t.Errorf("copied %v to %v", a, c)
 	}
 }
+
+// TestClustersDrawDifferentNames: a replica's name is asked for over the whole
+// fleet, and clusters may be seeded alike.
+func TestClustersDrawDifferentNames(t *testing.T) {
+	draw := func(cluster string) uint64 {
+		m, err := New(Config{Store: mem.New(), Cluster: cluster, CIDR: "10.77.0.0/16", Seed: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m.rand.Uint64()
+	}
+	if draw("eu") == draw("us") {
+		t.Error("two clusters with one seed draw the same names")
+	}
+	if draw("eu") != draw("eu") {
+		t.Error("names are not repeatable")
+	}
+}

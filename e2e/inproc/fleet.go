@@ -17,6 +17,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -38,6 +40,7 @@ type process struct {
 
 	cancel context.CancelFunc
 	done   chan struct{}
+	killed atomic.Bool
 }
 
 // Fleet is the fleet under test.
@@ -191,34 +194,30 @@ func (f *Fleet) Start(names ...string) {
 		if f.running[name] != nil {
 			f.t.Fatalf("%s runs already", name)
 		}
-		make := f.makers[name]
-		if make == nil {
+		wire := f.makers[name]
+		if wire == nil {
 			f.t.Fatalf("there is no process %q", name)
 		}
-		p, err := make()
+		p, err := wire()
 		f.must("start "+name, err)
 		ctx, cancel := context.WithCancel(f.ctx)
-		p.cancel, p.done = cancel, f.launch(ctx, name, p.runs)
+		p.cancel, p.done = cancel, make(chan struct{})
+		f.launch(ctx, name, p)
 		f.running[name] = p
 	}
 }
 
-func (f *Fleet) launch(ctx context.Context, name string, runs []func(context.Context) error) chan struct{} {
-	done := make(chan struct{})
-	left := len(runs)
-	ended := make(chan error)
-	for _, run := range runs {
-		go func() { ended <- run(ctx) }()
-	}
-	go func() {
-		defer close(done)
-		for ; left > 0; left-- {
-			if err := <-ended; err != nil && ctx.Err() == nil {
-				f.t.Errorf("%s ended: %v", name, err)
+// launch runs the parts of a process. One that ends by itself is a fault.
+func (f *Fleet) launch(ctx context.Context, name string, p *process) {
+	var parts sync.WaitGroup
+	for _, run := range p.runs {
+		parts.Go(func() {
+			if err := run(ctx); !p.killed.Load() {
+				f.t.Errorf("a part of %s ended: %v", name, err)
 			}
-		}
-	}()
-	return done
+		})
+	}
+	go func() { parts.Wait(); close(p.done) }()
 }
 
 // Kill ends a process as kill -9 does: its connections go, and nothing that it
@@ -231,6 +230,7 @@ func (f *Fleet) Kill(names ...string) {
 			f.t.Fatalf("%s does not run", name)
 		}
 		delete(f.running, name)
+		p.killed.Store(true)
 		if p.die != nil {
 			p.die()
 		}

@@ -135,3 +135,15 @@ func (f *Fleet) Caller(workload string, places ...string) instance {
 	}
 	return all[0]
 }
+
+// owner is the node of a replica.
+func (f *Fleet) owner(replica string) *node {
+	f.t.Helper()
+	for _, n := range f.nodes() {
+		if _, ok := n.network.Replica(replica); ok {
+			return n
+		}
+	}
+	f.t.Fatalf("there is no replica %s", replica)
+	return nil
+}

@@ -45,7 +45,7 @@ func unchanged(t *testing.T, before map[string]int32, except ...string) {
 
 func replica(t *testing.T, name string) *portolanv1.Replica {
 	t.Helper()
-	rs, err := listReplicas(t.Context(), strings.Split(name, "/")[3])
+	rs, err := listReplicas(always(t), strings.Split(name, "/")[3])
 	if err != nil {
 		return nil
 	}
@@ -61,7 +61,7 @@ func replica(t *testing.T, name string) *portolanv1.Replica {
 func hasEvents(t *testing.T, object string, types ...string) {
 	t.Helper()
 	eventually(t, 20*time.Second, "events of "+last(object), func() error {
-		r, err := portolanv1.NewRuntimeServiceClient(fleet.conn).ListEvents(t.Context(), &portolanv1.ListEventsRequest{Parent: object})
+		r, err := portolanv1.NewRuntimeServiceClient(fleet.conn).ListEvents(always(t), &portolanv1.ListEventsRequest{Parent: object})
 		if err != nil {
 			return err
 		}
@@ -139,7 +139,7 @@ func inReplica(t *testing.T, r *portolanv1.Replica, method, path string) {
 	t.Helper()
 	pid := strconv.Itoa(int(r.GetContainers()[0].GetPid()))
 	script := fmt.Sprintf(`exec 3<>/dev/tcp/127.0.0.1/8080 && printf '%s %s HTTP/1.0\r\n\r\n' >&3 && timeout 3 cat <&3`, method, path)
-	if out, err := exec.CommandContext(t.Context(), "nsenter", "-n", "-t", pid, "--", "bash", "-c", script).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(always(t), "nsenter", "-n", "-t", pid, "--", "bash", "-c", script).CombinedOutput(); err != nil {
 		t.Fatalf("%s %s in %s: %v %s", method, path, last(r.GetName()), err, out)
 	}
 }
@@ -153,6 +153,7 @@ spec:
   containers:
   - image: registry.portolan.internal:7500/shop/web:v1
     command: [/shop, nothing]
+    requests: {cpu: 50m}
     limits: {cpu: 100m, memory: 32Mi}
   placement: {allowed_regions: [eu-west]}
 `
@@ -160,7 +161,7 @@ spec:
 	t.Cleanup(func() { cli(t, "delete", "workload", "crasher", "-t", "shop") })
 	var name string
 	eventually(t, 60*time.Second, "second restart", func() error {
-		rs, err := listReplicas(t.Context(), "crasher")
+		rs, err := listReplicas(always(t), "crasher")
 		if err != nil || len(rs) == 0 || len(rs[0].GetContainers()) == 0 {
 			return fmt.Errorf("%v %v", rs, err)
 		}
@@ -248,7 +249,7 @@ func nodeLossHeals(t *testing.T) time.Duration {
 	began := time.Now()
 	good := 0
 	eventually(t, 60*time.Second, "a row of good answers after the node's loss", func() error {
-		a, err := call(t.Context(), hc, http.MethodGet, "/api/items")
+		a, err := call(always(t), hc, http.MethodGet, "/api/items")
 		if err != nil || a.code != http.StatusOK {
 			good = 0
 			return fmt.Errorf("%v %d", err, a.code)
@@ -286,7 +287,7 @@ func clusterDies(t *testing.T, l *load) {
 // nodes; the newest when there are several.
 func processIn(t *testing.T, cluster, command string) int {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), "pgrep", "-f", "^"+command).Output()
+	out, err := exec.CommandContext(always(t), "pgrep", "-f", "^"+command).Output()
 	if err != nil {
 		return 0
 	}
@@ -296,7 +297,7 @@ func processIn(t *testing.T, cluster, command string) int {
 		if err != nil {
 			continue
 		}
-		cg, err := exec.CommandContext(t.Context(), "cat", fmt.Sprintf("/proc/%d/cgroup", pid)).Output()
+		cg, err := exec.CommandContext(always(t), "cat", fmt.Sprintf("/proc/%d/cgroup", pid)).Output()
 		if err == nil && strings.Contains(string(cg), "/"+cluster+"-") {
 			found = max(found, pid)
 		}

@@ -102,7 +102,7 @@ func runAll(m *testing.M) int {
 	}
 	code := m.Run()
 	_ = fleet.conn.Close()
-	if code != 0 {
+	if code != 0 && fleet.own {
 		dumpLogs()
 	}
 	if fleet.own && !*keep {
@@ -136,7 +136,7 @@ func dumpLogs() {
 // run calls the CLI and returns stdout, stderr and its error.
 func run(t *testing.T, stdin string, args ...string) (string, string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(always(t), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, fleet.cli, append(args, "--config", fleet.config)...)
 	cmd.Env = append(os.Environ(), "PORTOLAN_DATA_DIR="+fleet.dataDir)
@@ -180,11 +180,7 @@ func eventually(t *testing.T, limit time.Duration, what string, ok func() error)
 		if last = ok(); last == nil {
 			return time.Since(began)
 		}
-		select {
-		case <-t.Context().Done():
-			t.Fatalf("%s: %v", what, t.Context().Err())
-		case <-time.After(50 * time.Millisecond):
-		}
+		<-time.After(50 * time.Millisecond)
 	}
 	t.Fatalf("%s: not within %s: %v", what, limit, last)
 	return 0
@@ -193,7 +189,7 @@ func eventually(t *testing.T, limit time.Duration, what string, ok func() error)
 // replicas of a workload of the shop, "-" for all.
 func replicas(t *testing.T, workload string) []*portolanv1.Replica {
 	t.Helper()
-	rs, err := listReplicas(t.Context(), workload)
+	rs, err := listReplicas(always(t), workload)
 	if err != nil {
 		t.Fatalf("list replicas of %s: %v", workload, err)
 	}
@@ -287,7 +283,7 @@ type load struct {
 // kept-alive connections. Every answer other than 200 counts as failed.
 func startLoad(t *testing.T, addr, path string, rate int) *load {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(always(t), 5*time.Minute)
 	l := &load{seen: map[string]int{}, stop: cancel, done: make(chan struct{})}
 	hc := hop(addr, true)
 	tick := time.NewTicker(time.Second / time.Duration(rate))
@@ -368,7 +364,7 @@ func settle(t *testing.T) {
 	t.Helper()
 	want := map[string]int{"redis": 1, "payments": 2, "assets": 2, "catalog": 4, "cart": 2, "web": 2}
 	eventually(t, 90*time.Second, "the fleet settles", func() error {
-		rs, err := listReplicas(t.Context(), "-")
+		rs, err := listReplicas(always(t), "-")
 		if err != nil {
 			return err
 		}
@@ -464,3 +460,7 @@ func lookAtMachine() (machine, error) {
 	sort.Strings(m.Processes)
 	return m, errors.Join(errs...)
 }
+
+// always is a context that also serves clean-ups, which run when the test's own
+// has ended.
+func always(t *testing.T) context.Context { return context.WithoutCancel(t.Context()) }

@@ -18,7 +18,7 @@ import (
 
 func wl(t *testing.T, name string) *portolanv1.Workload {
 	t.Helper()
-	w, err := portolanv1.NewWorkloadServiceClient(fleet.conn).GetWorkload(t.Context(), &portolanv1.GetWorkloadRequest{Name: "tenants/shop/workloads/" + name})
+	w, err := portolanv1.NewWorkloadServiceClient(fleet.conn).GetWorkload(always(t), &portolanv1.GetWorkloadRequest{Name: "tenants/shop/workloads/" + name})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,6 +50,7 @@ spec:
   replicas: 2
   containers:
   - image: registry.portolan.internal:7500/shop/payments:v1
+    requests: {cpu: 50m}
     limits: {cpu: 200m, memory: 64Mi}
     readiness: {http: {path: /healthz, port: 8080}, period: 100ms}
 ---
@@ -67,7 +68,7 @@ spec:
 	accepted := time.Now()
 	first := time.Duration(0)
 	eventually(t, 30*time.Second, "first request", func() error {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://probe.shop.localhost/healthz", nil)
+		req, err := http.NewRequestWithContext(always(t), http.MethodGet, "http://probe.shop.localhost/healthz", nil)
 		if err != nil {
 			return err
 		}
@@ -85,7 +86,7 @@ spec:
 	})
 	cli(t, "wait", "workload", "probe", "-t", "shop")
 	w := wl(t, "probe")
-	ps, err := portolanv1.NewWorkloadServiceClient(fleet.conn).ListPlacements(t.Context(), &portolanv1.ListPlacementsRequest{Parent: w.GetName()})
+	ps, err := portolanv1.NewWorkloadServiceClient(fleet.conn).ListPlacements(always(t), &portolanv1.ListPlacementsRequest{Parent: w.GetName()})
 	if err != nil || len(ps.GetPlacements()) == 0 {
 		t.Fatalf("placements: %v %v", ps, err)
 	}
@@ -171,6 +172,7 @@ spec:
   revision: v2
   containers:
   - image: registry.portolan.internal:7500/shop/catalog:v2
+    requests: {cpu: 50m}
     limits: {cpu: 500m, memory: 64Mi}
     readiness: {http: {path: /healthz, port: 8080}, period: 1s}
     liveness: {http: {path: /livez, port: 8080}, period: 1s}
@@ -204,7 +206,7 @@ func Test04Canary(t *testing.T) {
 		for range 16 {
 			wg.Go(func() {
 				for range n / 16 {
-					a, err := call(t.Context(), hc, http.MethodGet, "/api/items")
+					a, err := call(always(t), hc, http.MethodGet, "/api/items")
 					mu.Lock()
 					if err != nil || a.code != http.StatusOK {
 						bad++
@@ -274,7 +276,7 @@ func Test07NodeLost(t *testing.T) {
 			if b.GetNode() != "eu-west-2" || w == "restock" {
 				continue
 			}
-			rs, err := listReplicas(t.Context(), w)
+			rs, err := listReplicas(always(t), w)
 			if err != nil {
 				return err
 			}
@@ -341,7 +343,7 @@ func Test08ClusterLost(t *testing.T) {
 		return nil
 	})
 	failedOver := eventually(t, 60*time.Second, "catalog runs in eu-west alone", func() error {
-		rs, err := listReplicas(t.Context(), "catalog")
+		rs, err := listReplicas(always(t), "catalog")
 		if err != nil {
 			return err
 		}
@@ -379,7 +381,7 @@ func Test12LeavesNothing(t *testing.T) {
 		t.Skip("missing: a fleet of the tests' own, which they may take away")
 	}
 	for range 2 {
-		out, err := exec.CommandContext(context.WithoutCancel(t.Context()), fleet.cli, "down", "--purge", "--data-dir", fleet.dataDir, "--config", fleet.config).CombinedOutput()
+		out, err := exec.CommandContext(context.WithoutCancel(always(t)), fleet.cli, "down", "--purge", "--data-dir", fleet.dataDir, "--config", fleet.config).CombinedOutput()
 		if err != nil {
 			t.Fatalf("down --purge: %v\n%s", err, out)
 		}

@@ -108,7 +108,7 @@ func Test03MTLS(t *testing.T) {
 	settle(t)
 	t.Run("capture", captureIsTLS13)
 	t.Run("identities", func(t *testing.T) {
-		a, err := call(t.Context(), hop(ingressOf["eu-west"][0], false), http.MethodGet, "/api/items")
+		a, err := call(always(t), hop(ingressOf["eu-west"][0], false), http.MethodGet, "/api/items")
 		if err != nil || a.code != http.StatusOK {
 			t.Fatalf("%v %+v", err, a)
 		}
@@ -120,7 +120,7 @@ func Test03MTLS(t *testing.T) {
 	})
 	t.Run("plaintext", func(t *testing.T) {
 		r := ready(replicas(t, "payments"))[0]
-		out, err := exec.CommandContext(t.Context(), "nsenter", "--net="+nodeNS(t, r.GetNode()), "--", "bash", "-c",
+		out, err := exec.CommandContext(always(t), "nsenter", "--net="+nodeNS(t, r.GetNode()), "--", "bash", "-c",
 			fmt.Sprintf(`exec 3<>/dev/tcp/%s/8080 && printf 'GET /healthz HTTP/1.0\r\n\r\n' >&3 && timeout 3 cat <&3`, r.GetAddress())).CombinedOutput()
 		if strings.Contains(string(out), "200 OK") || strings.Contains(string(out), "ok\n") {
 			t.Errorf("plaintext was answered: %q (%v)", out, err)
@@ -135,7 +135,7 @@ func Test03MTLS(t *testing.T) {
 func captureIsTLS13(t *testing.T) {
 	cat := ready(in(replicas(t, "catalog"), "eu-west"))[0]
 	file := filepath.Join(t.TempDir(), "capture.pcap")
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(always(t), 30*time.Second)
 	defer cancel()
 	dump := exec.CommandContext(ctx, "nsenter", "--net="+nodeNS(t, cat.GetNode()), "--", "tcpdump", "-i", "any", "-U", "-s", "0", "-w", file, "tcp and host "+cat.GetAddress())
 	dump.Cancel = func() error { return dump.Process.Signal(syscall.SIGTERM) }
@@ -155,7 +155,7 @@ func captureIsTLS13(t *testing.T) {
 	hc := hop(ingressOf["eu-west"][0], false)
 	good := 0
 	eventually(t, 25*time.Second, "calls through the restarted proxy", func() error {
-		a, err := call(t.Context(), hc, http.MethodGet, "/api/items")
+		a, err := call(always(t), hc, http.MethodGet, "/api/items")
 		if err != nil || a.code != http.StatusOK {
 			return fmt.Errorf("%v %d", err, a.code)
 		}
@@ -226,6 +226,7 @@ spec:
   containers:
   - image: registry.portolan.internal:7500/shop/web:v1
     env: {CATALOG: far}
+    requests: {cpu: 50m}
     limits: {cpu: 200m, memory: 64Mi}
     readiness: {http: {path: /healthz, port: 8080}, period: 500ms}
   placement: {allowed_regions: [eu-west]}
@@ -238,6 +239,7 @@ name: far
 spec:
   containers:
   - image: registry.portolan.internal:7500/shop/catalog:v2
+    requests: {cpu: 50m}
     limits: {cpu: 200m, memory: 64Mi}
     readiness: {http: {path: /healthz, port: 8080}, period: 500ms}
   placement: {allowed_regions: [us-east]}
@@ -259,7 +261,7 @@ func acrossClusters(t *testing.T) {
 	cli(t, "wait", "workload", "near", "far", "-t", "shop")
 	var a answer
 	eventually(t, 15*time.Second, "a call from eu-west to us-east", func() error {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://near.shop.localhost/api/items", nil)
+		req, err := http.NewRequestWithContext(always(t), http.MethodGet, "http://near.shop.localhost/api/items", nil)
 		if err != nil {
 			return err
 		}
@@ -281,7 +283,7 @@ func acrossClusters(t *testing.T) {
 		t.Errorf("answered by %q", got)
 	}
 	t.Logf("far in %s saw %s", a.header.Get("X-Upstream-Cluster"), a.header.Get("X-Upstream-Caller"))
-	r, err := portolanv1.NewRuntimeServiceClient(fleet.conn).ListReplicas(t.Context(), &portolanv1.ListReplicasRequest{Parent: "tenants/system/workloads/eastwest", Cluster: "us-east"})
+	r, err := portolanv1.NewRuntimeServiceClient(fleet.conn).ListReplicas(always(t), &portolanv1.ListReplicasRequest{Parent: "tenants/system/workloads/eastwest", Cluster: "us-east"})
 	if err != nil || len(r.GetReplicas()) == 0 {
 		t.Fatalf("gateways: %v %v", r, err)
 	}
@@ -301,7 +303,7 @@ func Test05Policy(t *testing.T) {
 	t.Cleanup(func() { apply(t, open); settle(t) })
 	hc := hop(ingressOf["eu-west"][0], true)
 	status := func(path string) int {
-		a, err := call(t.Context(), hc, http.MethodGet, path)
+		a, err := call(always(t), hc, http.MethodGet, path)
 		if err != nil {
 			return 0
 		}
@@ -338,7 +340,7 @@ func Test05Policy(t *testing.T) {
 // clients.
 func openTCPIsClosed(t *testing.T, hc *http.Client, open string) {
 	cartOK := func() error {
-		a, err := call(t.Context(), hc, http.MethodGet, "/api/cart?user=t")
+		a, err := call(always(t), hc, http.MethodGet, "/api/cart?user=t")
 		if err != nil || a.code != http.StatusOK {
 			return fmt.Errorf("%v %d %s", err, a.code, firstLine(a.body))
 		}
@@ -379,7 +381,7 @@ func decidersDie(t *testing.T, hc *http.Client) {
 	for _, w := range []string{"eu-west-1/warden", "eu-west-2/warden"} {
 		local(t, "kill", "--hold", w)
 	}
-	a, err := call(t.Context(), hc, http.MethodGet, "/api/items")
+	a, err := call(always(t), hc, http.MethodGet, "/api/items")
 	if err == nil && a.code == http.StatusOK {
 		t.Error("with dead wardens a call was allowed")
 	}
@@ -388,7 +390,7 @@ func decidersDie(t *testing.T, hc *http.Client) {
 		local(t, "start", w)
 	}
 	ok := func() error {
-		a, err := call(t.Context(), hc, http.MethodGet, "/api/items")
+		a, err := call(always(t), hc, http.MethodGet, "/api/items")
 		if err != nil || a.code != http.StatusOK {
 			return fmt.Errorf("%v %d", err, a.code)
 		}

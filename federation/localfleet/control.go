@@ -181,12 +181,13 @@ func (s *Supervisor) signalProxy(node, replica, verb string, sig syscall.Signal)
 	if err != nil {
 		return api.E(api.NotFound, verb+" a proxy", "node %s has no proxy of replica %s", node, replica)
 	}
-	first, _, _ := strings.Cut(strings.TrimSpace(string(b)), " ")
-	pid, err := strconv.Atoi(first)
-	if err != nil {
-		return fmt.Errorf("%s: %w", file, err)
+	var rec struct {
+		Pid int `json:"pid"`
 	}
-	return syscall.Kill(pid, sig)
+	if err := json.Unmarshal(b, &rec); err != nil || rec.Pid <= 1 {
+		return fmt.Errorf("read %s: no pid in it (%w)", file, err)
+	}
+	return syscall.Kill(rec.Pid, sig)
 }
 
 // link cuts or heals a cluster's WAN or a node's link.

@@ -216,6 +216,10 @@ func (x *wire) Write(p []byte) (int, error) {
 
 func (x *wire) Close() error {
 	x.once.Do(func() { close(x.closed) })
+	if x.dead() {
+		// The other end hears nothing of it.
+		return x.Conn.SetReadDeadline(time.Now())
+	}
 	return x.Conn.Close()
 }
 

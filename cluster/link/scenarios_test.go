@@ -122,6 +122,17 @@ func TestClusterLostAndBack(t *testing.T) {
 		if w.clusterState("us") != ready {
 			t.Error("us is not ready")
 		}
+		// The stream of before the cut hangs for long; what it knows says nothing.
+		rev := w.revision()
+		for range 100 {
+			<-time.After(50 * time.Millisecond)
+			if w.clusterState("eu") != lost || export().GetHealthy() {
+				t.Fatalf("eu is taken for alive again %v after the cut", time.Since(cut))
+			}
+		}
+		if got := w.revision(); got > rev+2 {
+			t.Errorf("%d revisions while nothing happened", got-rev)
+		}
 		w.clusters["eu"].setCut(false)
 		w.eventually(5*time.Second, "eu is back", func() bool { return w.clusterState("eu") == ready && export().GetHealthy() })
 	})

@@ -46,6 +46,7 @@ type session struct {
 	got    *reported
 	full   bool // since then got is the whole
 	seen   time.Time
+	due    bool // a comparison was left out because the stream was silent
 	goneAt map[string]int64 // workload → store revision at which it was seen not to be placed any more
 
 	wrote int64 // revision of the last write; owned by commit
@@ -211,7 +212,8 @@ func (s *session) take(m *linkv1.StatusReport, sequence *int64) (*linkv1.ReportA
 		return nil, api.E(api.Invalid, doing, "%w", err)
 	}
 	poke(s.lease)
-	if m.GetFull() || changes(m) || applied != s.got.summary.GetAppliedRevision() {
+	if m.GetFull() || changes(m) || s.due || applied != s.got.summary.GetAppliedRevision() {
+		s.due = false
 		poke(s.write)
 	}
 	return ack, nil
@@ -280,12 +282,23 @@ func (s *session) commit(ctx context.Context) {
 	}
 }
 
+// current gives what was reported, if it may be written: it is the whole, and the
+// stream is not silent. One that is knows nothing any more: its cluster may be
+// lost, or report to another replica, and neither may be overwritten.
+func (s *session) current() (*reported, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.seen) > s.f.cfg.LivenessTimeout/3 {
+		s.due = true
+		return nil, false
+	}
+	return s.got, s.full
+}
+
 // once makes one comparison and writes the difference.
 func (s *session) once(ctx context.Context, alarmed map[string]bool) error {
-	s.mu.Lock()
-	got, full := s.got, s.full
-	s.mu.Unlock()
-	if !full {
+	got, ok := s.current()
+	if !ok {
 		return nil
 	}
 	m := s.f.model.Load()

@@ -106,6 +106,13 @@ func TestClusterLostAndBack(t *testing.T) {
 			e := w.clusters["us"].state.Snapshot().Intents["export/eu/shop/web"].GetExport()
 			return e.GetHealthy() && len(e.GetGateways()) == 1 && e.GetGateways()[0] == "10.0.0.1:15443" && e.GetRegion() == "eu-region"
 		})
+		readiness := func() int32 {
+			p, _ := get[*storev1.PlacementStatusRecord](w, store.PlacementStatus, api.PlacementName("shop", "web", "eu"))
+			return p.GetStatus().GetRevisions()[0].GetReadyReplicas()
+		}
+		if readiness() == 0 {
+			t.Error("eu has no ready replica")
+		}
 		w.clusters["eu"].setCut(true)
 		cut := time.Now()
 		w.eventually(6*time.Second, "eu is lost", func() bool { return w.clusterState("eu") == lost })
@@ -126,7 +133,7 @@ func TestClusterLostAndBack(t *testing.T) {
 		rev := w.revision()
 		for range 100 {
 			<-time.After(50 * time.Millisecond)
-			if w.clusterState("eu") != lost || export().GetHealthy() {
+			if w.clusterState("eu") != lost || export().GetHealthy() || readiness() != 0 {
 				t.Fatalf("eu is taken for alive again %v after the cut", time.Since(cut))
 			}
 		}
@@ -134,7 +141,7 @@ func TestClusterLostAndBack(t *testing.T) {
 			t.Errorf("%d revisions while nothing happened", got-rev)
 		}
 		w.clusters["eu"].setCut(false)
-		w.eventually(5*time.Second, "eu is back", func() bool { return w.clusterState("eu") == ready && export().GetHealthy() })
+		w.eventually(5*time.Second, "eu is back", func() bool { return w.clusterState("eu") == ready && export().GetHealthy() && readiness() > 0 })
 	})
 }
 

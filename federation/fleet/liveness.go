@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -138,8 +139,8 @@ func (f *Fleet) known() (ready, lost []string) {
 	return ready, lost
 }
 
-// markLost writes the loss and takes the health of the cluster's exports away, in
-// one transaction under the lease.
+// markLost writes the loss and takes the health of the cluster's exports and the
+// readiness of its replicas away, in one transaction under the lease.
 func (f *Fleet) markLost(ctx context.Context, cluster string, epoch int64, lastSeen time.Time) error {
 	now, marked := time.Now(), false
 	rev, err := f.cfg.Store.Update(ctx, func(tx store.Tx) error {
@@ -162,7 +163,10 @@ func (f *Fleet) markLost(ctx context.Context, cluster string, epoch int64, lastS
 			return err
 		}
 		marked = true
-		return silenceExports(tx, cluster)
+		if err := silenceExports(tx, cluster); err != nil {
+			return err
+		}
+		return silencePlacements(tx, cluster, now)
 	})
 	if err == nil && marked {
 		f.log.Error("cluster lost", "alarm", true, "cluster", cluster, "last_seen", lastSeen, "revision", rev)
@@ -182,6 +186,35 @@ func silenceExports(tx store.Tx, cluster string) error {
 	}
 	for _, rec := range sick {
 		if err := tx.Put(rec.Kind, rec.Name, silenced(rec.Message.(*linkv1.ServiceExport))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// silencePlacements makes replicas that cannot be seen count as not ready. The
+// cluster's next report says what is so.
+func silencePlacements(tx store.Tx, cluster string, now time.Time) error {
+	var seen []store.Record
+	for rec, err := range tx.List(store.PlacementStatus, store.ListOptions{}) {
+		if err != nil {
+			return err
+		}
+		if strings.HasSuffix(rec.Name, "/placements/"+cluster) {
+			seen = append(seen, rec)
+		}
+	}
+	for _, rec := range seen {
+		m := proto.CloneOf(rec.Message.(*storev1.PlacementStatusRecord))
+		for _, r := range m.GetStatus().GetRevisions() {
+			r.ReadyReplicas = 0
+		}
+		if m.Status != nil {
+			unknown := condition(portolanv1.ConditionState_CONDITION_STATE_UNKNOWN, "ClusterLost", "the cluster is silent", now)
+			unknown.Type = "Available"
+			m.Status.Conditions = []*portolanv1.Condition{unknown}
+		}
+		if err := tx.Put(rec.Kind, rec.Name, m); err != nil {
 			return err
 		}
 	}

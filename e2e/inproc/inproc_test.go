@@ -2,6 +2,7 @@ package inproc
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -156,8 +157,12 @@ func TestCanary(t *testing.T) {
 		f.must("freeze", f.node(frozen.Node).proxies.Freeze(frozen.Replica, true))
 		f.Apply(weights(50, 50))
 		ok, laggards := f.Converged(5 * time.Second)
-		if ok || len(laggards) != 1 || !strings.HasSuffix(laggards[0].GetName(), "clusters/us-east/nodes/"+frozen.Node+"/proxies/"+frozen.Replica) {
-			t.Errorf("a frozen proxy: converged %v, laggards %v", ok, laggards)
+		var names []string
+		for _, l := range laggards {
+			names = append(names, l.GetName())
+		}
+		if want := []string{"clusters/us-east", "clusters/us-east/nodes/" + frozen.Node + "/proxies/" + frozen.Replica}; ok || !slices.Equal(names, want) {
+			t.Errorf("a frozen proxy: converged %v, laggards %q, want %q", ok, names, want)
 		}
 		f.must("thaw", f.node(frozen.Node).proxies.Freeze(frozen.Replica, false))
 		t.Logf("after the thaw converged within %v", f.WaitConverged())
@@ -257,12 +262,6 @@ func TestClusterLoss(t *testing.T) {
 	inShop(t, func(t *testing.T, f *Fleet) {
 		before := f.Snapshot("catalog", "web")
 		f.Cut("us-east")
-		for i := range 34 {
-			c := Get(f, &portolanv1.Cluster{}, "clusters/us-east")
-			w := Get(f, &portolanv1.Workload{}, "tenants/shop/workloads/catalog")
-			t.Log(i, c.GetStatus().GetState(), w.GetStatus())
-			f.Sleep(500*time.Millisecond)
-		}
 		took := f.Within(20*time.Second, "failover to eu-west", func() string {
 			if n := len(f.Running("catalog", "eu-west")); n != 4 {
 				return fmt.Sprintf("%d of catalog run in eu-west", n)

@@ -138,7 +138,7 @@ func run(t *testing.T, stdin string, args ...string) (string, string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(always(t), 2*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, fleet.cli, append(args, "--config", fleet.config)...)
+	cmd := exec.CommandContext(ctx, fleet.cli, append([]string{"--config", fleet.config}, args...)...)
 	cmd.Env = append(os.Environ(), "PORTOLAN_DATA_DIR="+fleet.dataDir)
 	cmd.Stdin = strings.NewReader(stdin)
 	var out, errOut bytes.Buffer

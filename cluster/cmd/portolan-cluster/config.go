@@ -1,40 +1,24 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
-	"sigs.k8s.io/yaml"
-
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/configfile"
 )
 
 // serverPrefix begins the federation's server name; the rest is the fleet.
 const serverPrefix = "federation."
 
-// Duration is written as in Go: "3s", "500ms".
-type Duration time.Duration
-
-// UnmarshalJSON implements json.Unmarshaler.
-func (d *Duration) UnmarshalJSON(b []byte) error {
-	var s string
-	if err := json.Unmarshal(b, &s); err != nil {
-		return fmt.Errorf("a duration is a text like \"3s\": %w", err)
-	}
-	v, err := time.ParseDuration(s)
-	*d = Duration(v)
-	return err
-}
-
-// Config is cluster.yaml. Unknown fields are refused.
+// Config is cluster.yaml. Unknown fields are refused, and ${NAME} in a
+// value comes from the environment.
 type Config struct {
 	// Cluster is this cluster's ID, as it is registered in the fleet. Required.
 	Cluster string `json:"cluster"`
@@ -52,7 +36,7 @@ type Config struct {
 	// dataDir/seal.key when absent.
 	SealKeyFile string `json:"sealKeyFile"`
 	// NodeTimeout is how long a node may be silent before it is lost; 3s.
-	NodeTimeout Duration `json:"nodeTimeout"`
+	NodeTimeout configfile.Duration `json:"nodeTimeout"`
 	// AdminSocket is a Unix socket, for root only, that serves RuntimeService,
 	// ClusterAdminService and gRPC health without the federation;
 	// dataDir/admin.sock when absent.
@@ -82,13 +66,9 @@ type Federation struct {
 
 // LoadConfig reads, completes and checks a file.
 func LoadConfig(path string) (*Config, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("read the configuration: %w", err)
-	}
 	c := &Config{}
-	if err := yaml.UnmarshalStrict(b, c); err != nil {
-		return nil, fmt.Errorf("read the configuration %s: %w", path, err)
+	if err := configfile.Load(path, c); err != nil {
+		return nil, err
 	}
 	c.SetDefaults()
 	if err := c.Validate(); err != nil {
@@ -108,7 +88,7 @@ func (c *Config) SetDefaults() {
 	def(&c.AdminSocket, filepath.Join(c.DataDir, "admin.sock"))
 	def(&c.LogLevel, "info")
 	if c.NodeTimeout == 0 {
-		c.NodeTimeout = Duration(3 * time.Second)
+		c.NodeTimeout = configfile.Duration(3 * time.Second)
 	}
 }
 
@@ -143,7 +123,7 @@ func (c *Config) Validate() error {
 	if p, err := netip.ParsePrefix(c.CIDR); err != nil || !p.Addr().Is4() || p.Bits() > 23 {
 		bad("cidr", "%q is no IPv4 range of at least two /24", c.CIDR)
 	}
-	if c.NodeTimeout < Duration(500*time.Millisecond) {
+	if c.NodeTimeout < configfile.Duration(500*time.Millisecond) {
 		bad("nodeTimeout", "is shorter than 500ms")
 	}
 	var l slog.Level

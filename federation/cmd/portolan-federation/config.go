@@ -1,37 +1,21 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
-	"sigs.k8s.io/yaml"
-
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/configfile"
 )
 
-// Duration is written as in Go: "3s", "500ms".
-type Duration time.Duration
-
-// UnmarshalJSON implements json.Unmarshaler.
-func (d *Duration) UnmarshalJSON(b []byte) error {
-	var s string
-	if err := json.Unmarshal(b, &s); err != nil {
-		return fmt.Errorf("a duration is a text like \"3s\": %w", err)
-	}
-	v, err := time.ParseDuration(s)
-	*d = Duration(v)
-	return err
-}
-
-// Config is federation.yaml. Unknown fields are refused.
+// Config is federation.yaml. Unknown fields are refused, and ${NAME} in a
+// value comes from the environment.
 type Config struct {
 	// Replica is this replica's ID, unique in the federation. Required.
 	Replica string `json:"replica"`
@@ -51,7 +35,7 @@ type Config struct {
 	// Registries from which images may come. None when absent.
 	Registries Registries `json:"registries"`
 	// LivenessTimeout is how long a cluster may be silent before it is lost; 3s.
-	LivenessTimeout Duration `json:"livenessTimeout"`
+	LivenessTimeout configfile.Duration `json:"livenessTimeout"`
 	// AdminSocket is a Unix socket, for root only, that serves gRPC health;
 	// dataDir/admin.sock when absent.
 	AdminSocket string `json:"adminSocket"`
@@ -92,13 +76,9 @@ type RegistryHost struct {
 
 // LoadConfig reads, completes and checks a file.
 func LoadConfig(path string) (*Config, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("read the configuration: %w", err)
-	}
 	c := &Config{}
-	if err := yaml.UnmarshalStrict(b, c); err != nil {
-		return nil, fmt.Errorf("read the configuration %s: %w", path, err)
+	if err := configfile.Load(path, c); err != nil {
+		return nil, err
 	}
 	c.SetDefaults()
 	if err := c.Validate(); err != nil {
@@ -121,7 +101,7 @@ func (c *Config) SetDefaults() {
 	def(&c.Identity.SealKeyFile, filepath.Join(c.DataDir, "seal.key"))
 	def(&c.AdminSocket, filepath.Join(c.DataDir, "admin.sock"))
 	if c.LivenessTimeout == 0 {
-		c.LivenessTimeout = Duration(3 * time.Second)
+		c.LivenessTimeout = configfile.Duration(3 * time.Second)
 	}
 }
 
@@ -149,7 +129,7 @@ func (c *Config) Validate() error {
 	if p, err := netip.ParsePrefix(c.VirtualIPs); err != nil || !p.Addr().Is4() || p.Bits() < 8 || p.Bits() > 30 {
 		bad("virtualIPs", "%q is no IPv4 range between /8 and /30", c.VirtualIPs)
 	}
-	if c.LivenessTimeout < Duration(500*time.Millisecond) {
+	if c.LivenessTimeout < configfile.Duration(500*time.Millisecond) {
 		bad("livenessTimeout", "is shorter than 500ms")
 	}
 	for name := range c.Registries.Hosts {

@@ -11,14 +11,15 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-	"sigs.k8s.io/yaml"
 
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/configfile"
 	"github.com/portolan-io/portolan/federation/api/nodev1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
-// config is node.yaml. Unknown fields are refused.
+// config is node.yaml. Unknown fields are refused, and ${NAME} in a value
+// comes from the environment.
 type config struct {
 	// Node is this machine's ID in its cluster.
 	Node string `json:"node"`
@@ -92,7 +93,7 @@ func load(file string) (*config, error) {
 
 func parse(b []byte) (*config, error) {
 	c := &config{}
-	if err := yaml.UnmarshalStrict(b, c); err != nil {
+	if err := configfile.Parse(b, os.LookupEnv, c); err != nil {
 		return nil, err
 	}
 	c.setDefaults()

@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/portolan-io/portolan/federation/api/configfile/configtest"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
@@ -77,5 +78,21 @@ func TestCommands(t *testing.T) {
 		if err := c.ExecuteContext(t.Context()); err == nil {
 			t.Errorf("%v succeeded", args)
 		}
+	}
+}
+
+func TestChartConfig(t *testing.T) {
+	file := configtest.FromChart(t, "../../../charts/golden/node.yaml", "node.yaml")
+	t.Setenv("NODE_NAME", "worker-1")
+	if _, err := load(file); err == nil || !strings.Contains(err.Error(), "HOST_IP") {
+		t.Errorf("without HOST_IP: %v", err)
+	}
+	t.Setenv("HOST_IP", "10.0.0.7")
+	c, err := load(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Node != "worker-1" || c.Address != "10.0.0.7" || c.Cluster.TokenFile != "/etc/portolan/tokens/worker-1" {
+		t.Errorf("config %+v", c)
 	}
 }

@@ -28,6 +28,10 @@ type observer struct {
 	renewed map[string]mark
 }
 
+// renewalShare of the bound is the least move of a row that counts as a renewal:
+// with 3 s it is 250 ms, and clusters report every second.
+const renewalShare = 12
+
 type mark struct {
 	expires time.Time // in the row
 	at      time.Time // when that was first seen
@@ -49,7 +53,10 @@ func (o *observer) look(now time.Time, clusters []string, leases []store.Lease) 
 	for _, c := range clusters {
 		expires := rows[LeaseOf(c)]
 		m, ok := o.renewed[c]
-		if !ok || !m.expires.Equal(expires) {
+		// A store gives the end of a lease by its own clock and what is left of it, so
+		// the same row reads a little differently each time. A renewal moves it by the
+		// time between two reports, which is longer.
+		if !ok || expires.Sub(m.expires) > o.timeout/renewalShare {
 			m = mark{expires: expires, at: now}
 		}
 		next[c] = m

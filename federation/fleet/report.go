@@ -46,7 +46,7 @@ type session struct {
 	got    *reported
 	full   bool // since then got is the whole
 	seen   time.Time
-	due    bool // a comparison was left out because the stream was silent
+	due    bool             // a comparison was left out because the stream was silent
 	goneAt map[string]int64 // workload → store revision at which it was seen not to be placed any more
 
 	wrote int64 // revision of the last write; owned by commit

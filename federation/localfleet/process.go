@@ -52,7 +52,7 @@ type ProcessState struct {
 
 // restart backoff of a child that dies.
 const (
-	minBackoff = 200 * time.Millisecond
+	minBackoff = 100 * time.Millisecond
 	maxBackoff = 5 * time.Second
 	stopGrace  = 10 * time.Second
 )
@@ -132,7 +132,7 @@ func (p *process) start() (*exec.Cmd, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open log of %s: %w", p.cmd.Name, err)
 	}
-	defer logFile.Close()
+	defer func() { _ = logFile.Close() }()
 	path, args := p.cmd.Path, p.cmd.Args
 	if p.cmd.NS != "" {
 		// nsenter enters and then becomes the command: the pid stays.
@@ -162,10 +162,14 @@ func (p *process) start() (*exec.Cmd, error) {
 // wait returns when the child has ended. When ctx ends first, it is asked to
 // stop, then killed.
 func (p *process) wait(ctx context.Context, cmd *exec.Cmd) {
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err = cmd.Wait()
+	}()
 	select {
-	case err := <-done:
+	case <-done:
 		p.log.Warn("child ended", "error", fmt.Sprint(err))
 		return
 	case <-ctx.Done():

@@ -71,7 +71,7 @@ func edsCluster(name string) *clusterv3.Cluster {
 		LbPolicy:             clusterv3.Cluster_LEAST_REQUEST,
 		CommonLbConfig:       &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
 		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
-			MaxConnections: wrapperspb.UInt32(10_000), MaxPendingRequests: wrapperspb.UInt32(10_000), MaxRequests: wrapperspb.UInt32(10_000),
+			MaxConnections: wrapperspb.UInt32(10_000), MaxPendingRequests: wrapperspb.UInt32(10_000), MaxRequests: wrapperspb.UInt32(10_000), MaxRetries: wrapperspb.UInt32(10_000),
 			RetryBudget: &clusterv3.CircuitBreakers_Thresholds_RetryBudget{
 				BudgetPercent: &typev3.Percent{Value: 25}, MinRetryConcurrency: wrapperspb.UInt32(64),
 			},
@@ -208,7 +208,7 @@ func authorizer(path string) *clusterv3.Cluster {
 			}}}},
 		}}},
 		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
-			MaxPendingRequests: wrapperspb.UInt32(10_000), MaxRequests: wrapperspb.UInt32(10_000),
+			MaxPendingRequests: wrapperspb.UInt32(10_000), MaxRequests: wrapperspb.UInt32(10_000), MaxRetries: wrapperspb.UInt32(10_000),
 		}}},
 		TypedExtensionProtocolOptions: httpOptions(&httpv3.HttpProtocolOptions{
 			UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{

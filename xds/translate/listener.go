@@ -27,6 +27,11 @@ const (
 	tcpIdle      = time.Hour
 	// authzTimeout ends in a refusal; a decision takes far less.
 	authzTimeout = 2 * time.Second
+	// Requests wait for an authorizer that restarts, about a second with full
+	// jitter, and are refused when it stays away.
+	authzRetries    = 16
+	authzBackoff    = 25 * time.Millisecond
+	authzMaxBackoff = 150 * time.Millisecond
 )
 
 func listener(name, address string, port uint16, direction corev3.TrafficDirection, filters ...*listenerv3.ListenerFilter) *listenerv3.Listener {
@@ -60,7 +65,7 @@ func outboundListener(services []*model.Service) (*listenerv3.Listener, []model.
 	var problems []model.Problem
 	for _, s := range services {
 		if !s.VIP.IsValid() {
-			problems = append(problems, model.Problem{Resource: "service/" + s.Key.String(), Field: "virtual_ip", Message: "has none, and cannot be called by name"})
+			problems = append(problems, model.Problem{Resource: "service/" + s.String(), Field: "virtual_ip", Message: "has none, and cannot be called by name"})
 			continue
 		}
 		for _, port := range s.Ports {
@@ -107,7 +112,7 @@ func tcpRoute(s *model.Service, port model.Port) (*tcpv3.TcpProxy, []model.Probl
 	i := slices.IndexFunc(s.Route.Rules, func(r model.Rule) bool { return len(r.Matches) == 0 })
 	if i < 0 {
 		return out, []model.Problem{{
-			Resource: "route/" + s.Route.Key.String(), Field: "spec.rules", Message: "port " + port.Name + " is TCP, and no rule is without matches: it goes to all revisions",
+			Resource: "route/" + s.Route.String(), Field: "spec.rules", Message: "port " + port.Name + " is TCP, and no rule is without matches: it goes to all revisions",
 		}}
 	}
 	rule := s.Route.Rules[i]
@@ -179,6 +184,11 @@ func authorizerService(p Proxy, s model.Served) *corev3.GrpcService {
 	out := &corev3.GrpcService{
 		TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: authorizerCluster}},
 		Timeout:         durationpb.New(authzTimeout),
+		RetryPolicy: &corev3.RetryPolicy{
+			RetryOn:      "connect-failure,reset,refused-stream,unavailable,cancelled",
+			NumRetries:   wrapperspb.UInt32(authzRetries),
+			RetryBackOff: &corev3.BackoffStrategy{BaseInterval: durationpb.New(authzBackoff), MaxInterval: durationpb.New(authzMaxBackoff)},
+		},
 	}
 	ext := extensions(p, s)
 	for _, k := range slices.Sorted(maps.Keys(ext)) {

@@ -245,6 +245,14 @@ func TestRefusalIsStatus(t *testing.T) {
 		p := s.proxy("web-1")
 		if n := p.GetStatus().GetNacks(); len(n) == 0 || !strings.Contains(n[0].GetMessage(), "does not please") || n[0].GetConsumer() != "web-1" {
 			t.Errorf("the refusal is not told: %v", p)
+		} else {
+			told := map[string]bool{}
+			for _, x := range n {
+				told[x.GetResource()] = true
+			}
+			if !told["route/shop/api"] || !told["service/shop/api"] || len(told) != 2 {
+				t.Errorf("the refusals are told of %v, not of what users wrote", told)
+			}
 		}
 		if p.GetStatus().GetApplied().GetRevision() != first {
 			t.Errorf("what was refused is said to be applied: %v", p)

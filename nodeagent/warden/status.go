@@ -2,6 +2,7 @@ package warden
 
 import (
 	"context"
+	"maps"
 	"sort"
 	"sync"
 
@@ -45,9 +46,7 @@ func (w *Warden) Status() *nodev1.WardenStatus {
 		replicas = append(replicas, r)
 	}
 	views := make(map[string]replicaView, len(w.replicas))
-	for id, v := range w.views {
-		views[id] = v
-	}
+	maps.Copy(views, w.views)
 	w.mu.Unlock()
 	if wd := w.world.Load(); wd != nil {
 		out.Loaded = wd.watermark
@@ -86,7 +85,7 @@ func (w *Warden) proxyStatus(r *replica, v replicaView) *nodev1.WardenProxy {
 		p.Connected = st.Connected
 		for _, n := range st.Nacks {
 			p.Status.Nacks = append(p.Status.Nacks, &linkv1.Nack{
-				Resource: shortType(n.Type) + "/" + n.Name, Consumer: r.allocation, Message: clip(n.Message), Revision: revision,
+				Resource: w.world.Load().origin(n.Type, n.Name), Consumer: r.allocation, Message: clip(n.Message), Revision: revision,
 			})
 		}
 	}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/cli/manifest"
+	"github.com/portolan-io/portolan/federation/store"
 	"github.com/portolan-io/portolan/identity"
 	"github.com/portolan-io/portolan/identity/ca"
 	"github.com/portolan-io/portolan/identity/trust"
@@ -156,4 +157,12 @@ func (f *Fleet) WaitConverged() time.Duration {
 		f.t.Fatalf("not converged: %v", laggards)
 	}
 	return time.Since(began)
+}
+
+// Write puts a record into the federation's store past its server: what another
+// version may have left there.
+func (f *Fleet) Write(kind store.Kind, name string, m proto.Message) {
+	f.t.Helper()
+	_, err := f.store.Update(f.ctx, func(tx store.Tx) error { return tx.Put(kind, name, m) })
+	f.must("write "+name, err)
 }

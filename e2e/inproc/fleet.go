@@ -68,13 +68,29 @@ type Fleet struct {
 // the test on it.
 func Run(t *testing.T, test func(t *testing.T, f *Fleet)) {
 	t.Helper()
-	dir := t.TempDir()
+	dir := memoryDir(t)
 	synctest.Test(t, func(t *testing.T) {
 		f := newFleet(t, dir)
 		defer f.close()
 		f.up()
 		test(t, f)
 	})
+}
+
+// memoryDir is a folder that is really in memory, where there is one: what the
+// planes make durable is not what these tests wait for.
+func memoryDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "inproc")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("clean up: %v", err)
+		}
+	})
+	return dir
 }
 
 func newFleet(t *testing.T, dir string) *Fleet {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/store"
 )
 
 const tenant = `
@@ -210,44 +211,16 @@ func TestPolicy(t *testing.T) {
 	})
 }
 
-func TestNodeLoss(t *testing.T) {
-	inShop(t, func(t *testing.T, f *Fleet) {
-		away := f.Running("catalog", "us-east-2")
-		before := f.Snapshot("catalog", "web")
-		for id, i := range before {
-			if i.Node == "us-east-2" {
-				delete(before, id)
+// answered fails the test unless every replica of web gets an answer from catalog.
+func answered(f *Fleet, places ...string) {
+	f.t.Helper()
+	for _, from := range f.Running("web", places...) {
+		for i := range 10 {
+			if r := f.Call(from, "catalog", float64(i)/10); !r.OK() {
+				f.t.Errorf("%s on %s calls catalog: %+v", from.Replica, from.Node, r)
 			}
 		}
-		f.Cut("us-east-2")
-		took := f.Within(15*time.Second, "catalog beside the lost node", func() string {
-			if n := len(f.Running("catalog", "us-east-1")); n != 2 {
-				return fmt.Sprintf("%d run on us-east-1", n)
-			}
-			return ready(f, "catalog", 4)
-		})
-		t.Logf("replaced after %v", took)
-		f.WaitConverged()
-		for i := range 20 {
-			if r := f.Call(f.Caller("web", "eu-west", "us-east-1"), "catalog", float64(i)/20); !r.OK() {
-				t.Errorf("call without the lost node: %+v", r)
-			}
-		}
-		for id, b := range before {
-			if a := f.Snapshot("catalog", "web")[id]; a != b {
-				t.Errorf("%s was touched: %+v, before %+v", id, a, b)
-			}
-		}
-		f.Heal("us-east-2")
-		t.Logf("no doubles after %v", f.Settled(20*time.Second, "catalog", 4))
-		f.Settled(20*time.Second, "web", 2)
-		f.WaitConverged()
-		for _, a := range f.Running("catalog", "us-east-2") {
-			if a == away[0] {
-				t.Errorf("%s still runs beside its substitute", a.Replica)
-			}
-		}
-	})
+	}
 }
 
 func ready(f *Fleet, workload string, n int32) string {
@@ -258,68 +231,203 @@ func ready(f *Fleet, workload string, n int32) string {
 	return ""
 }
 
+// running waits for replicas of catalog at places, in truth and in status.
+func running(f *Fleet, most time.Duration, all int32, n int, places ...string) time.Duration {
+	f.t.Helper()
+	return f.Within(most, fmt.Sprintf("%d of catalog in %v", n, places), func() string {
+		if got := len(f.Running("catalog", places...)); got != n {
+			return fmt.Sprintf("%d run", got)
+		}
+		return ready(f, "catalog", all)
+	})
+}
+
+// elsewhere is a snapshot without what is in a place.
+func elsewhere(f *Fleet, place string) map[string]instance {
+	before := f.Snapshot("catalog", "web")
+	for id, i := range before {
+		if i.Node == place || f.node(i.Node).cluster.name == place {
+			delete(before, id)
+		}
+	}
+	return before
+}
+
+func TestNodeLoss(t *testing.T) {
+	inShop(t, func(t *testing.T, f *Fleet) {
+		f.Sleep(6 * time.Second) // a young cluster waits for its nodes' return
+		away, others := f.Running("catalog", "us-east-2"), elsewhere(f, "us-east-2")
+		f.Cut("us-east-2")
+		t.Logf("replaced after %v", running(f, 10*time.Second, 4, 2, "us-east-1"))
+		f.WaitConverged()
+		answered(f, "eu-west", "us-east-1")
+		f.Kept(others)
+		f.Heal("us-east-2")
+		t.Logf("no doubles after %v", f.Settled(20*time.Second, "catalog", 4))
+		f.Settled(20*time.Second, "web", 2)
+		f.WaitConverged()
+		f.Sleep(3 * time.Second)
+		f.Settled(0, "catalog", 4)
+		for _, a := range f.Running("catalog", "us-east-2") {
+			if slices.Contains(away, a) {
+				t.Errorf("%s still runs beside its substitute", a.Replica)
+			}
+		}
+		f.Kept(others)
+		answered(f)
+	})
+}
+
 func TestClusterLoss(t *testing.T) {
 	inShop(t, func(t *testing.T, f *Fleet) {
 		before := f.Snapshot("catalog", "web")
 		f.Cut("us-east")
-		took := f.Within(20*time.Second, "failover to eu-west", func() string {
-			if n := len(f.Running("catalog", "eu-west")); n != 4 {
-				return fmt.Sprintf("%d of catalog run in eu-west", n)
-			}
-			if n := len(f.Running("web", "eu-west")); n != 2 {
-				return fmt.Sprintf("%d of web run in eu-west", n)
-			}
-			return ready(f, "catalog", 4)
-		})
-		t.Logf("failed over after %v", took)
+		t.Logf("failed over after %v", running(f, 10*time.Second, 4, 4, "eu-west"))
 		f.WaitConverged()
-		for i := range 20 {
-			for _, from := range append(f.Running("web", "eu-west"), f.Caller("web", "us-east")) {
-				if r := f.Call(from, "catalog", float64(i)/20); !r.OK() || f.node(from.Node).cluster != f.owner(r.Callee).cluster {
-					t.Errorf("call from %s: %+v", from.Node, r)
-				}
+		for range 5 {
+			f.Sleep(time.Second)
+			answered(f) // on both sides of the cut
+			if s := Get(f, &portolanv1.Cluster{}, "clusters/us-east").GetStatus().GetState(); s != portolanv1.ClusterState_CLUSTER_STATE_LOST {
+				t.Errorf("us-east is %v", s)
 			}
 		}
+		f.Kept(before)
 		f.Heal("us-east")
 		t.Logf("as declared after %v", f.Settled(30*time.Second, "catalog", 4))
 		f.Settled(30*time.Second, "web", 2)
 		f.WaitConverged()
+		f.Sleep(3 * time.Second)
 		f.Untouched(before)
+		f.Settled(0, "catalog", 4)
+		answered(f)
 	})
 }
 
 func TestRestarts(t *testing.T) {
-	for _, c := range []struct {
-		name  string
-		kill  []string
-		pause time.Duration
-	}{
-		{"federation replica", []string{"fed-1"}, 0},
-		{"both federation replicas", []string{"fed-1", "fed-2"}, 8 * time.Second},
-		{"cluster", []string{"eu-west"}, 0},
-		{"cluster, later", []string{"eu-west"}, 8 * time.Second},
-		{"agent", []string{"eu-west-1/agent"}, 0},
-		{"agent, later", []string{"eu-west-1/agent"}, 2 * time.Second},
-		{"warden", []string{"eu-west-1/warden"}, 2 * time.Second},
-		{"everything", []string{"fed-1", "fed-2", "eu-west", "us-east", "eu-west-1/agent", "eu-west-1/warden", "us-east-1/agent", "us-east-1/warden"}, 0},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			inShop(t, func(t *testing.T, f *Fleet) {
-				before := f.Snapshot("catalog", "web")
-				f.Kill(c.kill...)
-				f.Sleep(c.pause)
-				f.Start(c.kill...)
-				f.Apply(route("{revision: v1, weight: 100}")) // what is new gets through
-				t.Logf("converged after %v", f.WaitConverged())
-				f.Sleep(5 * time.Second)
-				f.Untouched(before)
-				f.Settled(time.Second, "catalog", 4)
-				for _, from := range f.Running("web") {
-					if r := f.Call(from, "catalog", 0.5); !r.OK() {
-						t.Errorf("call from %s: %+v", from.Replica, r)
+	inShop(t, func(t *testing.T, f *Fleet) {
+		before := f.Snapshot("catalog", "web")
+		for i, c := range []struct {
+			kill  []string
+			pause time.Duration
+		}{
+			{[]string{"fed-1"}, 0},
+			{[]string{"fed-1", "fed-2"}, 5 * time.Second},
+			{[]string{"eu-west"}, 0},
+			{[]string{"eu-west"}, 8 * time.Second},
+			{[]string{"eu-west-1/agent"}, 0},
+			{[]string{"eu-west-1/agent"}, 2 * time.Second},
+			{[]string{"eu-west-1/warden"}, 2 * time.Second},
+			{[]string{"fed-1", "fed-2", "eu-west", "us-east", "eu-west-1/agent", "eu-west-1/warden", "us-east-1/agent", "us-east-1/warden"}, 0},
+		} {
+			f.Kill(c.kill...)
+			f.Sleep(c.pause)
+			if !strings.Contains(strings.Join(c.kill, " "), "warden") {
+				answered(f)
+			}
+			f.Start(c.kill...)
+			f.Apply(route(fmt.Sprintf("{revision: v1, weight: %d}, {service: catalog, weight: %d}", 90-i, 10+i))) // what is new gets through
+			t.Logf("%v away for %v: converged %v after the return", c.kill, c.pause, f.WaitConverged())
+			f.Sleep(3 * time.Second)
+			f.Untouched(before)
+			f.Settled(0, "catalog", 4)
+			answered(f)
+		}
+	})
+}
+
+// TestStaticStability: each plane does its whole job without the one above.
+func TestStaticStability(t *testing.T) {
+	inShop(t, func(t *testing.T, f *Fleet) {
+		f.Sleep(6 * time.Second)
+		others := elsewhere(f, "us-east-2")
+		f.Kill("fed-1", "fed-2")
+		f.Cut("us-east-2")
+		f.Within(10*time.Second, "replacement without a federation", func() string {
+			if n := len(f.Running("catalog", "us-east-1")); n != 2 {
+				return fmt.Sprintf("%d run on us-east-1", n)
+			}
+			return ""
+		})
+		f.Sleep(2 * time.Second)
+		answered(f, "eu-west", "us-east-1")
+		f.Kept(others)
+
+		f.Kill("eu-west")
+		victim := f.Caller("catalog", "eu-west-1")
+		f.must("kill a container", f.node(victim.Node).engine.Kill(victim.container))
+		f.Within(15*time.Second, "restart without a cluster", func() string {
+			if r := f.Running("catalog", "eu-west-1"); len(r) != 1 || r[0].PID == victim.PID {
+				return fmt.Sprintf("%+v", r)
+			}
+			return ""
+		})
+		f.Sleep(2 * time.Second)
+		answered(f, "eu-west", "us-east-1")
+
+		delete(others, victim.Replica)
+		f.Heal("us-east-2")
+		f.Start("fed-1", "fed-2", "eu-west")
+		f.Settled(20*time.Second, "catalog", 4)
+		t.Logf("all back: converged after %v", f.WaitConverged())
+		f.Sleep(8 * time.Second) // nodes come back to a cluster that was long away within 5 s
+		f.Settled(0, "catalog", 4)
+		f.Kept(others)
+		answered(f)
+	})
+}
+
+// accepted is the condition of an object that a consumer may refuse.
+func accepted(list []*portolanv1.Condition) *portolanv1.Condition {
+	for _, c := range list {
+		if c.GetType() == "Accepted" {
+			return c
+		}
+	}
+	return nil
+}
+
+// TestRefusals: what a consumer cannot take is status, and disturbs nobody.
+func TestRefusals(t *testing.T) {
+	inShop(t, func(t *testing.T, f *Fleet) {
+		refused := func(what string, conditions func() []*portolanv1.Condition, words ...string) {
+			t.Helper()
+			f.Within(5*time.Second, what, func() string {
+				c := accepted(conditions())
+				for _, w := range words {
+					if !strings.Contains(c.GetMessage(), w) {
+						return fmt.Sprintf("%q does not say %q", c.GetMessage(), w)
 					}
 				}
+				if c.GetState() == portolanv1.ConditionState_CONDITION_STATE_TRUE != (len(words) == 0) {
+					return c.String()
+				}
+				return ""
 			})
-		})
-	}
+		}
+		routeStatus := func() []*portolanv1.Condition {
+			return Get(f, &portolanv1.Route{}, "tenants/shop/routes/catalog").GetStatus().GetConditions()
+		}
+		odd := f.Caller("web", "us-east")
+		proxies := f.node(odd.Node).proxies
+		f.must("refuse", proxies.Refuse(odd.Replica, func(_, name string) string {
+			if strings.Contains(name, "catalog") {
+				return "it does not please"
+			}
+			return ""
+		}))
+		f.Apply(route("{revision: v1, weight: 100}"))
+		refused("a proxy's refusal", routeStatus, "it does not please", odd.Replica)
+		answered(f)
+		f.must("heal", proxies.Refuse(odd.Replica, nil))
+		f.must("kill", proxies.Kill(odd.Replica)) // the same bytes are not offered twice to one process
+		f.WaitConverged()
+		refused("the refusal's end", routeStatus)
+
+		// A record that no server of this version would write.
+		f.Write(store.Service, "tenants/shop/services/odd", &portolanv1.Service{Name: "tenants/shop/services/odd", Spec: &portolanv1.ServiceSpec{}})
+		refused("a cluster's refusal", func() []*portolanv1.Condition {
+			return Get(f, &portolanv1.Service{}, "tenants/shop/services/odd").GetStatus().GetConditions()
+		}, "ports", "clusters/")
+		answered(f)
+	})
 }

@@ -20,10 +20,11 @@ import (
 type instance struct {
 	Node, Replica, Workload string
 	PID, ProxyPID           int
+	container               string // its ID in the engine
 	address                 netip.Addr
 }
 
-// cluster and node by name.
+// node finds a machine by name.
 func (f *Fleet) node(name string) *node {
 	f.t.Helper()
 	for _, n := range f.nodes() {
@@ -56,7 +57,7 @@ func (f *Fleet) Running(workload string, places ...string) []instance {
 			for _, c := range containers {
 				if c.State == engine.Running && strings.HasPrefix(c.ID, id) {
 					p, _ := n.proxies.Status(f.ctx, id)
-					out = append(out, instance{Node: n.name, Replica: id, Workload: workload, PID: c.Pid, ProxyPID: p.Pid, address: r.Address})
+					out = append(out, instance{Node: n.name, Replica: id, Workload: workload, PID: c.Pid, ProxyPID: p.Pid, container: c.ID, address: r.Address})
 				}
 			}
 		}
@@ -77,15 +78,10 @@ func (f *Fleet) Snapshot(workloads ...string) map[string]instance {
 	return out
 }
 
-// Untouched fails the test when anything of a snapshot was restarted or is gone,
-// or something was added.
-func (f *Fleet) Untouched(before map[string]instance) {
+// Kept fails the test when anything of a snapshot was restarted or is gone.
+func (f *Fleet) Kept(before map[string]instance) {
 	f.t.Helper()
-	names := map[string]bool{}
-	for _, i := range before {
-		names[i.Workload] = true
-	}
-	after := f.Snapshot(slices.Sorted(maps.Keys(names))...)
+	after := f.Snapshot(workloadsOf(before)...)
 	for id, b := range before {
 		if a, ok := after[id]; !ok {
 			f.t.Errorf("%s on %s is gone", id, b.Node)
@@ -93,11 +89,25 @@ func (f *Fleet) Untouched(before map[string]instance) {
 			f.t.Errorf("%s was restarted: %+v, before %+v", id, a, b)
 		}
 	}
-	for id, a := range after {
+}
+
+// Untouched is Kept, and nothing was added.
+func (f *Fleet) Untouched(before map[string]instance) {
+	f.t.Helper()
+	f.Kept(before)
+	for id, a := range f.Snapshot(workloadsOf(before)...) {
 		if _, ok := before[id]; !ok {
 			f.t.Errorf("%s came up on %s", id, a.Node)
 		}
 	}
+}
+
+func workloadsOf(list map[string]instance) []string {
+	names := map[string]bool{}
+	for _, i := range list {
+		names[i.Workload] = true
+	}
+	return slices.Sorted(maps.Keys(names))
 }
 
 // Settled waits until exactly so many replicas of a workload are ready by the API

@@ -45,7 +45,7 @@ var sideways = map[string]string{
 	"policy/opa -> policy/bundle":             "the engine digests what it compiles",
 	"policy/policytest -> policy/opa":         "reports run the engine",
 	"policy/policytest -> policy/bundle":      "reports load folders",
-	"nodeagent/proxy -> xds/distribute":      "what the version of a resource is",
+	"nodeagent/proxy -> xds/distribute":       "what the version of a resource is",
 	"xds/translate -> xds/model":              "translation reads the resolved graph",
 	"federation/cli -> federation/localfleet": "up, down and local are verbs of the CLI",
 }
@@ -100,8 +100,7 @@ func load(t *testing.T) []pkg {
 	t.Helper()
 	out, err := exec.Command("go", "list", "-json=ImportPath,Dir,Doc,Name,Imports,TestImports,XTestImports,Deps,GoFiles", "./...").Output()
 	if err != nil {
-		var ee *exec.ExitError
-		if errors.As(err, &ee) {
+		if ee, ok := errors.AsType[*exec.ExitError](err); ok {
 			t.Fatalf("go list: %v\n%s", err, ee.Stderr)
 		}
 		t.Fatalf("go list: %v", err)

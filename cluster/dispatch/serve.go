@@ -34,7 +34,7 @@ func (m *maker) resource(it item, own string) (*distribute.Resource, error) {
 		return u.resource, nil
 	}
 	old, ok := m.made[key]
-	if !ok || !(it.source != nil && old.source == it.source || proto.Equal(old.directive, it.directive)) {
+	if !ok || ((it.source == nil || old.source != it.source) && !proto.Equal(old.directive, it.directive)) {
 		r, err := distribute.NewResource(api.DirectiveTypeURL, it.name, it.directive)
 		if err != nil {
 			return nil, err

@@ -22,7 +22,7 @@ func (l *Link) report(ctx context.Context) error {
 		began := time.Now()
 		err := l.reportTo(ctx, address, at, deadline)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // Run ends with nil when its context does
 		}
 		l.replicas.failed(at)
 		if time.Since(began) > ackTimeout {
@@ -200,7 +200,7 @@ func (l *Link) tunnel(ctx context.Context, address string) error {
 		began := time.Now()
 		err := l.tunnelTo(ctx, address)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // Run ends with nil when its context does
 		}
 		l.log.Debug("tunnel ended", "address", address, "error", err)
 		if time.Since(began) > ackTimeout {

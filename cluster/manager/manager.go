@@ -148,7 +148,7 @@ func (m *Manager) Run(ctx context.Context) error {
 		next, err := m.pass(ctx, s)
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return nil //nolint:nilerr // Run ends with nil when its context does
 		case err == nil:
 			backoff = retryMin
 		case api.KindOf(err) == api.Conflict && m.cfg.Store.Snapshot() != s:

@@ -60,6 +60,7 @@ func jobOf(d desired, rs []*replica) jobState {
 			if at := r.GetEndTime().AsTime(); at.After(j.lastFailure[r.GetIndex()]) {
 				j.lastFailure[r.GetIndex()] = at
 			}
+		default: // not final
 		}
 	}
 	return j

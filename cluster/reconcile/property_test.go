@@ -166,7 +166,7 @@ func TestJobProperties(t *testing.T) {
 		completions, parallelism := rapid.IntRange(1, 5).Draw(t, "completions"), rapid.IntRange(1, 4).Draw(t, "parallelism")
 		w.want(web, &linkv1.WorkloadIntent{Tenant: "t", Workload: "web", Uid: "u", Epoch: 1, CurrentRevision: "r1", Revisions: []*linkv1.RevisionIntent{{
 			Revision: "r1", Replicas: int32(completions),
-			Spec: &portolanv1.WorkloadSpec{Kind: portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, Job: &portolanv1.WorkloadSpec_JobSpec{Parallelism: int32(parallelism), MaxRetries: ptr(int32(1000))}},
+			Spec: &portolanv1.WorkloadSpec{Kind: portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, Job: &portolanv1.WorkloadSpec_JobSpec{Parallelism: int32(parallelism), MaxRetries: new(int32(1000))}},
 		}}})
 		faults := rapid.SliceOfN(rapid.IntRange(0, 5), 0, 40).Draw(t, "faults")
 		for round := range 400 {

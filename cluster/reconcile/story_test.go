@@ -160,9 +160,9 @@ func (w *world) wantArgs(t *testing.T, d *datadriven.TestData) {
 		case "kind":
 			spec.Kind = map[string]portolanv1.WorkloadKind{"job": portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, "daemon": portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON}[v]
 		case "surge":
-			spec.Update.MaxSurge = ptr(number(v))
+			spec.Update.MaxSurge = new(number(v))
 		case "down":
-			spec.Update.MaxUnavailable = ptr(number(v))
+			spec.Update.MaxUnavailable = new(number(v))
 		case "minready":
 			spec.Update.MinReady = length(v)
 		case "progress":
@@ -174,7 +174,7 @@ func (w *world) wantArgs(t *testing.T, d *datadriven.TestData) {
 		case "parallelism":
 			spec.Job.Parallelism = number(v)
 		case "retries":
-			spec.Job.MaxRetries = ptr(number(v))
+			spec.Job.MaxRetries = new(number(v))
 		default:
 			t.Fatalf("argument %s is not known", a.Key)
 		}

@@ -48,7 +48,7 @@ func Summarize(in Input) []*linkv1.WorkloadStatusReport {
 				rep.Epoch = max(rep.Epoch, r.GetEpoch())
 			}
 		} else if d.current != nil {
-			rep.Conditions = in.conditions(k, w, d, rs, plan.Halted[k])
+			rep.Conditions = in.conditions(k, d, rs, plan.Halted[k])
 		}
 		out = append(out, rep)
 	}
@@ -84,7 +84,7 @@ func revisions(d desired, rs []*replica) []*portolanv1.RevisionReplicas {
 	return out
 }
 
-func (in Input) conditions(k Key, w Workload, d desired, rs []*replica, halted string) []*portolanv1.Condition {
+func (in Input) conditions(k Key, d desired, rs []*replica, halted string) []*portolanv1.Condition {
 	var out []*portolanv1.Condition
 	add := func(typ string, yes bool, reason, message string) {
 		st := portolanv1.ConditionState_CONDITION_STATE_FALSE

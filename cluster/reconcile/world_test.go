@@ -182,10 +182,8 @@ func (w *world) want(k Key, in *linkv1.WorkloadIntent) {
 	w.workloads[k] = Workload{Intent: in, Revision: in.GetEpoch(), Committed: w.now}
 }
 
-func ptr[T any](v T) *T { return &v }
-
 func serviceSpec(surge, down int, minReady time.Duration) *portolanv1.WorkloadSpec {
 	return &portolanv1.WorkloadSpec{Kind: portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE, Update: &portolanv1.WorkloadSpec_UpdateStrategy{
-		MaxSurge: ptr(int32(surge)), MaxUnavailable: ptr(int32(down)), MinReady: durationpb.New(minReady),
+		MaxSurge: new(int32(surge)), MaxUnavailable: new(int32(down)), MinReady: durationpb.New(minReady),
 	}}
 }

@@ -142,14 +142,13 @@ func (x *Index) Wait(ctx context.Context, after int64) error {
 }
 
 // changed raises the generation and wakes the waiters; with mu held.
-func (x *Index) changed() int64 {
+func (x *Index) changed() {
 	x.now.Generation++
 	x.handed = nil
 	if !x.closed {
 		close(x.wake)
 		x.wake = make(chan struct{})
 	}
-	return x.now.Generation
 }
 
 // Close ends all waits.

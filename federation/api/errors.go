@@ -109,8 +109,7 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // KindOf gives the kind of an error, also of one that came over gRPC.
 func KindOf(err error) Kind {
-	var e *Error
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*Error](err); ok {
 		return e.Kind
 	}
 	if s, ok := status.FromError(err); ok && err != nil {

@@ -85,21 +85,34 @@ func TenantOf(name string) string {
 	return t
 }
 
-// The makers of names, from IDs that were parsed before.
+// The makers of names take IDs that were parsed before.
 
-func TenantName(t string) string      { return "tenants/" + t }
-func ClusterName(c string) string     { return "clusters/" + c }
+// TenantName names a tenant.
+func TenantName(t string) string { return "tenants/" + t }
+
+// ClusterName names a cluster.
+func ClusterName(c string) string { return "clusters/" + c }
+
+// WorkloadName names a workload.
 func WorkloadName(t, w string) string { return "tenants/" + t + "/workloads/" + w }
-func ServiceName(t, s string) string  { return "tenants/" + t + "/services/" + s }
-func RouteName(t, r string) string    { return "tenants/" + t + "/routes/" + r }
+
+// ServiceName names a service.
+func ServiceName(t, s string) string { return "tenants/" + t + "/services/" + s }
+
+// RouteName names a route.
+func RouteName(t, r string) string { return "tenants/" + t + "/routes/" + r }
+
+// RevisionName names a revision of a workload.
 func RevisionName(t, w, r string) string {
 	return WorkloadName(t, w) + "/revisions/" + r
 }
 
+// PlacementName names a workload's placement on a cluster.
 func PlacementName(t, w, cluster string) string {
 	return WorkloadName(t, w) + "/placements/" + cluster
 }
 
+// ReplicaName names a workload's replica.
 func ReplicaName(t, w, allocation string) string {
 	return WorkloadName(t, w) + "/replicas/" + allocation
 }

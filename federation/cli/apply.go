@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -131,8 +132,8 @@ func (a *app) deleteCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				for i := len(objs) - 1; i >= 0; i-- {
-					targets = append(targets, target{objs[i].Kind, objs[i].Name()})
+				for _, obj := range slices.Backward(objs) {
+					targets = append(targets, target{obj.Kind, obj.Name()})
 				}
 			} else if len(args) < 2 {
 				return errors.New("say what to delete: KIND NAME…, or -f FILE")
@@ -260,9 +261,9 @@ func lineDiff(a, b []string) []string {
 	for i := range n {
 		n[i] = make([]int, len(b)+1)
 	}
-	for i := len(a) - 1; i >= 0; i-- {
+	for i, v := range slices.Backward(a) {
 		for j := len(b) - 1; j >= 0; j-- {
-			if a[i] == b[j] {
+			if v == b[j] {
 				n[i][j] = n[i+1][j+1] + 1
 			} else {
 				n[i][j] = max(n[i+1][j], n[i][j+1])

@@ -125,7 +125,7 @@ func (a *app) applyFiles(ctx context.Context, contexts string, files []string) e
 	if err != nil {
 		return err
 	}
-	defer cc.Close()
+	defer func() { _ = cc.Close() }()
 	quiet := &app{out: io.Discard, err: a.err}
 	_, err = quiet.apply(ctx, objects{cc}, objs, false)
 	return err
@@ -145,7 +145,7 @@ func (a *app) detach(ctx context.Context, dirs localfleet.Dirs, remote *localfle
 	if err != nil {
 		return err
 	}
-	defer log.Close()
+	defer func() { _ = log.Close() }()
 	args := []string{"up", "--supervise", "--data-dir", dirs.Data}
 	if o.fleet != "" {
 		args = append(args, "--fleet", o.fleet)
@@ -192,7 +192,7 @@ func (a *app) watchStart(ctx context.Context, remote *localfleet.Remote, limit t
 			return ctx.Err()
 		case err := <-ended:
 			p.finish(errors.New("failed"))
-			return fmt.Errorf("the supervisor ended before the fleet was ready: %v", err)
+			return fmt.Errorf("the supervisor ended before the fleet was ready: %w", err)
 		case <-time.After(100 * time.Millisecond):
 		}
 	}

@@ -122,7 +122,7 @@ func (a *app) streamLogs(ctx context.Context, cc grpc.ClientConnInterface, req *
 		if err != nil {
 			flush(true)
 			if ctx.Err() != nil {
-				return nil
+				return nil //nolint:nilerr // the user ended it
 			}
 			return err
 		}

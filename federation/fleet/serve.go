@@ -74,6 +74,7 @@ func dirtOf(changes []store.Change) dirt {
 			} else {
 				d.fleet = true
 			}
+		default: // reaches no cluster
 		}
 	}
 	return d

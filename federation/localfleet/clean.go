@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -178,7 +179,7 @@ func unmountUnder(dir string) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	var points []string
 	sc := bufio.NewScanner(f)
 	for sc.Scan() {
@@ -221,8 +222,8 @@ func removeCgroups(ctx context.Context, group string) error {
 			}
 			return nil
 		})
-		for i := len(dirs) - 1; i >= 0; i-- {
-			errs = append(errs, removeCgroup(ctx, dirs[i]))
+		for _, dir := range slices.Backward(dirs) {
+			errs = append(errs, removeCgroup(ctx, dir))
 		}
 	}
 	return errors.Join(errs...)

@@ -267,7 +267,7 @@ func (r *Remote) call(ctx context.Context, method, path string, in any) ([]byte,
 	if err != nil {
 		return nil, api.E(api.Precondition, "ask the local fleet", "no fleet runs on %s: start one with `portolan up`", r.dirs.Data)
 	}
-	defer resp.Body.Close()
+	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
 	if err != nil {
 		return nil, err

@@ -312,7 +312,7 @@ func socketHealth(sock string) func(context.Context) error {
 		if err != nil {
 			return err
 		}
-		defer cc.Close()
+		defer func() { _ = cc.Close() }()
 		r, err := healthpb.NewHealthClient(cc).Check(ctx, &healthpb.HealthCheckRequest{})
 		if err != nil {
 			return err

@@ -210,13 +210,13 @@ func ServeIngress(ctx context.Context, c IngressConfig) error {
 }
 
 func forward(ctx context.Context, conn net.Conn, backends []string) {
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	for _, b := range backends {
 		up, err := (&net.Dialer{Timeout: 500 * time.Millisecond}).DialContext(ctx, "tcp", b)
 		if err != nil {
 			continue
 		}
-		defer up.Close()
+		defer func() { _ = up.Close() }()
 		done := make(chan struct{}, 2)
 		pipe := func(dst, src net.Conn) {
 			_, _ = io.Copy(dst, src)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -17,7 +16,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api"
 )
 
-var nopLogger = slog.New(slog.NewTextHandler(io.Discard, nil))
+var nopLogger = slog.New(slog.DiscardHandler)
 
 // Progress tells people what happens: a step that began, and how it ended.
 type Progress interface {
@@ -136,11 +135,9 @@ func (s *Supervisor) launch(ctx context.Context, c Command) {
 	s.procs[c.Name] = p
 	s.order = append(s.order, c.Name)
 	s.mu.Unlock()
-	s.wg.Add(1)
-	go func() {
-		defer s.wg.Done()
+	s.wg.Go(func() {
 		p.run(ctx)
-	}()
+	})
 }
 
 // await waits until a process is healthy.

@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -165,9 +166,7 @@ func (s *Supervisor) startClusters(ctx context.Context, cc grpc.ClientConnInterf
 	clusters := portolanv1.NewClusterServiceClient(cc)
 	for i, c := range s.cfg.Fleet.Clusters {
 		labels := map[string]string{"region": c.Region, "provider": c.Provider}
-		for k, v := range c.Labels {
-			labels[k] = v
-		}
+		maps.Copy(labels, c.Labels)
 		want := &portolanv1.Cluster{Name: api.ClusterName(c.Name), Labels: labels, Spec: &portolanv1.ClusterSpec{
 			Region: c.Region, Zone: c.Zone, Provider: c.Provider,
 			CpuCoreHourMicros: int64(c.CPUCoreHour * 1e6), MemoryGibHourMicros: int64(c.MemoryGiBHour * 1e6),
@@ -291,7 +290,7 @@ func (s *Supervisor) awaitSample(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		defer resp.Body.Close()
+		defer func() { _ = resp.Body.Close() }()
 		if resp.StatusCode != http.StatusOK {
 			return errors.New(resp.Status)
 		}

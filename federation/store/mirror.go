@@ -57,7 +57,7 @@ func (m *Mirror) Run(ctx context.Context) error {
 	for {
 		moved, err := m.follow(ctx)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // Run ends with nil when its context does
 		}
 		m.mu.Lock()
 		m.err = err

@@ -3,6 +3,7 @@ package store
 import (
 	"iter"
 	"maps"
+	"slices"
 	"strings"
 
 	"github.com/google/btree"
@@ -124,10 +125,5 @@ func among(list []string, s string) bool {
 	if list == nil {
 		return true
 	}
-	for _, x := range list {
-		if x == s {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(list, s)
 }

@@ -141,7 +141,7 @@ func VerifyProof(token string, bundle, proof []byte) error {
 	if err != nil {
 		return api.E(api.Invalid, doing, "parse the first root: %w", err)
 	}
-	ok := false
+	var ok bool
 	switch pub := root.PublicKey.(type) {
 	case *ecdsa.PublicKey:
 		ok = ecdsa.VerifyASN1(pub, digest(token, bundle), proof)

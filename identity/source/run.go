@@ -121,7 +121,7 @@ func (s *Source) Run(ctx context.Context) error {
 		err := s.Renew(ctx)
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return nil //nolint:nilerr // Run ends with nil when its context does
 		case err != nil:
 			failures++
 			s.cfg.Log.Warn("identity not renewed", slog.Any("error", err), slog.Int("failures", failures))

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -44,24 +45,21 @@ func (r *resolver) serve(ctx context.Context, address string) error {
 		{Listener: tcp, Handler: r, MaxTCPQueries: 64, IdleTimeout: func() time.Duration { return 5 * time.Second }},
 	}
 	done := make(chan error, len(servers))
+	var running sync.WaitGroup
 	for _, s := range servers {
-		go func() { done <- s.ActivateAndServe() }()
+		running.Go(func() { done <- s.ActivateAndServe() })
 	}
 	var failed error
-	running := len(servers)
 	select {
 	case <-ctx.Done():
 	case failed = <-done:
-		running--
 		failed = fmt.Errorf("dns stopped: %w", failed)
 	}
 	_ = udp.Close()
 	_ = tcp.Close()
-	for range running {
-		<-done
-	}
+	running.Wait()
 	if ctx.Err() != nil {
-		return nil
+		return nil //nolint:nilerr // the servers end because they were asked to
 	}
 	return failed
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"sort"
 	"strings"
@@ -125,9 +126,7 @@ func nacks(problems []model.Problem, revision int64) []*linkv1.Nack {
 func (w *Warden) serveAll(ctx context.Context, wd *world, fresh bool) {
 	w.mu.Lock()
 	known := make(map[string]*replica, len(w.replicas))
-	for id, r := range w.replicas {
-		known[id] = r
-	}
+	maps.Copy(known, w.replicas)
 	w.mu.Unlock()
 	for id, r := range known {
 		if wd.replicas[id] == nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 
 	"google.golang.org/grpc/credentials"
@@ -58,7 +59,7 @@ func (l *replicaListener) Accept() (net.Conn, error) {
 
 // end closes the socket and every connection that came in on it.
 func (l *replicaListener) end() {
-	_ = l.Listener.Close()
+	_ = l.Close()
 	l.mu.Lock()
 	l.closed = true
 	conns := make([]*replicaConn, 0, len(l.conns))
@@ -96,12 +97,10 @@ func (c socketCreds) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthI
 	if err != nil {
 		return nil, nil, fmt.Errorf("handshake on socket: %w", err)
 	}
-	for _, ok := range c.uids {
-		if uid == ok {
-			info := replicaInfo{allocation: allocation}
-			info.SecurityLevel = credentials.PrivacyAndIntegrity
-			return conn, info, nil
-		}
+	if slices.Contains(c.uids, uid) {
+		info := replicaInfo{allocation: allocation}
+		info.SecurityLevel = credentials.PrivacyAndIntegrity
+		return conn, info, nil
 	}
 	return nil, nil, fmt.Errorf("handshake on socket: user %d may not use it", uid)
 }

@@ -197,7 +197,7 @@ func (w *Warden) configure(wd *world, r *replica, tr *translation) error {
 	if r.keys == nil {
 		return nil
 	}
-	sets, err := tr.sets(w.proxyOf(wd, r.assignment), r.keys)
+	sets, err := tr.sets(w.proxyOf(r.assignment), r.keys)
 	if err != nil {
 		return err
 	}
@@ -234,7 +234,7 @@ func (r *replica) wake() {
 	}
 }
 
-func (w *Warden) proxyOf(wd *world, a *nodev1.Assignment) translate.Proxy {
+func (w *Warden) proxyOf(a *nodev1.Assignment) translate.Proxy {
 	p := translate.Proxy{
 		ID: a.GetAllocation(), Tenant: a.GetTenant(), Workload: a.GetWorkload(), Revision: a.GetRevision(),
 		Node: w.cfg.Node, Role: translate.Sidecar,

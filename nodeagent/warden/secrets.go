@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -33,15 +34,15 @@ type keypair struct {
 
 // identityStamp is cheap to ask for often; empty when a file is missing.
 func identityStamp(dir string) string {
-	s := ""
+	var s strings.Builder
 	for _, name := range []string{"key.pem", "chain.pem"} {
 		st, err := os.Stat(filepath.Join(dir, name))
 		if err != nil {
 			return ""
 		}
-		s += fmt.Sprintf("%d/%d/%d ", st.ModTime().UnixNano(), st.Size(), socket.InodeOf(st))
+		fmt.Fprintf(&s, "%d/%d/%d ", st.ModTime().UnixNano(), st.Size(), socket.InodeOf(st))
 	}
-	return s
+	return s.String()
 }
 
 // readIdentity reads key and chain and makes sure that they belong together:

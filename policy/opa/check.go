@@ -142,7 +142,7 @@ func collect(ctx context.Context, results chan *tester.Result, limit time.Durati
 			r.Results = append(r.Results, testResult(t))
 		case <-ctx.Done():
 			go func() {
-				for range results { //nolint:revive // drained, so that the runner ends
+				for range results {
 				}
 			}()
 			r.Violations = append(r.Violations, api.Violation{Field: "spec.files", Message: fmt.Sprintf("the tests did not end within %s", limit)})

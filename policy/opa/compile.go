@@ -251,8 +251,7 @@ func programKey(b policy.Bundle) string {
 // line.
 func violations(err error, file string) []api.Violation {
 	var list ast.Errors
-	var one *ast.Error
-	if errors.As(err, &one) {
+	if one, ok := errors.AsType[*ast.Error](err); ok {
 		list = ast.Errors{one}
 	} else if !errors.As(err, &list) {
 		return []api.Violation{{Field: "spec.files", Message: err.Error(), File: file}}

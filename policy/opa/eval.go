@@ -102,8 +102,7 @@ func (p *program) eval(ctx context.Context, q ast.Body, input *ast.Term, cancel 
 // failed is the denial of an evaluation that ended with an error.
 func (p *program) failed(rule string, at policy.Location, err error) policy.Denial {
 	d := policy.Denial{Rule: rule, Location: at, Bundle: p.name, Message: "evaluation failed: " + err.Error()}
-	var te *topdown.Error
-	if errors.As(err, &te) {
+	if te, ok := errors.AsType[*topdown.Error](err); ok {
 		d.Message = "evaluation failed: " + te.Message
 		if te.Location != nil && te.Location.File != "" {
 			d.Location = location(te.Location)

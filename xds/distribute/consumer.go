@@ -106,7 +106,7 @@ func (c *Consumer) Run(ctx context.Context) error {
 	for attempt := 0; ; attempt++ {
 		accepted, err := c.session(ctx)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // Run ends with nil when its context does
 		}
 		c.cfg.OnState(false, err)
 		if accepted {

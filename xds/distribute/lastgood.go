@@ -93,7 +93,7 @@ func (l *LastGood) Load() ([]Saved, error) { return l.load(l.keep) }
 
 // Latest reads the newest sound generation; api.NotFound when there is none. The
 // second error speaks of broken ones that were passed over.
-func (l *LastGood) Latest() (Saved, error, error) { //nolint:revive // two errors of two kinds
+func (l *LastGood) Latest() (Saved, error, error) {
 	saved, broken := l.load(1)
 	if len(saved) == 0 {
 		return Saved{}, api.E(api.NotFound, "load last good", "no sound generation in the directory"), broken

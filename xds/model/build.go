@@ -92,7 +92,7 @@ func (b *builder) vip(s *Service, m *nodev1.MeshService, vips map[netip.Addr]Key
 	if m.GetVirtualIp() == "" {
 		return true
 	}
-	resource := "service/" + s.Key.String()
+	resource := "service/" + s.String()
 	a, err := netip.ParseAddr(m.GetVirtualIp())
 	if err != nil || !a.Is4() {
 		b.problem(resource, "virtual_ip", "%q is no IPv4 address", m.GetVirtualIp())
@@ -108,7 +108,7 @@ func (b *builder) vip(s *Service, m *nodev1.MeshService, vips map[netip.Addr]Key
 }
 
 func (b *builder) ports(s *Service, m *nodev1.MeshService) bool {
-	resource := "service/" + s.Key.String()
+	resource := "service/" + s.String()
 	for i, p := range m.GetPorts() {
 		field := fmt.Sprintf("ports[%d]", i)
 		port := Port{
@@ -265,7 +265,7 @@ func (b *builder) served() {
 				j = len(list) - 1
 			}
 			if list[j].HTTP != p.HTTP {
-				b.problem("service/"+s.Key.String(), fmt.Sprintf("ports[%d].protocol", i),
+				b.problem("service/"+s.String(), fmt.Sprintf("ports[%d].protocol", i),
 					"target port %d of workload %s is served with another protocol by service %s", p.Target, s.Workload, list[j].For[0].Service)
 				continue
 			}

@@ -63,7 +63,7 @@ func ingressPort(h *model.Host) (string, *model.Problem) {
 				}
 			}
 			return "", &model.Problem{
-				Resource: "route/" + h.Route.Key.String(), Field: "spec.ingress_hosts", Message: "service " + b.Service.Name + " has no HTTP port for " + h.Name,
+				Resource: "route/" + h.Route.String(), Field: "spec.ingress_hosts", Message: "service " + b.Service.Name + " has no HTTP port for " + h.Name,
 			}
 		}
 	}

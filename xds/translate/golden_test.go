@@ -164,8 +164,8 @@ func toYAML(t *testing.T, m proto.Message) string {
 	lines := strings.Split(string(y), "\n")
 	lines = slices.DeleteFunc(lines, func(l string) bool { return strings.TrimSpace(l) == "" })
 	for i, l := range lines { // roots are long and say nothing
-		if at := strings.Index(l, "inline_bytes:"); at >= 0 {
-			lines[i] = l[:at] + "inline_bytes: (roots)"
+		if before, _, ok := strings.Cut(l, "inline_bytes:"); ok {
+			lines[i] = before + "inline_bytes: (roots)"
 		}
 	}
 	return strings.Join(lines, "\n") + "\n"

@@ -40,7 +40,7 @@ func loadMembership(ctx context.Context, st state.Store) (membership, bool, erro
 	var m membership
 	b, err := st.LoadBlob(ctx, membershipKey)
 	if api.KindOf(err) == api.NotFound && err != nil {
-		return m, false, nil
+		return m, false, nil //nolint:nilerr // there was no join yet
 	}
 	if err != nil {
 		return m, false, err

@@ -105,7 +105,7 @@ type process struct {
 // wire makes every part, from the state up. Nothing runs yet.
 func wire(c *Config, st state.Store, authority *ca.Authority, m membership, log *slog.Logger) (*process, error) {
 	session := time.Now().UnixNano()
-	own, err := source.New(source.Config{Fetch: ownCertificate(c, authority), Log: log})
+	own, err := source.New(source.Config{Fetch: ownCertificate(authority), Log: log})
 	if err != nil {
 		return nil, err
 	}
@@ -152,7 +152,7 @@ func wire(c *Config, st state.Store, authority *ca.Authority, m membership, log 
 
 // ownCertificate signs this control plane's certificate with the cluster's own
 // authority. The root goes along, because a joiner knows only its hash.
-func ownCertificate(c *Config, authority *ca.Authority) source.FetchFunc {
+func ownCertificate(authority *ca.Authority) source.FetchFunc {
 	return func(ctx context.Context, csr []byte) ([][]byte, []byte, error) {
 		chain, err := authority.SignCSR(ctx, csr, ca.Request{
 			ID:       identity.ID{Kind: identity.Control, TrustDomain: authority.TrustDomain()},
@@ -186,7 +186,7 @@ func followFleet(ctx context.Context, st state.Store, fleet string, above *trust
 	for gen := int64(-1); ; {
 		if err := st.Wait(ctx, gen); err != nil {
 			if ctx.Err() != nil {
-				return nil
+				return nil //nolint:nilerr // Run ends with nil when its context does
 			}
 			return err
 		}

@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -156,14 +157,12 @@ func (s *Store) connect(ctx context.Context) error {
 }
 
 func (s *Store) disconnect() {
-	var errs []error
 	if s.client != nil {
-		errs = append(errs, ignoreCanceled(s.client.Close()))
+		s.closeErr = ignoreCanceled(s.client.Close())
 	}
 	if s.member != nil {
-		errs = append(errs, s.member.stop())
+		s.member.stop()
 	}
-	s.closeErr = errors.Join(errs...)
 }
 
 func ignoreCanceled(err error) error {
@@ -185,14 +184,7 @@ func (s *Store) Close() error {
 }
 
 func (s *Store) key(parts ...string) string {
-	k := s.cfg.Prefix
-	for i, p := range parts {
-		if i > 0 {
-			k += "/"
-		}
-		k += p
-	}
-	return k
+	return s.cfg.Prefix + strings.Join(parts, "/")
 }
 
 // fault gives an error of etcd its kind.
@@ -240,20 +232,20 @@ func (s *Store) do(ctx context.Context, write func(context.Context) error) error
 }
 
 // txn runs operations if this process still is the owner.
-func (s *Store) txn(ctx context.Context, doing string, ops ...clientv3.Op) (*clientv3.TxnResponse, error) {
+func (s *Store) txn(ctx context.Context, doing string, ops ...clientv3.Op) error {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout)
 	defer cancel()
 	isOwner := clientv3.Compare(clientv3.Value(s.key("owner")), "=", s.owner)
 	r, err := s.client.Txn(ctx).If(isOwner).Then(ops...).Else(clientv3.OpGet(s.key("owner"))).Commit()
 	if err != nil {
-		return nil, fault(doing, err)
+		return fault(doing, err)
 	}
 	if !r.Succeeded {
 		kvs := r.Responses[0].GetResponseRange().Kvs
 		if len(kvs) == 0 || string(kvs[0].Value) != s.owner {
-			return nil, api.E(api.Conflict, doing, "another process opened this state")
+			return api.E(api.Conflict, doing, "another process opened this state")
 		}
-		return r, nil
+		return nil
 	}
 	s.writes++
 	if s.writes%compactEvery == 0 {
@@ -261,7 +253,7 @@ func (s *Store) txn(ctx context.Context, doing string, ops ...clientv3.Op) (*cli
 			s.cfg.Log.Warn("etcd history was not compacted", "error", err)
 		}
 	}
-	return r, nil
+	return nil
 }
 
 // CommitIntents implements state.Store.
@@ -325,7 +317,7 @@ func (s *Store) write(ctx context.Context, c state.Change) error {
 	}
 	if c.Settled > s.Snapshot().Settled {
 		put := clientv3.OpPut(s.key("settled"), strconv.FormatInt(c.Settled, 10))
-		if _, err := s.txn(ctx, "commit a change", put); err != nil {
+		if err := s.txn(ctx, "commit a change", put); err != nil {
 			return err
 		}
 		s.Apply(state.Change{Settled: c.Settled})
@@ -361,7 +353,7 @@ func (s *Store) PutToken(ctx context.Context, hash string, t *clusterv1.NodeToke
 		}
 	}
 	return s.do(ctx, func(ctx context.Context) error {
-		_, err := s.txn(ctx, doing, ops...)
+		err := s.txn(ctx, doing, ops...)
 		return err
 	})
 }
@@ -415,7 +407,7 @@ func (s *Store) SaveBlob(ctx context.Context, key string, data []byte, create bo
 	defer s.unlock()
 	k := s.key("blob", key)
 	write := func(ctx context.Context) error {
-		_, err := s.txn(ctx, doing, clientv3.OpPut(k, string(data)))
+		err := s.txn(ctx, doing, clientv3.OpPut(k, string(data)))
 		return err
 	}
 	if !create {

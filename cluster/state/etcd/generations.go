@@ -87,7 +87,7 @@ func (s *Store) dropOldGenerations(ctx context.Context) {
 		return
 	}
 	chunk := s.key("chunk")
-	_, err := s.txn(ctx, "drop old generations",
+	err := s.txn(ctx, "drop old generations",
 		clientv3.OpDelete(s.genKey(0), clientv3.WithRange(s.genKey(from))),
 		clientv3.OpDelete(chunk+s.genKey(0), clientv3.WithRange(chunk+s.genKey(from))))
 	if err != nil {

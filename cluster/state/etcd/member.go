@@ -50,15 +50,13 @@ func startMember(ctx context.Context, cfg Config) (*member, error) {
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
-	return nil, errors.Join(err, m.stop())
+	m.stop()
+	return nil, err
 }
 
 func (m *member) client() *clientv3.Client { return v3client.New(m.etcd.Server) }
 
-func (m *member) stop() error {
-	m.etcd.Close()
-	return nil
-}
+func (m *member) stop() { m.etcd.Close() }
 
 // zapLogger hands etcd's warnings to our log.
 func zapLogger(log *slog.Logger) *zap.Logger { return zap.New(&core{log: log.With("part", "etcd")}) }

@@ -97,7 +97,7 @@ func (s *Store) putRecords(ctx context.Context, doing string, recs []record) err
 		if len(ops) == 0 {
 			return nil
 		}
-		_, err := s.txn(ctx, doing, ops...)
+		err := s.txn(ctx, doing, ops...)
 		ops, size = nil, 0
 		return err
 	}
@@ -142,7 +142,7 @@ func (s *Store) recordOps(ctx context.Context, doing string, r record) ([]client
 	for rest := v; len(rest) > 0; n++ {
 		c := rest[:min(len(rest), maxInline)]
 		rest = rest[len(c):]
-		if _, err := s.txn(ctx, doing, clientv3.OpPut(version+fmt.Sprintf("%06d", n), string(c))); err != nil {
+		if err := s.txn(ctx, doing, clientv3.OpPut(version+fmt.Sprintf("%06d", n), string(c))); err != nil {
 			return nil, 0, err
 		}
 	}

@@ -9,6 +9,7 @@ package mem
 import (
 	"bytes"
 	"context"
+	"maps"
 	"sync"
 	"time"
 
@@ -60,9 +61,7 @@ func (s *Store) Reopen() *Store {
 }
 
 func copyInto[V any](to, from map[string]V) {
-	for k, v := range from {
-		to[k] = v
-	}
+	maps.Copy(to, from)
 }
 
 func (s *Store) ready(ctx context.Context, doing string) error {

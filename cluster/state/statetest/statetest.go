@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -383,9 +384,7 @@ func testHistory(t *testing.T, o Opened) {
 		switch r.IntN(4) {
 		case 0, 1:
 			next := map[string]*linkv1.Intent{}
-			for k, v := range intents {
-				next[k] = v
-			}
+			maps.Copy(next, intents)
 			name := fmt.Sprintf("service/t/s%d", r.IntN(12))
 			if r.IntN(3) == 0 {
 				delete(next, name)

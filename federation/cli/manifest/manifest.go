@@ -22,6 +22,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 
@@ -93,10 +94,8 @@ func FindKind(word string) (Kind, error) {
 		if w == strings.ToLower(k.Name) || w == strings.ToLower(k.Plural) {
 			return k, nil
 		}
-		for _, a := range k.Aliases {
-			if w == a {
-				return k, nil
-			}
+		if slices.Contains(k.Aliases, w) {
+			return k, nil
 		}
 		names = append(names, strings.ToLower(k.Plural))
 	}
@@ -183,8 +182,7 @@ func ReadPaths(paths []string, stdin io.Reader) ([]Object, error) {
 				return nil, err
 			}
 			objs, err := Parse(f, b)
-			var fs Faults
-			if errors.As(err, &fs) {
+			if fs, ok := errors.AsType[Faults](err); ok {
 				faults = append(faults, fs...)
 				continue
 			}
@@ -245,7 +243,7 @@ func read(path string, stdin io.Reader) ([]byte, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read manifests: %w", err)
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }()
 		r = f
 	}
 	b, err := io.ReadAll(io.LimitReader(r, MaxFileBytes+1))

@@ -177,7 +177,7 @@ func (g *groupTx) run(u *update) error {
 		return t.broken
 	}
 	if u.err != nil || u.panicked != nil {
-		return nil
+		return nil //nolint:nilerr // its own error is the update's, not the group's
 	}
 	u.revision = g.revision
 	if changes := t.pending.Changes(); len(changes) > 0 {

@@ -28,7 +28,7 @@ func Migrate(ctx context.Context, url string) error {
 	if err != nil {
 		return api.E(api.Invalid, doing, "database url: %w", err)
 	}
-	defer db.Close()
+	defer func() { _ = db.Close() }()
 	files, err := fs.Sub(migrations, "migrations")
 	if err != nil {
 		return api.E(api.Internal, doing, "%w", err)

@@ -96,8 +96,7 @@ func unknownOutcome(err error) error {
 
 // code is the SQLSTATE of an error; empty when the database did not give one.
 func code(err error) string {
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) {
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
 		return pg.Code
 	}
 	return ""

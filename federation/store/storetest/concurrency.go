@@ -178,7 +178,7 @@ func testErrorsInAGroup(t *testing.T, k *kit) {
 			})
 			switch mode := (i + j) % 4; {
 			case mode == 1 && !errors.Is(err, errMine), mode == 2 && api.KindOf(err) != api.NotFound:
-				return fmt.Errorf("writer %d got %v at %d", i, err, rev)
+				return fmt.Errorf("writer %d at %d: want its own error, got: %w", i, rev, err)
 			case mode == 0 || mode == 3:
 				if err != nil {
 					return err

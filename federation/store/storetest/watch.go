@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"testing"
@@ -155,9 +156,7 @@ func testWatchFromAnywhere(t *testing.T, k *kit) {
 	for i, s := range []store.Store{k.s, k.open()} {
 		for _, p := range append(points, point{0, nil}) {
 			state := map[string]proto.Message{}
-			for name, m := range p.state {
-				state[name] = m
-			}
+			maps.Copy(state, p.state)
 			if err := k.replay(s, p.revision, end, state, store.WatchFilter{}); err != nil {
 				t.Errorf("replica %d from %d: %v", i, p.revision, err)
 				continue

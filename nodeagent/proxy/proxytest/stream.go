@@ -3,6 +3,7 @@ package proxytest
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -132,9 +133,7 @@ func (p *instance) take(resp *discovery.DeltaDiscoveryResponse) (refused string)
 	for _, n := range resp.GetRemovedResources() {
 		delete(p.state.have[t], n)
 	}
-	for n, a := range fresh {
-		p.state.have[t][n] = a
-	}
+	maps.Copy(p.state.have[t], fresh)
 	p.state.settle(p.warming)
 	return refused
 }

@@ -51,7 +51,7 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 }
 
 func testConfigured(t *testing.T, h Harness) {
-	s := start(t, h, "web-1")
+	s := start(t, h)
 	s.configure("v1")
 	s.live()
 	s.active(RouteType, "routes")
@@ -71,7 +71,7 @@ func testConfigured(t *testing.T, h Harness) {
 }
 
 func testUnconfigured(t *testing.T, h Harness) {
-	s := start(t, h, "web-1")
+	s := start(t, h)
 	s.eventually("it runs and has asked", func() bool {
 		st, err := h.Proxies.Status(t.Context(), "web-1")
 		return err == nil && st.Running && s.asked()
@@ -84,7 +84,7 @@ func testUnconfigured(t *testing.T, h Harness) {
 }
 
 func testIdempotent(t *testing.T, h Harness) {
-	s := start(t, h, "web-1")
+	s := start(t, h)
 	s.configure("v1")
 	s.live()
 	first, err := h.Proxies.Status(t.Context(), "web-1")
@@ -112,7 +112,7 @@ func testIdempotent(t *testing.T, h Harness) {
 }
 
 func testRefused(t *testing.T, h Harness) {
-	s := start(t, h, "web-1")
+	s := start(t, h)
 	s.configure("v1")
 	s.live()
 	s.active(ListenerType, "inbound")
@@ -137,7 +137,7 @@ func testRefused(t *testing.T, h Harness) {
 }
 
 func testOutage(t *testing.T, h Harness) {
-	s := start(t, h, "web-1")
+	s := start(t, h)
 	s.configure("v1")
 	s.live()
 	s.active(RouteType, "routes")
@@ -154,7 +154,7 @@ func testOutage(t *testing.T, h Harness) {
 }
 
 func testDrain(t *testing.T, h Harness) {
-	s := start(t, h, "web-1")
+	s := start(t, h)
 	s.configure("v1")
 	s.live()
 	before, err := h.Proxies.Status(t.Context(), "web-1")
@@ -211,9 +211,10 @@ type resource struct {
 	body    *anypb.Any
 }
 
-// start runs a proxy against a source that has nothing yet.
-func start(t *testing.T, h Harness, id string) *source {
+// start runs the proxy web-1 against a source that has nothing yet.
+func start(t *testing.T, h Harness) *source {
 	t.Helper()
+	const id = "web-1"
 	s := &source{t: t, h: h, spec: h.Spec(id), served: map[string]map[string]resource{}, changed: make(chan struct{})}
 	s.listen()
 	t.Cleanup(s.stop)

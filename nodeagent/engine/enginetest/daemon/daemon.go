@@ -54,7 +54,7 @@ func Start(t testing.TB) *Daemon {
 		}
 	}
 	// Short: a Unix socket's path has at most 107 bytes.
-	dir, err := os.MkdirTemp("", "ptl-ctr") //nolint:usetesting // t.TempDir's path is too long for a socket
+	dir, err := os.MkdirTemp("", "ptl-ctr")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -322,10 +322,10 @@ func Test10AgentCrash(t *testing.T) {
 				}
 				return nil
 			})
-			old := status(t)["eu-west-1/"+c.part].Pid
+			old := processes(t)["eu-west-1/"+c.part].Pid
 			local(t, "kill", "eu-west-1/"+c.part)
 			eventually(t, 20*time.Second, c.part+" is back", func() error {
-				s := status(t)["eu-west-1/"+c.part]
+				s := processes(t)["eu-west-1/"+c.part]
 				if s.Pid == old || s.State != "running" || s.Health != "ok" {
 					return fmt.Errorf("%+v", s)
 				}

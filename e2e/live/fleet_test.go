@@ -389,8 +389,8 @@ func settle(t *testing.T) {
 	cli(t, "wait", "--timeout", "60s")
 }
 
-// status of the supervisor's processes by name.
-func status(t *testing.T) map[string]procStatus {
+// processes of the fleet by name.
+func processes(t *testing.T) map[string]procStatus {
 	t.Helper()
 	var st struct {
 		Processes []procStatus `json:"processes"`

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/server"
 	"github.com/portolan-io/portolan/federation/store/cockroach"
 	"github.com/portolan-io/portolan/identity"
@@ -78,6 +79,23 @@ func issueServerCert(ctx context.Context, c *Config, name, out string, ttl time.
 	pair, err := authority.Issue(ctx, ca.Request{
 		ID: identity.ID{Kind: identity.User, TrustDomain: c.Fleet, Name: name}, DNSNames: []string{name}, TTL: ttl, IncludeRoot: true,
 	})
+	if err != nil {
+		return err
+	}
+	return pair.WriteFiles(out)
+}
+
+// issueUser issues a person's or a machine's certificate. It may do nothing until
+// a role is bound to it.
+func issueUser(ctx context.Context, c *Config, name, out string, ttl time.Duration) error {
+	if _, err := api.ParseID(name); err != nil {
+		return fmt.Errorf("issue a user's certificate: %w", err)
+	}
+	authority, err := openAuthority(ctx, c)
+	if err != nil {
+		return err
+	}
+	pair, err := authority.Issue(ctx, ca.Request{ID: identity.ID{Kind: identity.User, TrustDomain: c.Fleet, Name: name}, TTL: ttl})
 	if err != nil {
 		return err
 	}

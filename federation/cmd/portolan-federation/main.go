@@ -31,7 +31,7 @@ func command() *cobra.Command {
 		Use: "portolan-federation", Short: "One replica of Portolan's global control plane",
 		SilenceUsage: true, SilenceErrors: true, Args: cobra.NoArgs,
 	}
-	root.AddCommand(serveCommand(), bootstrapCommand(), serverCertCommand())
+	root.AddCommand(serveCommand(), bootstrapCommand(), serverCertCommand(), userCommand())
 	return root
 }
 
@@ -70,4 +70,18 @@ func serverCertCommand() *cobra.Command {
 	_ = cmd.MarkFlagRequired("name")
 	_ = cmd.MarkFlagRequired("out")
 	return configured(cmd, func(ctx context.Context, c *Config) error { return issueServerCert(ctx, c, *name, *out, *ttl) })
+}
+
+func userCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "issue-user", Short: "Issue a certificate for a person or a machine that calls the API",
+		Long:    "The certificate says who; bind a role to spiffe://<fleet>/user/<name> to say what they may.",
+		Example: "  portolan-federation issue-user --config federation.yaml --name ada --out ./ada",
+	}
+	name := cmd.Flags().String("name", "", "name of the user")
+	out := cmd.Flags().String("out", "", "folder for key.pem, cert.pem and bundle.pem")
+	ttl := cmd.Flags().Duration("ttl", 30*24*time.Hour, "life of the certificate")
+	_ = cmd.MarkFlagRequired("name")
+	_ = cmd.MarkFlagRequired("out")
+	return configured(cmd, func(ctx context.Context, c *Config) error { return issueUser(ctx, c, *name, *out, *ttl) })
 }

@@ -60,6 +60,8 @@ func kindOf(t *testing.T, word string) manifest.Kind {
 func Test11BadInput(t *testing.T) {
 	settle(t)
 	apply(t, "{kind: Tenant, name: bad, spec: {ingress_suffixes: [bad.localhost]}}\n---\n{kind: Tenant, name: worse, spec: {}}\n")
+	// Clean-ups run backwards: what lies in the tenants goes first.
+	t.Cleanup(func() { cli(t, "delete", "tenant", "bad", "worse") })
 	fixtures, rows, err := badspec.Load(badspec.Values{Tenant: "bad", Other: "worse", Registry: "registry.portolan.internal:7500", Image: "shop/payments:v1", Suffix: "bad.localhost", Fleet: "portolan.internal"})
 	if err != nil {
 		t.Fatal(err)
@@ -84,13 +86,6 @@ func Test11BadInput(t *testing.T) {
 		name := f.Body["name"].(string)
 		t.Cleanup(func() { cli(t, "delete", f.Kind, name) })
 	}
-	t.Cleanup(func() { cli(t, "delete", "tenant", "bad", "worse") })
-	// Registered last, so that it runs first: fixtures go before their tenants.
-	t.Cleanup(func() {
-		for i := len(fixtures) - 1; i >= 0; i-- {
-			_, _, _ = run(t, "", "delete", fixtures[i].Kind, fixtures[i].Body["name"].(string))
-		}
-	})
 	before := stored(t)
 	l := startLoad(t, ingressOf["eu-west"][0], "/api/items", 50)
 	began := time.Now()

@@ -343,6 +343,16 @@ func (l *load) Stop() (int, int) {
 	return l.total, l.failed
 }
 
+// lastFailure says when it was, counted from a moment; empty without one.
+func (l *load) lastFailure(from time.Time) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.failed == 0 {
+		return ""
+	}
+	return fmt.Sprintf("; last failure %s after: %s", l.lastAt.Sub(from).Round(time.Millisecond), l.first)
+}
+
 // sample gives the counts so far.
 func (l *load) sample() (int, int) {
 	l.mu.Lock()

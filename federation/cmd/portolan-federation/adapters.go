@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"time"
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/control"
@@ -20,13 +21,16 @@ import (
 	"github.com/portolan-io/portolan/policy/opa"
 )
 
+// admissionDeadline bounds one admission: a person waits for it.
+const admissionDeadline = 500 * time.Millisecond
+
 // engine gives policy/opa the shapes that the server asks for.
 type engine struct{ log *slog.Logger }
 
 // CompileAdmission implements server.AdmissionCompiler. A broken bundle denies
 // all; it cannot be stored by this version, but may come from another.
 func (e engine) CompileAdmission(_ context.Context, bundles []policy.Bundle) (policy.Admitter, error) {
-	set, faults := opa.Update(nil, bundles, opa.Limits{})
+	set, faults := opa.Update(nil, bundles, opa.Limits{Deadline: admissionDeadline})
 	var errs []error
 	for _, f := range faults {
 		errs = append(errs, f)

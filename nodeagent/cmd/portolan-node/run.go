@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
@@ -22,6 +23,11 @@ import (
 	"github.com/portolan-io/portolan/policy"
 	"github.com/portolan-io/portolan/policy/opa"
 )
+
+// decisionDeadline bounds one network decision. It is above what a busy machine's
+// scheduler takes away from a decision of microseconds, and below the warden's own
+// bound.
+const decisionDeadline = 250 * time.Millisecond
 
 func newEngine(c *config, log *slog.Logger) (*containerd.Engine, error) {
 	hosts := map[string]containerd.Host{}
@@ -112,7 +118,7 @@ func runWarden(ctx context.Context, c *config, log *slog.Logger) error {
 		Node: c.Node, DataDir: c.DataDir, RunDir: c.RunDir, Active: proxies.Active, Connections: nw,
 		DNSAddress: network.LinkAddress + ":53", Log: log,
 		Compile: func(_ context.Context, bundles []policy.Bundle) (policy.Authorizer, error) {
-			return opa.Compile(bundles, opa.Limits{})
+			return opa.Compile(bundles, opa.Limits{Deadline: decisionDeadline})
 		},
 	})
 	if err != nil {

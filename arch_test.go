@@ -59,7 +59,7 @@ var confined = map[string][]string{
 	"github.com/containerd/":                     {"nodeagent/engine/containerd"},
 	"github.com/open-policy-agent/opa":           {"policy/opa"},
 	"go.etcd.io/etcd":                            {"cluster/state/etcd"},
-	"github.com/vishvananda/":                    {"nodeagent/network", "federation/localfleet", "nodeagent/warden"},
+	"github.com/vishvananda/":                    {"nodeagent/network", "federation/localfleet"},
 	"github.com/google/nftables":                 {"nodeagent/network", "federation/localfleet"},
 	"github.com/miekg/dns":                       {"nodeagent/warden"},
 	"github.com/envoyproxy/go-control-plane/pkg": {"xds/distribute"},

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -185,13 +186,15 @@ func (n *network) down(ctx context.Context) error { return n.names.removeNetwork
 
 func (n names) removeNetwork(ctx context.Context) error {
 	// The links first: their peers may be held by processes that are still dying.
-	links, err := filepath.Glob("/sys/class/net/ptl" + n.id + "w*")
+	links, err := net.Interfaces()
 	if err != nil {
-		return err
+		return fmt.Errorf("list links: %w", err)
 	}
 	var errs []error
 	for _, l := range links {
-		errs = append(errs, ip(ctx, "", "link", "delete", filepath.Base(l)))
+		if strings.HasPrefix(l.Name, "ptl"+n.id+"w") {
+			errs = append(errs, ip(ctx, "", "link", "delete", l.Name))
+		}
 	}
 	nss, err := n.namespaces()
 	errs = append(errs, err)

@@ -20,13 +20,10 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/portolan-io/portolan/e2e/ownns"
 	"github.com/portolan-io/portolan/nodeagent/network"
 	"github.com/portolan-io/portolan/nodeagent/network/networktest"
 )
-
-// inNamespace is set in the child that runs the tests: it has network and mount
-// namespaces of its own, which go with it.
-const inNamespace = "PORTOLAN_NETWORK_TEST"
 
 // helper modes of this binary, run as another user inside a replica's namespace.
 const helperMode = "PORTOLAN_NETWORK_HELPER"
@@ -35,28 +32,12 @@ func TestMain(m *testing.M) {
 	if mode := os.Getenv(helperMode); mode != "" {
 		os.Exit(helper(mode))
 	}
-	if os.Getenv(inNamespace) != "" || os.Getuid() != 0 {
-		os.Exit(m.Run())
-	}
-	cmd := exec.Command(os.Args[0], os.Args[1:]...)
-	cmd.Env = append(os.Environ(), inNamespace+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-	err := cmd.Run()
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-		os.Exit(0)
-	case errors.As(err, &exit):
-		os.Exit(exit.ExitCode())
-	default: // namespaces are not allowed here: the tests say what they miss
-		os.Exit(m.Run())
-	}
+	ownns.Main(m)
 }
 
 func linux(t *testing.T) *network.Linux {
 	t.Helper()
-	if os.Getenv(inNamespace) == "" {
+	if !ownns.Inside() {
 		t.Skip("needs root and the right to make network namespaces")
 	}
 	l, err := network.New(network.Config{RunDir: t.TempDir(), DataDir: t.TempDir()})

@@ -9,7 +9,6 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -24,13 +23,12 @@ import (
 	"runtime"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/portolan-io/portolan/e2e/ownns"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/nodev1"
@@ -42,28 +40,7 @@ import (
 	"github.com/portolan-io/portolan/xds/distribute"
 )
 
-// inNamespace is set in the child that runs the tests, in namespaces of its own.
-const inNamespace = "PORTOLAN_WARDEN_TEST"
-
-func TestMain(m *testing.M) {
-	if os.Getenv(inNamespace) != "" || os.Getuid() != 0 {
-		os.Exit(m.Run())
-	}
-	cmd := exec.Command(os.Args[0], os.Args[1:]...)
-	cmd.Env = append(os.Environ(), inNamespace+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-	err := cmd.Run()
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-		os.Exit(0)
-	case errors.As(err, &exit):
-		os.Exit(exit.ExitCode())
-	default:
-		os.Exit(m.Run())
-	}
-}
+func TestMain(m *testing.M) { ownns.Main(m) }
 
 func envoyBinary(t *testing.T) string {
 	t.Helper()
@@ -272,17 +249,10 @@ type node struct {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	if os.Getenv(inNamespace) == "" {
+	if !ownns.Inside() {
 		t.Skip("needs root and the right to make network namespaces")
 	}
 	binary := envoyBinary(t)
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := netlink.LinkSetUp(lo); err != nil {
-		t.Fatal(err)
-	}
 	base, err := os.MkdirTemp("", "warden")
 	if err != nil {
 		t.Fatal(err)

@@ -2,8 +2,6 @@ package proxytest
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"maps"
 	"net"
@@ -27,6 +25,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/nodeagent/proxy"
+	"github.com/portolan-io/portolan/xds/distribute"
 )
 
 // Harness is what the suite needs of one implementation.
@@ -294,12 +293,15 @@ func packed(t *testing.T, m proto.Message) *anypb.Any {
 func (s *source) put(typeURL, name string, m proto.Message) {
 	s.t.Helper()
 	a := packed(s.t, m)
-	sum := sha256.Sum256(a.GetValue())
+	version, err := distribute.VersionOf(m)
+	if err != nil {
+		s.t.Fatal(err)
+	}
 	s.change(func() {
 		if s.served[typeURL] == nil {
 			s.served[typeURL] = map[string]resource{}
 		}
-		s.served[typeURL][name] = resource{version: hex.EncodeToString(sum[:8]), body: a}
+		s.served[typeURL][name] = resource{version: version, body: a}
 	})
 }
 

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/cli/manifest"
@@ -92,10 +93,13 @@ func (f *Fleet) TryApply(yaml string) error {
 			return fmt.Errorf("%s: %w", o.Where, err)
 		}
 		if s, ok := out.(*portolanv1.Service); ok {
-			f.vips[s.GetName()], err = netip.ParseAddr(s.GetStatus().GetVirtualIp())
+			vip, err := netip.ParseAddr(s.GetStatus().GetVirtualIp())
 			if err != nil {
 				return fmt.Errorf("%s has no virtual IP: %w", s.GetName(), err)
 			}
+			f.mu.Lock()
+			f.vips[s.GetName()] = vip
+			f.mu.Unlock()
 		}
 	}
 	return nil
@@ -117,6 +121,17 @@ func Get[M proto.Message](f *Fleet, out M, name string) M {
 	req.Set(req.Descriptor().Fields().ByName("name"), protoreflect.ValueOfString(name))
 	f.must("get "+name, f.conn.Invoke(f.call(), "/portolan.v1."+kind.Service+"/Get"+kind.Name, req.Interface(), out))
 	return out
+}
+
+// Delete deletes an object: Delete("Workload", "tenants/shop/workloads/web").
+func (f *Fleet) Delete(kind, name string) {
+	f.t.Helper()
+	k, err := manifest.FindKind(kind)
+	f.must("delete", err)
+	req, err := message("Delete" + k.Name + "Request")
+	f.must("delete", err)
+	req.Set(req.Descriptor().Fields().ByName("name"), protoreflect.ValueOfString(name))
+	f.must("delete "+name, f.conn.Invoke(f.call(), "/portolan.v1."+k.Service+"/Delete"+k.Name, req.Interface(), &emptypb.Empty{}))
 }
 
 // Replicas lists the replicas of a workload of tenant shop, as the API tells of

@@ -60,14 +60,16 @@ type Fleet struct {
 	makers     map[string]func() (*process, error)
 	running    map[string]*process
 	conn       *grpc.ClientConn
-	vips       map[string]netip.Addr
-	ready      time.Time
+
+	mu   sync.Mutex // guards vips, which callers in the background read
+	vips map[string]netip.Addr
 }
 
 // Run makes a fleet in a bubble of virtual time, waits until it serves, and runs
 // the test on it.
 func Run(t *testing.T, test func(t *testing.T, f *Fleet)) {
 	t.Helper()
+	t.Parallel()
 	dir := memoryDir(t)
 	synctest.Test(t, func(t *testing.T) {
 		f := newFleet(t, dir)

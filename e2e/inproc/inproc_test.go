@@ -147,6 +147,7 @@ func TestCanary(t *testing.T) {
 			}
 			return v2
 		}
+		stop := always(f)
 		for _, w := range []int{0, 10, 50, 100} {
 			f.Apply(weights(100-w, w))
 			f.WaitConverged()
@@ -154,6 +155,7 @@ func TestCanary(t *testing.T) {
 				t.Errorf("%d of 100 requests go to v2, want %d", got, w)
 			}
 		}
+		stop()
 		frozen := f.Caller("web", "us-east")
 		f.must("freeze", f.node(frozen.Node).proxies.Freeze(frozen.Replica, true))
 		f.Apply(weights(50, 50))
@@ -432,5 +434,172 @@ func TestRefusals(t *testing.T) {
 			return Get(f, &portolanv1.Service{}, "tenants/shop/services/odd").GetStatus().GetConditions()
 		}, "ports", "clusters/")
 		answered(f)
+	})
+}
+
+// always asks continuously until the returned function is called, which fails the
+// test when any request failed.
+func always(f *Fleet, places ...string) (stop func()) {
+	end, done, faults, asked := make(chan struct{}), make(chan struct{}), map[string]int{}, 0
+	callers := f.Running("web", places...)
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-end:
+				return
+			case <-tick.C:
+			}
+			for _, from := range callers {
+				asked++
+				if r := f.Call(from, "catalog", float64(asked%97)/97); !r.OK() {
+					faults[fmt.Sprintf("%s: status %d from %s of %s: %s", from.Replica, r.Status, r.Callee, r.Cluster, r.Detail)]++
+				}
+			}
+		}
+	}()
+	return func() {
+		f.t.Helper()
+		close(end)
+		<-done
+		for fault, n := range faults {
+			f.t.Errorf("%d of %d requests: %s", n, asked, fault)
+		}
+	}
+}
+
+func TestRollingUpdateLosesNoRequest(t *testing.T) {
+	inShop(t, func(t *testing.T, f *Fleet) {
+		before := f.Snapshot("web")
+		stop := always(f)
+		f.Apply(workload("catalog", 4, "v2"))
+		took := f.Within(30*time.Second, "the update", func() string {
+			revisions := map[string]int{}
+			for _, r := range f.Replicas("catalog") {
+				revisions[r.GetRevision()]++
+			}
+			if revisions["v2"] != 4 || len(revisions) != 1 {
+				return fmt.Sprint(revisions)
+			}
+			return ""
+		})
+		f.WaitConverged()
+		f.Apply(workload("catalog", 2, "v2"))
+		f.Settled(10*time.Second, "catalog", 2)
+		f.Sleep(time.Second)
+		stop()
+		f.Untouched(before)
+		t.Logf("updated after %v", took)
+	})
+}
+
+func TestAcrossClusters(t *testing.T) {
+	Run(t, func(t *testing.T, f *Fleet) {
+		europe := strings.Replace(workload("catalog", 2, "v1"), "placement: {", "placement: {allowed_regions: [eu-west], ", 1)
+		front := "{kind: Route, tenant: shop, name: front, spec: {ingress_hosts: [shop.localhost], rules: [{backends: [{service: web}]}]}}\n"
+		f.Apply(tenant + calls(`{"catalog": {"web"}, "web": {"ingress"}}`) + workload("web", 2, "v1") + europe)
+		f.Apply(front)
+		f.Settled(10*time.Second, "catalog", 2)
+		f.Settled(10*time.Second, "web", 2)
+		f.WaitConverged()
+		far := f.Caller("web", "us-east")
+		r := f.Call(far, "catalog", 0)
+		if !r.OK() || !r.Via.IsValid() || r.Caller != "spiffe://us-east."+fleetDomain+"/tenant/shop/workload/web" {
+			t.Errorf("a call to the other cluster: %+v", r)
+		}
+		for _, n := range f.nodes() {
+			if r := f.Visit(n.name, "shop.localhost"); !r.OK() || f.owner(r.Callee).cluster != n.cluster {
+				t.Errorf("a visit at %s: %+v", n.name, r)
+			}
+			if r := f.Visit(n.name, "other.localhost"); r.Status != 404 {
+				t.Errorf("a visit at %s to a host that nobody has: %+v", n.name, r)
+			}
+		}
+		// What is far is called no more than its policy allows.
+		f.Apply(calls(`{"web": {"ingress"}}`))
+		f.Within(time.Second, "the denial", func() string {
+			if r := f.Call(far, "catalog", 0); r.Status != 403 {
+				return fmt.Sprintf("%+v", r)
+			}
+			return ""
+		})
+		f.Cut("eu-west")
+		if r := f.Call(far, "catalog", 0); r.OK() {
+			t.Errorf("a call over a cut link: %+v", r)
+		}
+	})
+}
+
+func TestFrozenFederationReplica(t *testing.T) {
+	inShop(t, func(t *testing.T, f *Fleet) {
+		before := f.Snapshot("catalog", "web")
+		// Nothing breaks: fed-2, where us-east is at home, just says no more.
+		f.Cut("fed-2")
+		f.Sleep(2 * time.Second)
+		f.Apply(workload("catalog", 6, "v1"))
+		t.Logf("scaled without the replica after %v", f.Settled(10*time.Second, "catalog", 6))
+		f.WaitConverged()
+		for range 10 {
+			f.Sleep(500 * time.Millisecond)
+			for _, c := range f.clusters {
+				if s := Get(f, &portolanv1.Cluster{}, "clusters/"+c.name).GetStatus().GetState(); s != portolanv1.ClusterState_CLUSTER_STATE_READY {
+					t.Errorf("%s is %v", c.name, s)
+				}
+			}
+		}
+		f.Heal("fed-2")
+		f.Sleep(2 * time.Second)
+		f.WaitConverged()
+		f.Kept(before)
+	})
+}
+
+func TestDeletionLeavesNothing(t *testing.T) {
+	inShop(t, func(t *testing.T, f *Fleet) {
+		f.Delete("Service", "tenants/shop/services/catalog")
+		f.Delete("Workload", "tenants/shop/workloads/catalog")
+		f.Delete("Service", "tenants/shop/services/web")
+		f.Delete("Workload", "tenants/shop/workloads/web")
+		took := f.Within(20*time.Second, "the end of everything", func() string { return f.leftovers() })
+		t.Logf("nothing is left after %v", took)
+		f.WaitConverged()
+		f.Apply(shop)
+		f.Settled(10*time.Second, "catalog", 4)
+		f.Settled(10*time.Second, "web", 2)
+		f.WaitConverged()
+		answered(f)
+	})
+}
+
+// TestCrashesDuringAnUpdate: whatever dies in the middle, the update ends, nothing
+// runs twice, and no request is lost.
+func TestCrashesDuringAnUpdate(t *testing.T) {
+	inShop(t, func(t *testing.T, f *Fleet) {
+		before := f.Snapshot("web")
+		stop := always(f)
+		for i, victim := range []string{"fed-1", "eu-west", "us-east-1/agent", "fed-2", "us-east", "eu-west-2/agent"} {
+			revision := fmt.Sprintf("w%d", i)
+			f.Apply(workload("catalog", 4, revision))
+			f.Sleep(time.Duration(40+130*i) * time.Millisecond)
+			f.Restart(victim)
+			took := f.Within(40*time.Second, "the update in spite of "+victim, func() string {
+				n := 0
+				for _, r := range f.Replicas("catalog") {
+					if r.GetRevision() == revision && r.GetReady() {
+						n++
+					}
+				}
+				if all := len(f.Running("catalog")); n != 4 || all != 4 {
+					return fmt.Sprintf("%d of %s are ready, %d run", n, revision, all)
+				}
+				return ""
+			})
+			t.Logf("%s killed: updated after %v", victim, took)
+		}
+		f.WaitConverged()
+		stop()
+		f.Untouched(before)
 	})
 }

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -127,7 +129,9 @@ func (f *Fleet) Settled(most time.Duration, workload string, replicas int) time.
 // pick in [0,1) decides between weights.
 func (f *Fleet) Call(from instance, service string, pick float64) proxytest.Response {
 	f.t.Helper()
+	f.mu.Lock()
 	vip, ok := f.vips["tenants/shop/services/"+service]
+	f.mu.Unlock()
 	if !ok {
 		f.t.Fatalf("service %s was not applied", service)
 	}
@@ -156,4 +160,31 @@ func (f *Fleet) owner(replica string) *node {
 	}
 	f.t.Fatalf("there is no replica %s", replica)
 	return nil
+}
+
+// Visit makes a request from outside to the ingress of a node.
+func (f *Fleet) Visit(name, host string) proxytest.Response {
+	f.t.Helper()
+	ctx, cancel := context.WithTimeout(f.ctx, 5*time.Second)
+	defer cancel()
+	return f.mesh.Call(ctx, f.node(name).ingress(), proxytest.Request{Host: host, Path: "/"})
+}
+
+// leftovers names what nodes still hold of replicas, gateways aside.
+func (f *Fleet) leftovers() string {
+	var out []string
+	for _, n := range f.nodes() {
+		networks, err := n.network.List(f.ctx)
+		f.must("list networks", err)
+		containers, err := n.engine.List(f.ctx)
+		f.must("list containers", err)
+		proxies, err := n.proxies.List(f.ctx)
+		f.must("list proxies", err)
+		keys, err := os.ReadDir(filepath.Join(n.run, "identity"))
+		f.must("list identities", err)
+		if len(networks)+len(containers) > 0 || len(proxies) != 2 || len(keys) != 2 {
+			out = append(out, fmt.Sprintf("%s: networks %q, %d containers, proxies %q, %d identities", n.name, networks, len(containers), proxies, len(keys)))
+		}
+	}
+	return strings.Join(out, "; ")
 }

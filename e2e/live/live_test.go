@@ -236,6 +236,7 @@ func Test04Canary(t *testing.T) {
 	apply(t, canary(50, 50))
 	cli(t, "wait")
 	t.Logf("50/50 live everywhere after %s", time.Since(changed).Round(time.Millisecond))
+	proxiesServe(t, 50)
 	got, bad = share(2000)
 	total, failed := l.Stop()
 	t.Logf("at 50/50: %.2f %% reached v2; during the change %d requests, %d failed", got, total, failed)
@@ -243,6 +244,26 @@ func Test04Canary(t *testing.T) {
 		t.Errorf("share %.2f %%, failed %d and %d (%s)", got, bad, failed, l.first)
 	}
 	frozenProxyIsNamed(t)
+}
+
+// proxiesServe asks every caller's proxy itself which weights it serves.
+func proxiesServe(t *testing.T, weight int) {
+	t.Helper()
+	asked := 0
+	for _, r := range ready(replicas(t, "web")) {
+		dump := admin(t, r.GetNode(), last(r.GetName()), "/config_dump?resource=dynamic_route_configs")
+		var flat strings.Builder
+		for _, f := range strings.Fields(dump) {
+			flat.WriteString(f)
+		}
+		if n := strings.Count(flat.String(), fmt.Sprintf(`"weight":%d`, weight)); n < 2 {
+			t.Errorf("wait returned, but %s serves %d back ends of weight %d", r.GetName(), n, weight)
+		}
+		asked++
+	}
+	if asked == 0 {
+		t.Error("no proxy was asked")
+	}
 }
 
 func frozenProxyIsNamed(t *testing.T) {

@@ -45,14 +45,18 @@ func runDir(t *testing.T, elem ...string) string {
 	return filepath.Join(append([]string{d.Run}, elem...)...)
 }
 
+func adminClient(t *testing.T, node, replica string) *http.Client {
+	t.Helper()
+	sock := runDir(t, node, "proxies", replica, "admin.sock")
+	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", sock)
+	}}}
+}
+
 // admin asks an Envoy's admin socket.
 func admin(t *testing.T, node, replica, path string) string {
 	t.Helper()
-	sock := runDir(t, node, "proxies", replica, "admin.sock")
-	hc := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", sock)
-	}}}
-	resp, err := hc.Get("http://envoy" + path)
+	resp, err := adminClient(t, node, replica).Get("http://envoy" + path)
 	if err != nil {
 		t.Fatalf("admin of %s: %v", replica, err)
 	}

@@ -15,7 +15,7 @@ COMMANDS := portolan portolan-federation portolan-cluster portolan-node
 UNIT = $(shell $(GO) list ./... | grep -v -e /e2e/live)
 RUN_ENV = PATH="$(TOOLS)/bin:$$PATH"
 
-.PHONY: build images up down test unit e2e check fmt proto proto-check lint bench charts sim fuzz tools clean help
+.PHONY: build images up down test unit e2e check fmt proto proto-check lint bench charts fuzz tools clean help
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -306,21 +308,20 @@ func envoyServes(t *testing.T, r *portolanv1.Replica) error {
 }
 
 // processIn finds a process by its command line in the cgroups of a cluster's
-// nodes; the newest when there are several.
+// nodes; the newest when there are several, 0 when there is none.
 func processIn(t *testing.T, cluster, command string) int {
 	t.Helper()
-	out, err := exec.CommandContext(always(t), "pgrep", "-f", "^"+command).Output()
+	procs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
-		return 0
+		t.Fatal(err)
 	}
 	found := 0
-	for line := range strings.Lines(string(out)) {
-		pid, err := strconv.Atoi(strings.TrimSpace(line))
-		if err != nil {
-			continue
-		}
-		cg, err := exec.CommandContext(always(t), "cat", fmt.Sprintf("/proc/%d/cgroup", pid)).Output()
-		if err == nil && strings.Contains(string(cg), "/"+cluster+"-") {
+	for _, p := range procs {
+		// A process that ends meanwhile reads as empty.
+		cmd, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+		cg, _ := os.ReadFile(filepath.Join(p, "cgroup"))
+		if pid, err := strconv.Atoi(filepath.Base(p)); err == nil &&
+			strings.HasPrefix(strings.ReplaceAll(string(cmd), "\x00", " "), command) && strings.Contains(string(cg), "/"+cluster+"-") {
 			found = max(found, pid)
 		}
 	}

@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
@@ -23,7 +21,7 @@ import (
 	"github.com/portolan-io/portolan/cluster/manager"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/cluster/state/etcd"
-	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/process"
 	"github.com/portolan-io/portolan/identity"
 	"github.com/portolan-io/portolan/identity/ca"
 	"github.com/portolan-io/portolan/identity/source"
@@ -32,8 +30,7 @@ import (
 )
 
 const (
-	stopTime    = 3 * time.Second
-	healthEvery = time.Second
+	stopTime    = 3 * time.Second // what calls under way get to end
 	dialTimeout = time.Second
 )
 
@@ -50,11 +47,11 @@ func serve(ctx context.Context, c *Config) error {
 		}
 	}
 	// The ports come first: a second process must end before it touches the state.
-	listeners, err := listen(c.Listen)
+	listeners, err := process.Listen(c.Listen)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = closeAll(listeners) }()
+	defer func() { _ = process.Close(listeners) }()
 	st, err := etcd.Open(ctx, etcd.Config{Dir: filepath.Join(c.DataDir, "etcd"), Endpoints: c.Etcd.Endpoints, Log: log})
 	if err != nil {
 		return err
@@ -78,76 +75,71 @@ func serve(ctx context.Context, c *Config) error {
 		}
 		return err
 	}
-	p, err := wire(c, st, authority, m, log)
+	p, own, err := wire(c, st, authority, m, log)
 	if err != nil {
 		return err
 	}
-	admin, err := listenAdmin(c.AdminSocket)
+	if _, err := own.Ensure(ctx); err != nil {
+		return err
+	}
+	admin, err := process.ListenAdmin(c.AdminSocket)
 	if err != nil {
 		return err
 	}
-	return p.run(ctx, listeners, admin)
-}
-
-// process is all that runs in this cluster's control plane.
-type process struct {
-	log    *slog.Logger
-	state  state.Store
-	own    *source.Source
-	health *health.Server
-	// nodes serves nodes, upward the federation through tunnels, admin root at the
-	// local socket.
-	nodes, upward, admin *grpc.Server
-	// runs are the parts that run until the context ends.
-	runs map[string]func(context.Context) error
+	return p.Run(ctx, listeners, admin)
 }
 
 // wire makes every part, from the state up. Nothing runs yet.
-func wire(c *Config, st state.Store, authority *ca.Authority, m membership, log *slog.Logger) (*process, error) {
+func wire(c *Config, st state.Store, authority *ca.Authority, m membership, log *slog.Logger) (*process.Process, *source.Source, error) {
 	session := time.Now().UnixNano()
 	own, err := source.New(source.Config{Fetch: ownCertificate(authority), Log: log})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	below, above := trust.NewSet(), trust.NewSet()
 	if err := errors.Join(below.Put(authority.TrustDomain(), authority.Bundle()), above.Put(m.Fleet, m.Bundle)); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	mgr, err := manager.New(manager.Config{
 		Store: st, Cluster: c.Cluster, CIDR: c.CIDR, NodeTimeout: time.Duration(c.NodeTimeout), Seed: uint64(session), Log: log,
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	d, err := dispatch.New(dispatch.Config{
 		State: st, Facts: dispatch.Facts{Cluster: c.Cluster, Fleet: m.Fleet, VirtualIPs: m.VirtualIPs},
 		CA: authority, Manager: mgr, Peer: trust.PeerID, NodeTimeout: time.Duration(c.NodeTimeout), Log: log,
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	p := &process{log: log, state: st, own: own, health: health.NewServer(), upward: grpc.NewServer(), admin: grpc.NewServer()}
 	// A joining node has no certificate yet; every RPC but Join asks for one.
 	tls := trust.ServerTLS(own.Certificate, below, trust.Options{OptionalClientCert: true})
-	p.nodes = grpc.NewServer(append(distribute.ServerOptions(), grpc.Creds(credentials.NewTLS(tls)), grpc.ConnectionTimeout(10*time.Second))...)
+	nodes := grpc.NewServer(append(distribute.ServerOptions(), grpc.Creds(credentials.NewTLS(tls)), grpc.ConnectionTimeout(10*time.Second))...)
+	upward := grpc.NewServer()
 	l, err := link.New(link.Config{
 		State: st, Cluster: c.Cluster, Fleet: m.Fleet, Session: session, Addresses: c.Federation.Addresses,
-		Dial: dialer(c, own, above), Serve: p.upward, Nacks: d.Nacks, NodeTimeout: time.Duration(c.NodeTimeout), Log: log,
+		Dial: dialer(c, own, above), Serve: upward, Nacks: d.Nacks, NodeTimeout: time.Duration(c.NodeTimeout), Log: log,
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	d.Register(p.nodes)
-	d.RegisterUpward(p.upward)
-	d.RegisterUpward(p.admin)
-	for _, s := range []*grpc.Server{p.nodes, p.upward, p.admin} {
-		grpc_health_v1.RegisterHealthServer(s, p.health)
+	p := &process.Process{
+		Log: log, API: nodes, Admin: grpc.NewServer(), Ended: []*grpc.Server{upward}, Health: health.NewServer(), StopTime: stopTime,
+		Parts: map[string]func(context.Context) error{
+			"identity": own.Run, "manager": mgr.Run, "dispatch": d.Run, "link": l.Run,
+			"trust": func(ctx context.Context) error { return followFleet(ctx, st, m.Fleet, above, log) },
+		},
+		// The federation does not count: a cluster without it does its whole job.
+		Check: st.Ping,
 	}
-	p.runs = map[string]func(context.Context) error{
-		"identity": own.Run, "manager": mgr.Run, "dispatch": d.Run, "link": l.Run, "health": p.watchHealth,
-		"trust": func(ctx context.Context) error { return followFleet(ctx, st, m.Fleet, above, log) },
+	d.Register(nodes)
+	d.RegisterUpward(upward)
+	d.RegisterUpward(p.Admin)
+	for _, s := range []*grpc.Server{nodes, upward, p.Admin} {
+		grpc_health_v1.RegisterHealthServer(s, p.Health)
 	}
-	return p, nil
+	return p, own, nil
 }
 
 // ownCertificate signs this control plane's certificate with the cluster's own
@@ -200,129 +192,4 @@ func followFleet(ctx context.Context, st state.Store, fleet string, above *trust
 			log.Error("the fleet's roots are broken; the former ones stay", "alarm", true, "error", err)
 		}
 	}
-}
-
-// run runs everything; the first error ends all, and so does ctx.
-func (p *process) run(ctx context.Context, listeners []net.Listener, admin net.Listener) error {
-	if _, err := p.own.Ensure(ctx); err != nil {
-		return errors.Join(err, admin.Close())
-	}
-	g, ctx := errgroup.WithContext(ctx)
-	for name, run := range p.runs {
-		g.Go(func() error {
-			if err := run(ctx); err != nil {
-				return fmt.Errorf("%s: %w", name, err)
-			}
-			return nil
-		})
-	}
-	for _, l := range listeners {
-		g.Go(func() error { return ignoreStop(p.nodes.Serve(l)) })
-	}
-	g.Go(func() error { return ignoreStop(p.admin.Serve(admin)) })
-	g.Go(func() error {
-		<-ctx.Done()
-		p.stop()
-		return nil
-	})
-	p.log.Info("serving", "addresses", addresses(listeners))
-	err := g.Wait()
-	p.log.Info("stopped")
-	return err
-}
-
-// stop refuses new calls, lets those under way end, and then ends what is left:
-// sessions of nodes never end by themselves.
-func (p *process) stop() {
-	p.health.Shutdown()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		p.nodes.GracefulStop()
-	}()
-	t := time.NewTimer(stopTime)
-	defer t.Stop()
-	select {
-	case <-done:
-	case <-t.C:
-		p.nodes.Stop()
-		<-done
-	}
-	p.upward.Stop()
-	p.admin.Stop()
-}
-
-// watchHealth says SERVING while the state answers. The federation does not count:
-// a cluster without it does its whole job.
-func (p *process) watchHealth(ctx context.Context) error {
-	t := time.NewTicker(healthEvery)
-	defer t.Stop()
-	for {
-		status := grpc_health_v1.HealthCheckResponse_SERVING
-		pctx, cancel := context.WithTimeout(ctx, healthEvery)
-		if err := p.state.Ping(pctx); err != nil {
-			status = grpc_health_v1.HealthCheckResponse_NOT_SERVING
-		}
-		cancel()
-		p.health.SetServingStatus("", status)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return nil
-		}
-	}
-}
-
-func ignoreStop(err error) error {
-	if errors.Is(err, grpc.ErrServerStopped) || errors.Is(err, net.ErrClosed) {
-		return nil
-	}
-	return err
-}
-
-func listen(addrs []string) ([]net.Listener, error) {
-	var out []net.Listener
-	for _, a := range addrs {
-		l, err := net.Listen("tcp", a)
-		if err != nil {
-			return nil, errors.Join(api.E(api.Precondition, "listen on "+a, "%w", err), closeAll(out))
-		}
-		out = append(out, l)
-	}
-	return out, nil
-}
-
-// listenAdmin makes the socket for root only, in place of one that a former
-// process left behind.
-func listenAdmin(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("make the admin socket's folder: %w", err)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("remove the former admin socket: %w", err)
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("listen on the admin socket: %w", err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(fmt.Errorf("protect the admin socket: %w", err), l.Close())
-	}
-	return l, nil
-}
-
-func closeAll(list []net.Listener) error {
-	var errs []error
-	for _, l := range list {
-		errs = append(errs, l.Close())
-	}
-	return errors.Join(errs...)
-}
-
-func addresses(list []net.Listener) []string {
-	var out []string
-	for _, l := range list {
-		out = append(out, l.Addr().String())
-	}
-	return out
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/process"
 	"github.com/portolan-io/portolan/federation/server"
 	"github.com/portolan-io/portolan/federation/store/mem"
 	"github.com/portolan-io/portolan/identity"
@@ -112,17 +113,17 @@ func TestProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	listeners, err := listen([]string{"127.0.0.1:0", "127.0.0.1:0"})
+	listeners, err := process.Listen([]string{"127.0.0.1:0", "127.0.0.1:0"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	admin, err := listenAdmin(c.AdminSocket)
+	admin, err := process.ListenAdmin(c.AdminSocket)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- p.run(ctx, listeners, admin) }()
+	go func() { done <- p.Run(ctx, listeners, admin) }()
 
 	call, stop := context.WithTimeout(t.Context(), 20*time.Second)
 	defer stop()

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/process"
 	"github.com/portolan-io/portolan/federation/server"
 	"github.com/portolan-io/portolan/federation/store/cockroach"
 	"github.com/portolan-io/portolan/federation/store/storetest/pgtest"
@@ -40,17 +41,17 @@ func replica(t *testing.T, c *Config, out string) *grpc.ClientConn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	listeners, err := listen([]string{"127.0.0.1:0"})
+	listeners, err := process.Listen([]string{"127.0.0.1:0"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	admin, err := listenAdmin(c.AdminSocket)
+	admin, err := process.ListenAdmin(c.AdminSocket)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- p.run(ctx, listeners, admin) }()
+	go func() { done <- p.Run(ctx, listeners, admin) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := errors.Join(<-done, st.Close()); err != nil {

@@ -19,6 +19,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/tunnel"
 )
 
 // defaultEvents and maxListed bound a list of events.
@@ -137,7 +138,7 @@ func (r *runtimeServer) Logs(req *portolanv1.LogsRequest, out grpc.ServerStreami
 	if err != nil {
 		return err
 	}
-	return forward(in.Recv, out.Send)
+	return tunnel.Relay(in.Recv, out.Send)
 }
 
 // Exec implements portolanv1.RuntimeServiceServer.
@@ -160,7 +161,7 @@ func (r *runtimeServer) Exec(s grpc.BidiStreamingServer[portolanv1.ExecRequest, 
 		return err
 	}
 	go func() {
-		if err := forward(s.Recv, node.Send); err != nil {
+		if err := tunnel.Relay(s.Recv, node.Send); err != nil {
 			// The caller is gone, or the node is: its own answer says which.
 			if s.Context().Err() != nil {
 				cancel()
@@ -169,23 +170,7 @@ func (r *runtimeServer) Exec(s grpc.BidiStreamingServer[portolanv1.ExecRequest, 
 		}
 		_ = node.CloseSend()
 	}()
-	return forward(node.Recv, s.Send)
-}
-
-// forward copies messages until the source ends.
-func forward[M any](recv func() (M, error), send func(M) error) error {
-	for {
-		m, err := recv()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if err := send(m); err != nil {
-			return err
-		}
-	}
+	return tunnel.Relay(node.Recv, s.Send)
 }
 
 // adminServer is what an operator asks of a cluster.

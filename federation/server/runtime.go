@@ -16,6 +16,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/tunnel"
 	"github.com/portolan-io/portolan/federation/store"
 )
 
@@ -269,7 +270,7 @@ func (rs *runtimeService) Logs(req *portolanv1.LogsRequest, out grpc.ServerStrea
 	if err != nil {
 		return err
 	}
-	return pump(in.Recv, out.Send)
+	return tunnel.Relay(in.Recv, out.Send)
 }
 
 // refuse audits a refusal of a stream, whose request the interceptor has not seen.
@@ -278,22 +279,6 @@ func (rs *runtimeService) refuse(ctx context.Context, req proto.Message, err err
 		rs.s.refused(ctx, c, "/"+c.method, req, err)
 	}
 	return err
-}
-
-// pump copies messages until one side ends.
-func pump[T any](recv func() (T, error), send func(T) error) error {
-	for {
-		m, err := recv()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if err := send(m); err != nil {
-			return err
-		}
-	}
 }
 
 // Exec implements portolanv1.RuntimeServiceServer.
@@ -328,11 +313,11 @@ func (rs *runtimeService) Exec(out grpc.BidiStreamingServer[portolanv1.ExecReque
 	// The input ends with the caller's half, or with the stream's context when the
 	// answer is over.
 	go func() {
-		if err := pump(out.Recv, in.Send); err != nil && !errors.Is(err, io.EOF) {
+		if err := tunnel.Relay(out.Recv, in.Send); err != nil && !errors.Is(err, io.EOF) {
 			cancel()
 			return
 		}
 		_ = in.CloseSend()
 	}()
-	return pump(in.Recv, out.Send)
+	return tunnel.Relay(in.Recv, out.Send)
 }

@@ -402,28 +402,7 @@ func TestLiveEnvoys(t *testing.T) {
 			t.Errorf("an allowed request got %d %v", code, err)
 		}
 	})
-	t.Run("a bad resource is quarantined alone", func(t *testing.T) {
-		bad, err := distribute.NewResource(distribute.ClusterType, "bad", &clusterv3.Cluster{
-			Name: "bad", ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS}, ConnectTimeout: durationpb.New(time.Second),
-		})
-		m.ok(err)
-		worse, err := distribute.NewResource(distribute.ClusterType, "worse", &clusterv3.Cluster{Name: "worse", ConnectTimeout: durationpb.New(-time.Second)})
-		m.ok(err)
-		m.push(m.input(100, false), web, ids["web"], bad, worse)
-		m.eventually("both are refused by name", func() bool {
-			st, _ := m.cache.Status("web")
-			return len(st.Nacks) == 2 && st.Nacks[0].Name == "bad" && st.Nacks[1].Name == "worse" && st.Pending == 2
-		})
-		m.eventually("the others are served", func() bool {
-			_, answer, _ := call(client)
-			return strings.HasPrefix(answer, "v1")
-		})
-		m.push(m.input(0, false), web, ids["web"])
-		m.eventually("nothing is refused", func() bool {
-			st, _ := m.cache.Status("web")
-			return len(st.Nacks) == 0 && st.Pending == 0
-		})
-	})
+	t.Run("a bad resource is quarantined alone", func(*testing.T) { testBadResource(m, client, web, ids["web"]) })
 	t.Run("across the east-west gateway", func(t *testing.T) {
 		m.push(m.input(100, true), web, ids["web"])
 		m.eventually("the change is taken", func() bool { st, _ := m.cache.Status("web"); return st.Pending == 0 })
@@ -431,6 +410,31 @@ func TestLiveEnvoys(t *testing.T) {
 		if err != nil || !strings.HasPrefix(answer, "v1") || !strings.Contains(answer, "/tenant/shop/workload/web") {
 			t.Errorf("answer %q: %v", answer, err)
 		}
+	})
+}
+
+// testBadResource: what a proxy refuses is known by name, and all else is served.
+func testBadResource(m *mesh, client *http.Client, web translate.Proxy, id *distribute.Resource) {
+	m.t.Helper()
+	bad, err := distribute.NewResource(distribute.ClusterType, "bad", &clusterv3.Cluster{
+		Name: "bad", ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS}, ConnectTimeout: durationpb.New(time.Second),
+	})
+	m.ok(err)
+	worse, err := distribute.NewResource(distribute.ClusterType, "worse", &clusterv3.Cluster{Name: "worse", ConnectTimeout: durationpb.New(-time.Second)})
+	m.ok(err)
+	m.push(m.input(100, false), web, id, bad, worse)
+	m.eventually("both are refused by name", func() bool {
+		st, _ := m.cache.Status("web")
+		return len(st.Nacks) == 2 && st.Nacks[0].Name == "bad" && st.Nacks[1].Name == "worse" && st.Pending == 2
+	})
+	m.eventually("the others are served", func() bool {
+		_, answer, _ := call(client)
+		return strings.HasPrefix(answer, "v1")
+	})
+	m.push(m.input(0, false), web, id)
+	m.eventually("nothing is refused", func() bool {
+		st, _ := m.cache.Status("web")
+		return len(st.Nacks) == 0 && st.Pending == 0
 	})
 }
 

@@ -286,10 +286,12 @@ func (f *Fleet) Within(most time.Duration, what string, ask func() string) time.
 		if word == "" {
 			return time.Since(began)
 		}
-		if time.Since(began) >= most {
+		took := time.Since(began)
+		if took >= most {
 			f.t.Fatalf("%s: not within %v: %s", what, most, word)
 		}
-		time.Sleep(20 * time.Millisecond)
+		// What takes long is asked for less often.
+		time.Sleep(min(max(took/20, 10*time.Millisecond), 50*time.Millisecond))
 	}
 }
 

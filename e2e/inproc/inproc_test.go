@@ -329,9 +329,9 @@ func TestRestarts(t *testing.T) {
 			f.Start(c.kill...)
 			f.Apply(route(fmt.Sprintf("{revision: v1, weight: %d}, {service: catalog, weight: %d}", 90-i, 10+i))) // what is new gets through
 			t.Logf("%v away for %v: converged %v after the return", c.kill, c.pause, f.WaitConverged())
-			// Nodes come back to a cluster within 5 s. What stood in for a cluster that
-			// was away for longer than the workload's failover allows goes then.
-			f.Sleep(6 * time.Second)
+			// Nodes come back to a cluster that was away within 5 s. What stood in for it
+			// longer than the workload's failover allows goes then.
+			f.Sleep(2*time.Second + c.pause/2)
 			f.Settled(10*time.Second, "catalog", 4)
 			f.Settled(10*time.Second, "web", 2)
 			f.Untouched(before)
@@ -444,7 +444,7 @@ func always(f *Fleet, places ...string) (stop func()) {
 	callers := f.Running("web", places...)
 	go func() {
 		defer close(done)
-		tick := time.NewTicker(10 * time.Millisecond)
+		tick := time.NewTicker(25 * time.Millisecond)
 		defer tick.Stop()
 		for {
 			select {
@@ -579,7 +579,7 @@ func TestCrashesDuringAnUpdate(t *testing.T) {
 	inShop(t, func(t *testing.T, f *Fleet) {
 		before := f.Snapshot("web")
 		stop := always(f)
-		for i, victim := range []string{"fed-1", "eu-west", "us-east-1/agent", "fed-2", "us-east", "eu-west-2/agent"} {
+		for i, victim := range []string{"fed-1", "eu-west", "us-east-1/agent", "us-east"} {
 			revision := fmt.Sprintf("w%d", i)
 			f.Apply(workload("catalog", 4, revision))
 			f.Sleep(time.Duration(40+130*i) * time.Millisecond)

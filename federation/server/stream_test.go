@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -428,7 +429,7 @@ func TestCallersAreLimited(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 2 * maxCallers {
-		r, err := l.take(strings.Repeat("x", i), false)
+		r, err := l.take("x"+strconv.Itoa(i), false)
 		if err != nil {
 			t.Fatal(err)
 		}

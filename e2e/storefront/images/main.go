@@ -74,7 +74,7 @@ func buildOne(ctx context.Context, img image, out string) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(root)
+	defer func() { _ = os.RemoveAll(root) }()
 	if err := img.layer(ctx, root); err != nil {
 		return err
 	}
@@ -145,7 +145,7 @@ func pack(root string) ([]byte, error) {
 		if err != nil {
 			return err
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }()
 		_, err = io.Copy(tw, f)
 		return err
 	})
@@ -242,7 +242,7 @@ func debian(ctx context.Context, root string, pkgs []string, binaries ...string)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(work)
+	defer func() { _ = os.RemoveAll(work) }()
 	// apt drops its rights to this user while it downloads.
 	if err := os.Chmod(work, 0o777); err != nil {
 		return err

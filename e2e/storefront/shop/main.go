@@ -241,7 +241,7 @@ func (s *shop) call(ctx context.Context, method, host, path string) (int, []byte
 		s.saw(sight{Direction: "out", Peer: host})
 		return 0, nil, nil, err
 	}
-	defer resp.Body.Close()
+	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 	s.saw(sight{Direction: "out", Peer: host, Version: resp.Header.Get("X-Shop-Version"), Region: resp.Header.Get("X-Shop-Region"), Cluster: resp.Header.Get("X-Shop-Cluster"), Status: resp.StatusCode})
 	return resp.StatusCode, b, resp.Header, err

@@ -47,7 +47,7 @@ func TestVirtualTime(t *testing.T) {
 		if l, err := s.Acquire(t.Context(), "l", "b", time.Hour, 0); err != nil || l.Held {
 			t.Errorf("a nanosecond early: %+v, %v", l, err)
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		if l, err := s.Acquire(t.Context(), "l", "b", time.Hour, 0); err != nil || !l.Held || l.Epoch != 2 {
 			t.Errorf("after expiry: %+v, %v", l, err)
 		}

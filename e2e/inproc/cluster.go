@@ -178,7 +178,7 @@ func followFleet(ctx context.Context, st state.Store, fleet string, above *trust
 	for gen := int64(-1); ; {
 		if err := st.Wait(ctx, gen); err != nil {
 			if ctx.Err() != nil {
-				return nil
+				return nil //nolint:nilerr // asked to end
 			}
 			return err
 		}

@@ -266,8 +266,10 @@ func (f *Fleet) Restart(names ...string) {
 }
 
 // Cut cuts a cluster's way to the world ("us-east"), or a node's or federation
-// replica's link ("us-east-1", "fed-1"). Heal joins it again.
-func (f *Fleet) Cut(link string)  { f.wires.Cut(link) }
+// replica's link ("us-east-1", "fed-1"). Nobody is told: connections just hang.
+func (f *Fleet) Cut(link string) { f.wires.Cut(link) }
+
+// Heal joins a link that was cut; what was sent meanwhile arrives.
 func (f *Fleet) Heal(link string) { f.wires.Heal(link) }
 
 // Sleep lets virtual time pass.

@@ -137,7 +137,7 @@ func TestWorkloadRow(t *testing.T) {
 	}
 	tab := workloadTable([]proto.Message{w}, now)
 	got := strings.Join(tab.rows[0], "|")
-	if want := "shop|web|service|2/3|v2|eu 2/3|Available=false NotReady||90s"; got != want {
+	if want := "shop|web|service|2/3|v2|eu 2/3|NotReady||90s"; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }

@@ -77,6 +77,13 @@ func (a *app) up(ctx context.Context, o upOptions) error {
 		return a.watchStart(ctx, remote, o.timeout, nil)
 	}
 	if !o.supervise {
+		// What a killed supervisor left would stand in the way of its successor.
+		if localfleet.Leftovers(dirs) && os.Geteuid() == 0 {
+			a.notef("taking away what an earlier supervisor left behind\n")
+			if err := localfleet.Clean(ctx, dirs, false); err != nil {
+				return err
+			}
+		}
 		if err := localfleet.Check(ctx, &fleet, dirs); err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"fmt"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -300,14 +301,22 @@ func reasonsText(rs []*portolanv1.Reason) string {
 	return strings.Join(out, "; ")
 }
 
-// conditionsText shows what is not well; "ok" when all is.
+// conditionsText shows what is not well, each reason once; "ok" when all is.
 func conditionsText(cs []*portolanv1.Condition) string {
 	var bad []string
-	bads := map[string]bool{"Halted": true, "Failed": true, "Rejected": true, "Unplaced": true}
+	// True is the bad news of these; of all others it is the good one.
+	alarms := map[string]bool{"Halted": true, "Failed": true, "Rejected": true, "Unplaced": true}
 	for _, c := range cs {
+		if c.GetType() == "Progressing" || c.GetType() == "Complete" {
+			continue
+		}
 		isTrue := c.GetState() == portolanv1.ConditionState_CONDITION_STATE_TRUE
-		if isTrue == bads[c.GetType()] && c.GetType() != "Progressing" && c.GetType() != "Complete" {
-			bad = append(bad, c.GetType()+"="+word(c.GetState().String(), "CONDITION_STATE_")+" "+c.GetReason())
+		reason := c.GetReason()
+		if reason == "" {
+			reason = c.GetType() + "=" + word(c.GetState().String(), "CONDITION_STATE_")
+		}
+		if isTrue == alarms[c.GetType()] && !slices.Contains(bad, reason) {
+			bad = append(bad, reason)
 		}
 	}
 	if len(bad) == 0 {

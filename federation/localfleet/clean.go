@@ -73,6 +73,13 @@ func Clean(ctx context.Context, d Dirs, purge bool) error {
 	return errors.Join(errs...)
 }
 
+// Leftovers says whether processes of a fleet still run whose supervisor is gone.
+func Leftovers(d Dirs) bool {
+	live := openLedger(d.ledgerFile()).live()
+	_, supervised := live["supervisor"]
+	return len(live) > 0 && !supervised
+}
+
 func pause(ctx context.Context, d time.Duration) error {
 	select {
 	case <-ctx.Done():

@@ -54,6 +54,7 @@ func (s *Supervisor) start(ctx context.Context) error {
 		{"nodes", func() error { return s.startNodes(ctx, cc) }},
 		{"gateways and sample", func() error { return s.apply(ctx) }},
 		{"sample answers at the ingress", func() error { return s.awaitSample(ctx) }},
+		{"every replica is ready", func() error { return s.awaitReplicas(ctx, cc) }},
 	} {
 		if err := s.step(st.name, st.fn); err != nil {
 			return err
@@ -265,6 +266,31 @@ func (s *Supervisor) apply(ctx context.Context) error {
 		defer cancel()
 		return s.cfg.Apply(ctx, s.cfg.Contexts, append([]string{gw}, s.cfg.Fleet.Sample.Manifests...))
 	})
+}
+
+// replicasWithin bounds the wait for the last replicas: the sample answers already,
+// and whoever waits can see the rest for themselves.
+const replicasWithin = 90 * time.Second
+
+// awaitReplicas waits until every workload has the replicas that it wants. Some
+// that are late are no fault of the start.
+func (s *Supervisor) awaitReplicas(ctx context.Context, cc grpc.ClientConnInterface) error {
+	late := func(ctx context.Context) error {
+		r, err := portolanv1.NewWorkloadServiceClient(cc).ListWorkloads(ctx, &portolanv1.ListWorkloadsRequest{PageSize: 1000})
+		if err != nil {
+			return err
+		}
+		for _, w := range r.GetWorkloads() {
+			if st := w.GetStatus(); st.GetReadyReplicas() < st.GetDesiredReplicas() {
+				return fmt.Errorf("%s: %d of %d replicas are ready", w.GetName(), st.GetReadyReplicas(), st.GetDesiredReplicas())
+			}
+		}
+		return nil
+	}
+	if err := retry(ctx, replicasWithin, "all replicas", late); err != nil {
+		s.log.Warn("not every replica is ready", "error", err)
+	}
+	return ctx.Err()
 }
 
 // awaitSample waits until the sample's address answers 200.

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
@@ -25,9 +26,9 @@ type joiner struct {
 	reported   map[string]*storev1.PlacementStatusRecord // by placement
 	clusters   map[string]*storev1.ClusterStatusRecord   // by cluster's name
 	nacks      map[string][]*storev1.NackRecord          // by intent resource
-	// applied revisions of clusters, by ID, when they were asked for before.
-	applied map[string]int64
-	loaded  struct{ placements, clusters, nacks bool }
+	// heard of clusters, by ID, when it was asked for before.
+	heard  map[string]heard
+	loaded struct{ placements, clusters, nacks bool }
 }
 
 func newJoiner(r store.Reader, c *caller, scope string) *joiner {
@@ -222,7 +223,12 @@ func (j *joiner) cluster(cl *portolanv1.Cluster) error {
 	if st.GetState() == portolanv1.ClusterState_CLUSTER_STATE_UNSPECIFIED {
 		st.State = portolanv1.ClusterState_CLUSTER_STATE_PENDING
 	}
-	st.AppliedRevision = max(st.GetAppliedRevision(), j.applied[lastID(cl.GetName())])
+	if h, ok := j.heard[lastID(cl.GetName())]; ok {
+		st.AppliedRevision = max(st.GetAppliedRevision(), h.applied)
+		if h.at.After(st.GetLastSeenTime().AsTime()) {
+			st.LastSeenTime = timestamppb.New(h.at)
+		}
+	}
 	if !j.c.fleet {
 		// Capacity, nodes and laggards speak of other tenants too.
 		st = &portolanv1.ClusterStatus{State: st.GetState(), LastSeenTime: st.GetLastSeenTime(), IngressAddresses: st.GetIngressAddresses()}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -37,7 +38,7 @@ func getObject[T object](ctx context.Context, s *Server, kind store.Kind, name s
 	if !k.fleetWide && !c.owns(api.TenantOf(name)) {
 		return zero, k.absent(doing)
 	}
-	applied, err := s.applied(ctx, k, c)
+	said, err := s.heard(ctx, k)
 	if err != nil {
 		return zero, err
 	}
@@ -51,28 +52,34 @@ func getObject[T object](ctx context.Context, s *Server, kind store.Kind, name s
 			return k.absent(doing)
 		}
 		j := newJoiner(r, c, name)
-		j.applied = applied
+		j.heard = said
 		out, err = as[T](j.join(o))
 		return err
 	})
 	return out, err
 }
 
-// applied reads what each cluster has applied. That lies in lease rows, because
-// it changes with every revision and must make none itself.
-func (s *Server) applied(ctx context.Context, k *kindInfo, c *caller) (map[string]int64, error) {
-	if k.kind != store.Cluster || !c.fleet {
+// heard is what a cluster's lease row says of it.
+type heard struct {
+	applied int64
+	at      time.Time
+}
+
+// heard reads what each cluster has applied, and when it reported last. That lies
+// in lease rows, because it changes all the time and must make no revision.
+func (s *Server) heard(ctx context.Context, k *kindInfo) (map[string]heard, error) {
+	if k.kind != store.Cluster {
 		return nil, nil
 	}
-	progress, err := s.progress(ctx)
+	leases, err := s.cfg.Store.Leases(ctx)
 	if err != nil {
 		return nil, err
 	}
 	prefix := s.cfg.ClusterLease("")
-	out := map[string]int64{}
-	for name, n := range progress {
-		if id, ok := strings.CutPrefix(name, prefix); ok {
-			out[id] = n
+	out := map[string]heard{}
+	for _, l := range leases {
+		if id, ok := strings.CutPrefix(l.Name, prefix); ok {
+			out[id] = heard{applied: l.Progress, at: l.Expires.Add(-s.cfg.ClusterLeaseTTL)}
 		}
 	}
 	return out, nil
@@ -117,7 +124,7 @@ func listObjects[T object](ctx context.Context, s *Server, kind store.Kind, pare
 	if err != nil {
 		return page[T]{}, err
 	}
-	applied, err := s.applied(ctx, k, c)
+	said, err := s.heard(ctx, k)
 	if err != nil {
 		return page[T]{}, err
 	}
@@ -136,7 +143,7 @@ func listObjects[T object](ctx context.Context, s *Server, kind store.Kind, pare
 		}
 		if j == nil || j.r != r {
 			j = newJoiner(r, c, scope.opts.Prefix)
-			j.applied = applied
+			j.heard = said
 		}
 		t, err := as[T](j.join(o))
 		return t, err == nil, err

@@ -119,6 +119,9 @@ type Config struct {
 	// ClusterLease names the lease row that a cluster's reports renew, whose progress
 	// is the revision that the whole cluster has applied; "cluster/<id>" when nil.
 	ClusterLease func(cluster string) string
+	// ClusterLeaseTTL is for how long a report renews that row: its end less this is
+	// when the cluster was heard last. 3 s when 0.
+	ClusterLeaseTTL time.Duration
 	// JoinTokenLife is how long a join token is valid; 10 minutes when 0, never more.
 	JoinTokenLife time.Duration
 	// NewUID makes an object's uid; a random UUID when nil.
@@ -135,6 +138,9 @@ func (c *Config) SetDefaults() {
 	}
 	if c.ClusterLease == nil {
 		c.ClusterLease = func(cluster string) string { return "cluster/" + cluster }
+	}
+	if c.ClusterLeaseTTL <= 0 {
+		c.ClusterLeaseTTL = 3 * time.Second
 	}
 	if c.JoinTokenLife <= 0 || c.JoinTokenLife > 10*time.Minute {
 		c.JoinTokenLife = 10 * time.Minute

@@ -64,7 +64,7 @@ func newServer(c *Config, st store.Store, authority *ca.Authority, images server
 		Store: st, Fleet: c.Fleet, Log: log, Identify: trust.PeerID, Admission: engine{log}, Policies: engine{log},
 		Resolver: images, Registries: c.Registries.Allow, VirtualIPs: vips,
 		Clusters: clusters, Explainer: explain, Tokens: minter{authority},
-		ControlLoops: []string{control.PlaceLease}, ClusterLease: fleet.LeaseOf,
+		ControlLoops: []string{control.PlaceLease}, ClusterLease: fleet.LeaseOf, ClusterLeaseTTL: time.Duration(c.LivenessTimeout),
 	})
 }
 

@@ -253,7 +253,7 @@ func proxiesServe(t *testing.T, weight int) {
 	for _, r := range ready(replicas(t, "web")) {
 		dump := admin(t, r.GetNode(), last(r.GetName()), "/config_dump?resource=dynamic_route_configs")
 		var flat strings.Builder
-		for _, f := range strings.Fields(dump) {
+		for f := range strings.FieldsSeq(dump) {
 			flat.WriteString(f)
 		}
 		if n := strings.Count(flat.String(), fmt.Sprintf(`"weight":%d`, weight)); n < 2 {

@@ -52,6 +52,7 @@ func (l *loop) changed(before *store.View, c store.Change) {
 		l.markAll()
 	case store.ClusterStatus:
 		l.statusChanged(before, r.Name)
+	default: // decides no placement
 	}
 }
 

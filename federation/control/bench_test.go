@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"sort"
+	"slices"
 	"testing"
 	"time"
 
@@ -73,7 +73,7 @@ func BenchmarkT5_PlaceCommit(b *testing.B) {
 		}
 		took = append(took, time.Since(start))
 	}
-	sort.Slice(took, func(i, j int) bool { return took[i] < took[j] })
+	slices.Sort(took)
 	b.ReportMetric(float64(took[len(took)*99/100])/1e6, "p99-ms")
 	b.ReportMetric(float64(took[len(took)/2])/1e6, "p50-ms")
 }

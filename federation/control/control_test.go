@@ -320,7 +320,7 @@ func TestFailover(t *testing.T) {
 		r.want("not yet", "plain@eu v1×1, plain@us v1×1, web@eu v1×2, web@us v1×2")
 		time.Sleep(5*time.Second - 1)
 		r.want("not yet", "plain@eu v1×1, plain@us v1×1, web@eu v1×2, web@us v1×2")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		r.want("due", "plain@eu v1×1, plain@us v1×1, web@eu v1×2, web@us v1×4 (2 standing in)")
 		r.state("eu", ready, 8)
 		r.want("back, but nothing is ready there", "plain@eu v1×1, plain@us v1×1, web@eu v1×2, web@us v1×4 (2 standing in)")

@@ -281,6 +281,9 @@ func (s *Supervisor) awaitReplicas(ctx context.Context, cc grpc.ClientConnInterf
 			return err
 		}
 		for _, w := range r.GetWorkloads() {
+			if w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB {
+				continue // it ends, today or in an earlier life of this fleet
+			}
 			if st := w.GetStatus(); st.GetReadyReplicas() < st.GetDesiredReplicas() {
 				return fmt.Errorf("%s: %d of %d replicas are ready", w.GetName(), st.GetReadyReplicas(), st.GetDesiredReplicas())
 			}

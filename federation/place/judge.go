@@ -141,8 +141,9 @@ func (d *decision) because() string {
 		return "the cheapest clusters come first"
 	case portolanv1.Objective_OBJECTIVE_PACK:
 		return "as few clusters as possible are used"
+	default:
+		return "replicas are spread evenly"
 	}
-	return "replicas are spread evenly"
 }
 
 // lacks says what one more unit would take: the smallest change that would make
@@ -175,6 +176,7 @@ func (d *decision) allDark() bool {
 			return false
 		case portolanv1.ClusterState_CLUSTER_STATE_LOST:
 			lost++
+		default: // never joined
 		}
 	}
 	return lost > 0

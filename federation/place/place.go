@@ -264,6 +264,7 @@ func count(spec *portolanv1.WorkloadSpec) int {
 		return 0
 	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
 		return max(1, int(spec.GetJob().GetCompletions()))
+	default: // a service
 	}
 	if spec.Replicas == nil {
 		return 1
@@ -277,8 +278,9 @@ func domainOf(over portolanv1.SpreadDomain) func(*cell) string {
 		return func(c *cell) string { return c.Spec.GetRegion() }
 	case portolanv1.SpreadDomain_SPREAD_DOMAIN_ZONE:
 		return func(c *cell) string { return c.Spec.GetRegion() + "/" + c.Spec.GetZone() }
+	default:
+		return func(c *cell) string { return c.ID }
 	}
-	return func(c *cell) string { return c.ID }
 }
 
 func (d *decision) newCell(c Cluster) *cell {

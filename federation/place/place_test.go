@@ -2,7 +2,7 @@ package place
 
 import (
 	"fmt"
-	"sort"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -244,7 +244,7 @@ func BenchmarkT5_PlaceDecision(b *testing.B) {
 				}
 				took = append(took, time.Since(start))
 			}
-			sort.Slice(took, func(i, j int) bool { return took[i] < took[j] })
+			slices.Sort(took)
 			b.ReportMetric(float64(took[len(took)*99/100])/1e6, "p99-ms")
 		})
 	}

@@ -277,6 +277,7 @@ func (f *fill) next(a, b *group) int {
 		c = cmp.Or(c, cmp.Compare(x.price, y.price))
 	case portolanv1.Objective_OBJECTIVE_PACK:
 		c = cmp.Or(c, cmp.Compare(b.n, a.n), cmp.Compare(b.room, a.room))
+	default: // evenly
 	}
 	return cmp.Or(c, cmp.Compare(a.n, b.n), cmp.Compare(x.price, y.price), cmp.Compare(a.name, b.name))
 }
@@ -329,6 +330,7 @@ func (f *fill) later(a, b *group) bool {
 		c = cmp.Or(c, cmp.Compare(x.price, y.price))
 	case portolanv1.Objective_OBJECTIVE_PACK:
 		c = cmp.Or(c, cmp.Compare(b.n, a.n))
+	default: // evenly
 	}
 	return cmp.Or(c, cmp.Compare(a.n, b.n), cmp.Compare(x.price, y.price), cmp.Compare(a.name, b.name)) > 0
 }

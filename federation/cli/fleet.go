@@ -99,11 +99,16 @@ func (a *app) up(ctx context.Context, o upOptions) error {
 		return err
 	}
 	var progress localfleet.Progress
+	var ready func(context.Context, localfleet.Status)
 	if !o.supervise {
 		progress = &printer{app: a}
+		ready = func(ctx context.Context, st localfleet.Status) {
+			a.welcome(ctx, st)
+			a.printf("\nCtrl-C stops it; its data stays.\n")
+		}
 	}
 	sup, err := localfleet.NewSupervisor(localfleet.Config{
-		Dirs: dirs, Fleet: fleet, Tools: tools, Contexts: a.contexts, Progress: progress,
+		Dirs: dirs, Fleet: fleet, Tools: tools, Contexts: a.contexts, Progress: progress, Ready: ready,
 		Log: slog.New(slog.NewJSONHandler(a.err, nil)), Apply: a.applyFiles,
 	})
 	if err != nil {

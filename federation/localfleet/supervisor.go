@@ -32,6 +32,8 @@ type Config struct {
 	Log   *slog.Logger
 	// Progress is told of each step of the start; may be nil.
 	Progress Progress
+	// Ready is called once when everything is up; may be nil.
+	Ready func(context.Context, Status)
 	// Contexts is the file in which the CLI's context is written.
 	Contexts string
 	// Apply applies manifests as the CLI does.
@@ -101,6 +103,9 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	} else {
 		s.ready, s.phase = true, "running"
 		s.mu.Unlock()
+		if s.cfg.Ready != nil && ctx.Err() == nil {
+			s.cfg.Ready(ctx, s.Status(ctx))
+		}
 		<-ctx.Done()
 	}
 	cancel(nil)

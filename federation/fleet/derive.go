@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
@@ -179,6 +181,9 @@ func (t *tenantView) workload(v *store.View, w string, derived int64, p *portola
 	if rec, ok := v.Get(store.Workload, api.WorkloadName(t.id, w)); ok {
 		m := rec.Message.(*portolanv1.Workload)
 		out.Uid, out.Labels = m.GetUid(), m.GetLabels()
+		if overlay(out.Revisions, m.GetSpec()) {
+			derived = max(derived, rec.Revision)
+		}
 		for _, current := range []string{m.GetSpec().GetRevision(), m.GetStatus().GetCurrentRevision()} {
 			if slices.ContainsFunc(out.Revisions, func(r *linkv1.RevisionIntent) bool { return current != "" && r.GetRevision() == current }) {
 				out.CurrentRevision = current
@@ -186,6 +191,23 @@ func (t *tenantView) workload(v *store.View, w string, derived int64, p *portola
 		}
 	}
 	return &linkv1.Intent{Revision: derived, Body: &linkv1.Intent_Workload{Workload: out}}
+}
+
+// overlay puts what is no part of a template, and therefore makes no revision of
+// its own, into the specs that a cluster is told: how replicas are spread over
+// nodes and how they are updated. It says whether anything changed.
+func overlay(revisions []*linkv1.RevisionIntent, now *portolanv1.WorkloadSpec) bool {
+	changed := false
+	for _, r := range revisions {
+		if proto.Equal(r.GetSpec().GetScheduling(), now.GetScheduling()) && proto.Equal(r.GetSpec().GetUpdate(), now.GetUpdate()) {
+			continue
+		}
+		// The record's own spec is shared and never changed.
+		spec := proto.CloneOf(r.GetSpec())
+		spec.Scheduling, spec.Update = now.GetScheduling(), now.GetUpdate()
+		r.Spec, changed = spec, true
+	}
+	return changed
 }
 
 // addShared makes what goes alike to every concerned cluster: services, routes and

@@ -113,10 +113,10 @@ func (r *rig) addNode(id string, labels ...string) *fakeNode {
 func (r *rig) run(n *fakeNode, after time.Duration) {
 	ctx, cancel := context.WithCancel(context.Background())
 	n.cancel = cancel
-	store := r.store
+	store, session := r.store, n.session
 	go func() {
 		sleep(ctx, after)
-		n.serve(ctx, store)
+		n.serve(ctx, store, session)
 	}()
 }
 
@@ -136,7 +136,7 @@ func (n *fakeNode) set(f func(*fakeNode)) {
 }
 
 // serve looks every 100 ms at what it is told.
-func (n *fakeNode) serve(ctx context.Context, store *mem.Store) {
+func (n *fakeNode) serve(ctx context.Context, store *mem.Store, session int64) {
 	since := map[string]time.Time{}
 	statuses := map[string]*nodev1.AllocationStatus{}
 	told, applied := map[string]*clusterv1.Allocation{}, &nodev1.Watermark{}
@@ -175,7 +175,7 @@ func (n *fakeNode) serve(ctx context.Context, store *mem.Store) {
 			applied = &nodev1.Watermark{Revision: s.Settled, Generation: s.Generation}
 		}
 		_ = store.Observe(n.id, &state.NodeStatus{
-			Connected: true, LastSeen: time.Now(), Session: n.session, Allocations: maps.Clone(statuses),
+			Connected: true, LastSeen: time.Now(), Session: session, Allocations: maps.Clone(statuses),
 			Applied: applied,
 		})
 		sleep(ctx, 100*time.Millisecond)
@@ -472,7 +472,7 @@ func TestRestart(t *testing.T) {
 			t.Errorf("events %v", r.m.Events())
 		}
 		// A node that went down with it is noticed in the end.
-		r.nodes["n2"].cut = true
+		r.nodes["n2"].set(func(n *fakeNode) { n.cut = true })
 		r.restart(time.Second)
 		time.Sleep(20 * time.Second)
 		if r.store.Snapshot().Nodes["n2"].GetLostTime() == nil || r.events("Replaced") != 1 {

@@ -109,18 +109,20 @@ func RunTests(ctx context.Context, b policy.Bundle, l Limits) TestReport {
 	if err != nil {
 		return TestReport{Violations: []api.Violation{{Field: "spec.files", Message: "run the tests: " + err.Error()}}}
 	}
-	defer store.Abort(context.WithoutCancel(ctx), txn)
 	compiler := ast.NewCompiler().WithCapabilities(capabilities()).WithDefaultRegoVersion(ast.RegoV1).WithEnablePrintStatements(true)
 	results, err := tester.NewRunner().SetCompiler(compiler).SetStore(store).SetModules(m.all).SetCoverageQueryTracer(coverage).
 		SetTimeout(l.Test).SetParallel(1).CapturePrintOutput(true).RaiseBuiltinErrors(b.Kind == KindAdmission).RunTests(ctx, txn)
 	if err != nil {
+		store.Abort(context.WithoutCancel(ctx), txn)
 		return TestReport{Violations: violations(err, "")}
 	}
 	report, done := collect(ctx, results, l.Tests)
 	if !done {
-		// The tests still run: what they have covered must not be read.
+		// The tests still run: what they have covered must not be read, and the
+		// transaction stays theirs. The store goes with them.
 		return report
 	}
+	store.Abort(context.WithoutCancel(ctx), txn)
 	report.cover(coverage, m)
 	return report
 }

@@ -36,7 +36,12 @@ type Node struct {
 	// Since when its lease is over; absent while it is live.
 	LostTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=lost_time,json=lostTime,proto3" json:"lost_time,omitempty"`
 	// SHA-256 of the public key that joined last.
-	KeyHash       []byte `protobuf:"bytes,6,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"`
+	KeyHash []byte              `protobuf:"bytes,6,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"`
+	Mode    portolanv1.NodeMode `protobuf:"varint,7,opt,name=mode,proto3,enum=portolan.v1.NodeMode" json:"mode,omitempty"`
+	// Of a drain: after it, budgets no longer hold; never when absent.
+	DrainDeadline *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=drain_deadline,json=drainDeadline,proto3" json:"drain_deadline,omitempty"`
+	// When each taint with effect NO_EXECUTE came, by "key=value".
+	TaintTimes    map[string]*timestamppb.Timestamp `protobuf:"bytes,9,rep,name=taint_times,json=taintTimes,proto3" json:"taint_times,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -113,6 +118,27 @@ func (x *Node) GetKeyHash() []byte {
 	return nil
 }
 
+func (x *Node) GetMode() portolanv1.NodeMode {
+	if x != nil {
+		return x.Mode
+	}
+	return portolanv1.NodeMode(0)
+}
+
+func (x *Node) GetDrainDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DrainDeadline
+	}
+	return nil
+}
+
+func (x *Node) GetTaintTimes() map[string]*timestamppb.Timestamp {
+	if x != nil {
+		return x.TaintTimes
+	}
+	return nil
+}
+
 // Allocation is one replica on one node. Written by cluster/manager, read by
 // dispatch. Key: its ID, "<workload>-<random>".
 type Allocation struct {
@@ -132,7 +158,7 @@ type Allocation struct {
 	Stop       bool                   `protobuf:"varint,11,opt,name=stop,proto3" json:"stop,omitempty"`
 	StopReason string                 `protobuf:"bytes,12,opt,name=stop_reason,json=stopReason,proto3" json:"stop_reason,omitempty"`
 	StopTime   *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=stop_time,json=stopTime,proto3" json:"stop_time,omitempty"`
-	// Index of a job's completion or of a daemon's node; stable for its life.
+	// Index of a job's completion or of a stateful replica; stable for its life.
 	Index int32 `protobuf:"varint,14,opt,name=index,proto3" json:"index,omitempty"`
 	// Federation revision it follows from.
 	FederationRevision int64 `protobuf:"varint,15,opt,name=federation_revision,json=federationRevision,proto3" json:"federation_revision,omitempty"`
@@ -144,7 +170,14 @@ type Allocation struct {
 	// returns, one of the two is surplus.
 	ReplacedBy string `protobuf:"bytes,18,opt,name=replaced_by,json=replacedBy,proto3" json:"replaced_by,omitempty"`
 	// When final was written.
-	EndTime       *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	EndTime *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	// Of a cron workload: the time for which it was scheduled, in seconds since 1970.
+	Run int64 `protobuf:"varint,20,opt,name=run,proto3" json:"run,omitempty"`
+	// IDs of Volume records.
+	Volumes []string              `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	Devices []*nodev1.DeviceShare `protobuf:"bytes,22,rep,name=devices,proto3" json:"devices,omitempty"`
+	// Disrupted on purpose (a drain, a move, displacement): counts against budgets.
+	Disrupted     bool `protobuf:"varint,23,opt,name=disrupted,proto3" json:"disrupted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -312,6 +345,377 @@ func (x *Allocation) GetEndTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Allocation) GetRun() int64 {
+	if x != nil {
+		return x.Run
+	}
+	return 0
+}
+
+func (x *Allocation) GetVolumes() []string {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+func (x *Allocation) GetDevices() []*nodev1.DeviceShare {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+func (x *Allocation) GetDisrupted() bool {
+	if x != nil {
+		return x.Disrupted
+	}
+	return false
+}
+
+// Volume is a directory on one node. It stays with its workload and index; the
+// replica follows it. Written by cluster/manager, read by dispatch. Key: its ID,
+// "<tenant>.<workload>-<index>.<name>".
+type Volume struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Volume   string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Tenant   string                 `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Workload string                 `protobuf:"bytes,3,opt,name=workload,proto3" json:"workload,omitempty"`
+	// Unique ID of the workload.
+	Uid        string                 `protobuf:"bytes,4,opt,name=uid,proto3" json:"uid,omitempty"`
+	Index      int32                  `protobuf:"varint,5,opt,name=index,proto3" json:"index,omitempty"`
+	Name       string                 `protobuf:"bytes,6,opt,name=name,proto3" json:"name,omitempty"`
+	Node       string                 `protobuf:"bytes,7,opt,name=node,proto3" json:"node,omitempty"`
+	SizeBytes  int64                  `protobuf:"varint,8,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	CreateTime *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	// Its workload is gone: the node deletes it, then the record goes.
+	Delete        bool `protobuf:"varint,10,opt,name=delete,proto3" json:"delete,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Volume) Reset() {
+	*x = Volume{}
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Volume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Volume) ProtoMessage() {}
+
+func (x *Volume) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Volume.ProtoReflect.Descriptor instead.
+func (*Volume) Descriptor() ([]byte, []int) {
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Volume) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *Volume) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *Volume) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *Volume) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *Volume) GetIndex() int32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *Volume) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Volume) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Volume) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Volume) GetCreateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreateTime
+	}
+	return nil
+}
+
+func (x *Volume) GetDelete() bool {
+	if x != nil {
+		return x.Delete
+	}
+	return false
+}
+
+// WorkloadState is what a cluster decided by itself about a workload. Written by
+// cluster/manager. Key: tenant/workload.
+type WorkloadState struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Tenant   string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Workload string                 `protobuf:"bytes,2,opt,name=workload,proto3" json:"workload,omitempty"`
+	// Unique ID of the workload that it speaks of.
+	Uid   string `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Scale *Scale `protobuf:"bytes,4,opt,name=scale,proto3" json:"scale,omitempty"`
+	// Of a cron workload: the newest time that was dealt with, in seconds since 1970.
+	LastRun int64 `protobuf:"varint,5,opt,name=last_run,json=lastRun,proto3" json:"last_run,omitempty"`
+	// Times of disruptions within the last hour, for budgets; at most 1000.
+	Disruptions   []*timestamppb.Timestamp `protobuf:"bytes,6,rep,name=disruptions,proto3" json:"disruptions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadState) Reset() {
+	*x = WorkloadState{}
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadState) ProtoMessage() {}
+
+func (x *WorkloadState) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadState.ProtoReflect.Descriptor instead.
+func (*WorkloadState) Descriptor() ([]byte, []int) {
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *WorkloadState) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *WorkloadState) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *WorkloadState) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *WorkloadState) GetScale() *Scale {
+	if x != nil {
+		return x.Scale
+	}
+	return nil
+}
+
+func (x *WorkloadState) GetLastRun() int64 {
+	if x != nil {
+		return x.LastRun
+	}
+	return 0
+}
+
+func (x *WorkloadState) GetDisruptions() []*timestamppb.Timestamp {
+	if x != nil {
+		return x.Disruptions
+	}
+	return nil
+}
+
+// Scale is the number of replicas that autoscale decided, inside the Placement's
+// min and max.
+type Scale struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Replicas int32                  `protobuf:"varint,1,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	Time     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	Reason   *portolanv1.Reason     `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// What the windows look back on, oldest first; at most 500.
+	History       []*ScaleSample `protobuf:"bytes,4,rep,name=history,proto3" json:"history,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Scale) Reset() {
+	*x = Scale{}
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Scale) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Scale) ProtoMessage() {}
+
+func (x *Scale) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Scale.ProtoReflect.Descriptor instead.
+func (*Scale) Descriptor() ([]byte, []int) {
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Scale) GetReplicas() int32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
+}
+
+func (x *Scale) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Scale) GetReason() *portolanv1.Reason {
+	if x != nil {
+		return x.Reason
+	}
+	return nil
+}
+
+func (x *Scale) GetHistory() []*ScaleSample {
+	if x != nil {
+		return x.History
+	}
+	return nil
+}
+
+type ScaleSample struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// What the metrics alone asked for.
+	Wanted int32 `protobuf:"varint,2,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	// What was decided.
+	Replicas      int32 `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScaleSample) Reset() {
+	*x = ScaleSample{}
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScaleSample) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScaleSample) ProtoMessage() {}
+
+func (x *ScaleSample) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScaleSample.ProtoReflect.Descriptor instead.
+func (*ScaleSample) Descriptor() ([]byte, []int) {
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ScaleSample) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *ScaleSample) GetWanted() int32 {
+	if x != nil {
+		return x.Wanted
+	}
+	return 0
+}
+
+func (x *ScaleSample) GetReplicas() int32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
+}
+
 // NodeAllocations packs the allocations of a node into one record.
 type NodeAllocations struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -322,7 +726,7 @@ type NodeAllocations struct {
 
 func (x *NodeAllocations) Reset() {
 	*x = NodeAllocations{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -334,7 +738,7 @@ func (x *NodeAllocations) String() string {
 func (*NodeAllocations) ProtoMessage() {}
 
 func (x *NodeAllocations) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -347,7 +751,7 @@ func (x *NodeAllocations) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAllocations.ProtoReflect.Descriptor instead.
 func (*NodeAllocations) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{2}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NodeAllocations) GetAllocations() []*Allocation {
@@ -377,7 +781,7 @@ type IntentGeneration struct {
 
 func (x *IntentGeneration) Reset() {
 	*x = IntentGeneration{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -389,7 +793,7 @@ func (x *IntentGeneration) String() string {
 func (*IntentGeneration) ProtoMessage() {}
 
 func (x *IntentGeneration) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -402,7 +806,7 @@ func (x *IntentGeneration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IntentGeneration.ProtoReflect.Descriptor instead.
 func (*IntentGeneration) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{3}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *IntentGeneration) GetRevision() int64 {
@@ -459,7 +863,7 @@ type NodeToken struct {
 
 func (x *NodeToken) Reset() {
 	*x = NodeToken{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -471,7 +875,7 @@ func (x *NodeToken) String() string {
 func (*NodeToken) ProtoMessage() {}
 
 func (x *NodeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -484,7 +888,7 @@ func (x *NodeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeToken.ProtoReflect.Descriptor instead.
 func (*NodeToken) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NodeToken) GetNode() string {
@@ -512,7 +916,7 @@ var File_portolan_cluster_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\n" +
-	"!portolan/cluster/v1/cluster.proto\x12\x13portolan.cluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/node/v1/node.proto\x1a\x17portolan/v1/types.proto\"\x81\x02\n" +
+	"!portolan/cluster/v1/cluster.proto\x12\x13portolan.cluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/node/v1/node.proto\x1a\x1bportolan/v1/resources.proto\x1a\x17portolan/v1/types.proto\"\x96\x04\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x121\n" +
 	"\x05facts\x18\x02 \x01(\v2\x1b.portolan.node.v1.NodeFactsR\x05facts\x12!\n" +
@@ -520,7 +924,14 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\vcreate_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x127\n" +
 	"\tlost_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\blostTime\x12\x19\n" +
-	"\bkey_hash\x18\x06 \x01(\fR\akeyHash\"\xb5\x05\n" +
+	"\bkey_hash\x18\x06 \x01(\fR\akeyHash\x12)\n" +
+	"\x04mode\x18\a \x01(\x0e2\x15.portolan.v1.NodeModeR\x04mode\x12A\n" +
+	"\x0edrain_deadline\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\rdrainDeadline\x12J\n" +
+	"\vtaint_times\x18\t \x03(\v2).portolan.cluster.v1.Node.TaintTimesEntryR\n" +
+	"taintTimes\x1aY\n" +
+	"\x0fTaintTimesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
+	"\x05value\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05value:\x028\x01\"\xb8\x06\n" +
 	"\n" +
 	"Allocation\x12\x1e\n" +
 	"\n" +
@@ -547,7 +958,41 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x03uid\x18\x11 \x01(\tR\x03uid\x12\x1f\n" +
 	"\vreplaced_by\x18\x12 \x01(\tR\n" +
 	"replacedBy\x125\n" +
-	"\bend_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\"T\n" +
+	"\bend_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12\x10\n" +
+	"\x03run\x18\x14 \x01(\x03R\x03run\x12\x18\n" +
+	"\avolumes\x18\x15 \x03(\tR\avolumes\x127\n" +
+	"\adevices\x18\x16 \x03(\v2\x1d.portolan.node.v1.DeviceShareR\adevices\x12\x1c\n" +
+	"\tdisrupted\x18\x17 \x01(\bR\tdisrupted\"\x98\x02\n" +
+	"\x06Volume\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x16\n" +
+	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12\x1a\n" +
+	"\bworkload\x18\x03 \x01(\tR\bworkload\x12\x10\n" +
+	"\x03uid\x18\x04 \x01(\tR\x03uid\x12\x14\n" +
+	"\x05index\x18\x05 \x01(\x05R\x05index\x12\x12\n" +
+	"\x04name\x18\x06 \x01(\tR\x04name\x12\x12\n" +
+	"\x04node\x18\a \x01(\tR\x04node\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\b \x01(\x03R\tsizeBytes\x12;\n" +
+	"\vcreate_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"createTime\x12\x16\n" +
+	"\x06delete\x18\n" +
+	" \x01(\bR\x06delete\"\xe0\x01\n" +
+	"\rWorkloadState\x12\x16\n" +
+	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x1a\n" +
+	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\x120\n" +
+	"\x05scale\x18\x04 \x01(\v2\x1a.portolan.cluster.v1.ScaleR\x05scale\x12\x19\n" +
+	"\blast_run\x18\x05 \x01(\x03R\alastRun\x12<\n" +
+	"\vdisruptions\x18\x06 \x03(\v2\x1a.google.protobuf.TimestampR\vdisruptions\"\xbc\x01\n" +
+	"\x05Scale\x12\x1a\n" +
+	"\breplicas\x18\x01 \x01(\x05R\breplicas\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12+\n" +
+	"\x06reason\x18\x03 \x01(\v2\x13.portolan.v1.ReasonR\x06reason\x12:\n" +
+	"\ahistory\x18\x04 \x03(\v2 .portolan.cluster.v1.ScaleSampleR\ahistory\"q\n" +
+	"\vScaleSample\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
+	"\x06wanted\x18\x02 \x01(\x05R\x06wanted\x12\x1a\n" +
+	"\breplicas\x18\x03 \x01(\x05R\breplicas\"T\n" +
 	"\x0fNodeAllocations\x12A\n" +
 	"\vallocations\x18\x01 \x03(\v2\x1f.portolan.cluster.v1.AllocationR\vallocations\"\xd9\x02\n" +
 	"\x10IntentGeneration\x12\x1a\n" +
@@ -580,40 +1025,60 @@ func file_portolan_cluster_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_portolan_cluster_v1_cluster_proto_rawDescData
 }
 
-var file_portolan_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_portolan_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_portolan_cluster_v1_cluster_proto_goTypes = []any{
 	(*Node)(nil),                    // 0: portolan.cluster.v1.Node
 	(*Allocation)(nil),              // 1: portolan.cluster.v1.Allocation
-	(*NodeAllocations)(nil),         // 2: portolan.cluster.v1.NodeAllocations
-	(*IntentGeneration)(nil),        // 3: portolan.cluster.v1.IntentGeneration
-	(*NodeToken)(nil),               // 4: portolan.cluster.v1.NodeToken
-	nil,                             // 5: portolan.cluster.v1.IntentGeneration.IntentsEntry
-	(*nodev1.NodeFacts)(nil),        // 6: portolan.node.v1.NodeFacts
-	(*timestamppb.Timestamp)(nil),   // 7: google.protobuf.Timestamp
-	(*portolanv1.WorkloadSpec)(nil), // 8: portolan.v1.WorkloadSpec
-	(*nodev1.AllocationStatus)(nil), // 9: portolan.node.v1.AllocationStatus
-	(*linkv1.Intent)(nil),           // 10: portolan.link.v1.Intent
+	(*Volume)(nil),                  // 2: portolan.cluster.v1.Volume
+	(*WorkloadState)(nil),           // 3: portolan.cluster.v1.WorkloadState
+	(*Scale)(nil),                   // 4: portolan.cluster.v1.Scale
+	(*ScaleSample)(nil),             // 5: portolan.cluster.v1.ScaleSample
+	(*NodeAllocations)(nil),         // 6: portolan.cluster.v1.NodeAllocations
+	(*IntentGeneration)(nil),        // 7: portolan.cluster.v1.IntentGeneration
+	(*NodeToken)(nil),               // 8: portolan.cluster.v1.NodeToken
+	nil,                             // 9: portolan.cluster.v1.Node.TaintTimesEntry
+	nil,                             // 10: portolan.cluster.v1.IntentGeneration.IntentsEntry
+	(*nodev1.NodeFacts)(nil),        // 11: portolan.node.v1.NodeFacts
+	(*timestamppb.Timestamp)(nil),   // 12: google.protobuf.Timestamp
+	(portolanv1.NodeMode)(0),        // 13: portolan.v1.NodeMode
+	(*portolanv1.WorkloadSpec)(nil), // 14: portolan.v1.WorkloadSpec
+	(*nodev1.AllocationStatus)(nil), // 15: portolan.node.v1.AllocationStatus
+	(*nodev1.DeviceShare)(nil),      // 16: portolan.node.v1.DeviceShare
+	(*portolanv1.Reason)(nil),       // 17: portolan.v1.Reason
+	(*linkv1.Intent)(nil),           // 18: portolan.link.v1.Intent
 }
 var file_portolan_cluster_v1_cluster_proto_depIdxs = []int32{
-	6,  // 0: portolan.cluster.v1.Node.facts:type_name -> portolan.node.v1.NodeFacts
-	7,  // 1: portolan.cluster.v1.Node.create_time:type_name -> google.protobuf.Timestamp
-	7,  // 2: portolan.cluster.v1.Node.lost_time:type_name -> google.protobuf.Timestamp
-	8,  // 3: portolan.cluster.v1.Allocation.spec:type_name -> portolan.v1.WorkloadSpec
-	7,  // 4: portolan.cluster.v1.Allocation.at_cluster:type_name -> google.protobuf.Timestamp
-	7,  // 5: portolan.cluster.v1.Allocation.bound:type_name -> google.protobuf.Timestamp
-	7,  // 6: portolan.cluster.v1.Allocation.stop_time:type_name -> google.protobuf.Timestamp
-	9,  // 7: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
-	7,  // 8: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
-	1,  // 9: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
-	5,  // 10: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
-	7,  // 11: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
-	7,  // 12: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
-	10, // 13: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	11, // 0: portolan.cluster.v1.Node.facts:type_name -> portolan.node.v1.NodeFacts
+	12, // 1: portolan.cluster.v1.Node.create_time:type_name -> google.protobuf.Timestamp
+	12, // 2: portolan.cluster.v1.Node.lost_time:type_name -> google.protobuf.Timestamp
+	13, // 3: portolan.cluster.v1.Node.mode:type_name -> portolan.v1.NodeMode
+	12, // 4: portolan.cluster.v1.Node.drain_deadline:type_name -> google.protobuf.Timestamp
+	9,  // 5: portolan.cluster.v1.Node.taint_times:type_name -> portolan.cluster.v1.Node.TaintTimesEntry
+	14, // 6: portolan.cluster.v1.Allocation.spec:type_name -> portolan.v1.WorkloadSpec
+	12, // 7: portolan.cluster.v1.Allocation.at_cluster:type_name -> google.protobuf.Timestamp
+	12, // 8: portolan.cluster.v1.Allocation.bound:type_name -> google.protobuf.Timestamp
+	12, // 9: portolan.cluster.v1.Allocation.stop_time:type_name -> google.protobuf.Timestamp
+	15, // 10: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
+	12, // 11: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
+	16, // 12: portolan.cluster.v1.Allocation.devices:type_name -> portolan.node.v1.DeviceShare
+	12, // 13: portolan.cluster.v1.Volume.create_time:type_name -> google.protobuf.Timestamp
+	4,  // 14: portolan.cluster.v1.WorkloadState.scale:type_name -> portolan.cluster.v1.Scale
+	12, // 15: portolan.cluster.v1.WorkloadState.disruptions:type_name -> google.protobuf.Timestamp
+	12, // 16: portolan.cluster.v1.Scale.time:type_name -> google.protobuf.Timestamp
+	17, // 17: portolan.cluster.v1.Scale.reason:type_name -> portolan.v1.Reason
+	5,  // 18: portolan.cluster.v1.Scale.history:type_name -> portolan.cluster.v1.ScaleSample
+	12, // 19: portolan.cluster.v1.ScaleSample.time:type_name -> google.protobuf.Timestamp
+	1,  // 20: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
+	10, // 21: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
+	12, // 22: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
+	12, // 23: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
+	12, // 24: portolan.cluster.v1.Node.TaintTimesEntry.value:type_name -> google.protobuf.Timestamp
+	18, // 25: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_portolan_cluster_v1_cluster_proto_init() }
@@ -627,7 +1092,7 @@ func file_portolan_cluster_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_cluster_v1_cluster_proto_rawDesc), len(file_portolan_cluster_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

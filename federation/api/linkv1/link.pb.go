@@ -23,6 +23,76 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type SetNodeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of node and pool exactly one.
+	Node string              `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Pool string              `protobuf:"bytes,2,opt,name=pool,proto3" json:"pool,omitempty"`
+	Mode portolanv1.NodeMode `protobuf:"varint,3,opt,name=mode,proto3,enum=portolan.v1.NodeMode" json:"mode,omitempty"`
+	// Of a drain: after it, budgets no longer hold; never when absent.
+	Deadline      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetNodeRequest) Reset() {
+	*x = SetNodeRequest{}
+	mi := &file_portolan_link_v1_link_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetNodeRequest) ProtoMessage() {}
+
+func (x *SetNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_link_v1_link_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetNodeRequest.ProtoReflect.Descriptor instead.
+func (*SetNodeRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *SetNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *SetNodeRequest) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+func (x *SetNodeRequest) GetMode() portolanv1.NodeMode {
+	if x != nil {
+		return x.Mode
+	}
+	return portolanv1.NodeMode(0)
+}
+
+func (x *SetNodeRequest) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
 type ListLaggardsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Revision      int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
@@ -32,7 +102,7 @@ type ListLaggardsRequest struct {
 
 func (x *ListLaggardsRequest) Reset() {
 	*x = ListLaggardsRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[0]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -44,7 +114,7 @@ func (x *ListLaggardsRequest) String() string {
 func (*ListLaggardsRequest) ProtoMessage() {}
 
 func (x *ListLaggardsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[0]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -57,7 +127,7 @@ func (x *ListLaggardsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLaggardsRequest.ProtoReflect.Descriptor instead.
 func (*ListLaggardsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{0}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *ListLaggardsRequest) GetRevision() int64 {
@@ -79,7 +149,7 @@ type ListLaggardsResponse struct {
 
 func (x *ListLaggardsResponse) Reset() {
 	*x = ListLaggardsResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[1]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -91,7 +161,7 @@ func (x *ListLaggardsResponse) String() string {
 func (*ListLaggardsResponse) ProtoMessage() {}
 
 func (x *ListLaggardsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[1]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -104,7 +174,7 @@ func (x *ListLaggardsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLaggardsResponse.ProtoReflect.Descriptor instead.
 func (*ListLaggardsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{1}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ListLaggardsResponse) GetLaggards() []*portolanv1.Laggard {
@@ -130,7 +200,7 @@ type CreateNodeJoinTokenRequest struct {
 
 func (x *CreateNodeJoinTokenRequest) Reset() {
 	*x = CreateNodeJoinTokenRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[2]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -142,7 +212,7 @@ func (x *CreateNodeJoinTokenRequest) String() string {
 func (*CreateNodeJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateNodeJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[2]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -155,7 +225,7 @@ func (x *CreateNodeJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNodeJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateNodeJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{2}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *CreateNodeJoinTokenRequest) GetNode() string {
@@ -175,7 +245,7 @@ type CreateNodeJoinTokenResponse struct {
 
 func (x *CreateNodeJoinTokenResponse) Reset() {
 	*x = CreateNodeJoinTokenResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[3]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -187,7 +257,7 @@ func (x *CreateNodeJoinTokenResponse) String() string {
 func (*CreateNodeJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateNodeJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[3]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -200,7 +270,7 @@ func (x *CreateNodeJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNodeJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateNodeJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{3}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CreateNodeJoinTokenResponse) GetToken() string {
@@ -225,7 +295,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[4]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -237,7 +307,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[4]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -250,7 +320,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{4}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{5}
 }
 
 type ListNodesResponse struct {
@@ -262,7 +332,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[5]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -274,7 +344,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[5]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -287,7 +357,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{5}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ListNodesResponse) GetNodes() []*portolanv1.NodeInfo {
@@ -307,7 +377,7 @@ type ExplainPendingRequest struct {
 
 func (x *ExplainPendingRequest) Reset() {
 	*x = ExplainPendingRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -319,7 +389,7 @@ func (x *ExplainPendingRequest) String() string {
 func (*ExplainPendingRequest) ProtoMessage() {}
 
 func (x *ExplainPendingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -332,7 +402,7 @@ func (x *ExplainPendingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPendingRequest.ProtoReflect.Descriptor instead.
 func (*ExplainPendingRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{6}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ExplainPendingRequest) GetWorkload() string {
@@ -351,7 +421,7 @@ type ExplainPendingResponse struct {
 
 func (x *ExplainPendingResponse) Reset() {
 	*x = ExplainPendingResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -363,7 +433,7 @@ func (x *ExplainPendingResponse) String() string {
 func (*ExplainPendingResponse) ProtoMessage() {}
 
 func (x *ExplainPendingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -376,7 +446,7 @@ func (x *ExplainPendingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPendingResponse.ProtoReflect.Descriptor instead.
 func (*ExplainPendingResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{7}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExplainPendingResponse) GetVerdicts() []*portolanv1.NodeVerdict {
@@ -395,7 +465,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -407,7 +477,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -420,7 +490,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{8}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -446,7 +516,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -458,7 +528,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -471,7 +541,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{9}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -517,7 +587,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -529,7 +599,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -542,7 +612,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{10}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *JoinResponse) GetFleet() string {
@@ -600,7 +670,7 @@ type Intent struct {
 
 func (x *Intent) Reset() {
 	*x = Intent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -612,7 +682,7 @@ func (x *Intent) String() string {
 func (*Intent) ProtoMessage() {}
 
 func (x *Intent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -625,7 +695,7 @@ func (x *Intent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Intent.ProtoReflect.Descriptor instead.
 func (*Intent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{11}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Intent) GetRevision() int64 {
@@ -806,7 +876,7 @@ type Watermark struct {
 
 func (x *Watermark) Reset() {
 	*x = Watermark{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -818,7 +888,7 @@ func (x *Watermark) String() string {
 func (*Watermark) ProtoMessage() {}
 
 func (x *Watermark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -831,7 +901,7 @@ func (x *Watermark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watermark.ProtoReflect.Descriptor instead.
 func (*Watermark) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{12}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Watermark) GetRevision() int64 {
@@ -851,7 +921,7 @@ type ClusterIntent struct {
 
 func (x *ClusterIntent) Reset() {
 	*x = ClusterIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +933,7 @@ func (x *ClusterIntent) String() string {
 func (*ClusterIntent) ProtoMessage() {}
 
 func (x *ClusterIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +946,7 @@ func (x *ClusterIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterIntent.ProtoReflect.Descriptor instead.
 func (*ClusterIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{13}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ClusterIntent) GetCluster() string {
@@ -903,7 +973,7 @@ type TenantIntent struct {
 
 func (x *TenantIntent) Reset() {
 	*x = TenantIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -915,7 +985,7 @@ func (x *TenantIntent) String() string {
 func (*TenantIntent) ProtoMessage() {}
 
 func (x *TenantIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -928,7 +998,7 @@ func (x *TenantIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TenantIntent.ProtoReflect.Descriptor instead.
 func (*TenantIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{14}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *TenantIntent) GetTenant() string {
@@ -955,13 +1025,15 @@ type WorkloadIntent struct {
 	// ID of the revision that is current; others are kept by routes or are going.
 	CurrentRevision string            `protobuf:"bytes,6,opt,name=current_revision,json=currentRevision,proto3" json:"current_revision,omitempty"`
 	Labels          map[string]string `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Revision that serves; empty: all that run.
+	ActiveRevision string `protobuf:"bytes,8,opt,name=active_revision,json=activeRevision,proto3" json:"active_revision,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *WorkloadIntent) Reset() {
 	*x = WorkloadIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -973,7 +1045,7 @@ func (x *WorkloadIntent) String() string {
 func (*WorkloadIntent) ProtoMessage() {}
 
 func (x *WorkloadIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -986,7 +1058,7 @@ func (x *WorkloadIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadIntent.ProtoReflect.Descriptor instead.
 func (*WorkloadIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{15}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WorkloadIntent) GetTenant() string {
@@ -1038,18 +1110,29 @@ func (x *WorkloadIntent) GetLabels() map[string]string {
 	return nil
 }
 
+func (x *WorkloadIntent) GetActiveRevision() string {
+	if x != nil {
+		return x.ActiveRevision
+	}
+	return ""
+}
+
 type RevisionIntent struct {
-	state         protoimpl.MessageState   `protogen:"open.v1"`
-	Revision      string                   `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
-	Replicas      int32                    `protobuf:"varint,2,opt,name=replicas,proto3" json:"replicas,omitempty"`
-	Spec          *portolanv1.WorkloadSpec `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Revision string                 `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Replicas int32                  `protobuf:"varint,2,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	// With the overrides for this cluster.
+	Spec *portolanv1.WorkloadSpec `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`
+	// Within these the cluster scales by itself; both 0 when it does not.
+	MinReplicas   int32 `protobuf:"varint,4,opt,name=min_replicas,json=minReplicas,proto3" json:"min_replicas,omitempty"`
+	MaxReplicas   int32 `protobuf:"varint,5,opt,name=max_replicas,json=maxReplicas,proto3" json:"max_replicas,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RevisionIntent) Reset() {
 	*x = RevisionIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1144,7 @@ func (x *RevisionIntent) String() string {
 func (*RevisionIntent) ProtoMessage() {}
 
 func (x *RevisionIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1157,7 @@ func (x *RevisionIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevisionIntent.ProtoReflect.Descriptor instead.
 func (*RevisionIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{16}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RevisionIntent) GetRevision() string {
@@ -1098,6 +1181,20 @@ func (x *RevisionIntent) GetSpec() *portolanv1.WorkloadSpec {
 	return nil
 }
 
+func (x *RevisionIntent) GetMinReplicas() int32 {
+	if x != nil {
+		return x.MinReplicas
+	}
+	return 0
+}
+
+func (x *RevisionIntent) GetMaxReplicas() int32 {
+	if x != nil {
+		return x.MaxReplicas
+	}
+	return 0
+}
+
 type ServiceIntent struct {
 	state     protoimpl.MessageState  `protogen:"open.v1"`
 	Tenant    string                  `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
@@ -1112,7 +1209,7 @@ type ServiceIntent struct {
 
 func (x *ServiceIntent) Reset() {
 	*x = ServiceIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1124,7 +1221,7 @@ func (x *ServiceIntent) String() string {
 func (*ServiceIntent) ProtoMessage() {}
 
 func (x *ServiceIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1137,7 +1234,7 @@ func (x *ServiceIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceIntent.ProtoReflect.Descriptor instead.
 func (*ServiceIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{17}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ServiceIntent) GetTenant() string {
@@ -1186,7 +1283,7 @@ type RouteIntent struct {
 
 func (x *RouteIntent) Reset() {
 	*x = RouteIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1198,7 +1295,7 @@ func (x *RouteIntent) String() string {
 func (*RouteIntent) ProtoMessage() {}
 
 func (x *RouteIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1211,7 +1308,7 @@ func (x *RouteIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteIntent.ProtoReflect.Descriptor instead.
 func (*RouteIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{18}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RouteIntent) GetTenant() string {
@@ -1247,7 +1344,7 @@ type PolicyIntent struct {
 
 func (x *PolicyIntent) Reset() {
 	*x = PolicyIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1259,7 +1356,7 @@ func (x *PolicyIntent) String() string {
 func (*PolicyIntent) ProtoMessage() {}
 
 func (x *PolicyIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1272,7 +1369,7 @@ func (x *PolicyIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyIntent.ProtoReflect.Descriptor instead.
 func (*PolicyIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{19}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PolicyIntent) GetName() string {
@@ -1310,7 +1407,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1419,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1432,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{20}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1377,7 +1474,7 @@ type ServiceExport struct {
 
 func (x *ServiceExport) Reset() {
 	*x = ServiceExport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +1486,7 @@ func (x *ServiceExport) String() string {
 func (*ServiceExport) ProtoMessage() {}
 
 func (x *ServiceExport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +1499,7 @@ func (x *ServiceExport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceExport.ProtoReflect.Descriptor instead.
 func (*ServiceExport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{21}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ServiceExport) GetCluster() string {
@@ -1466,7 +1563,7 @@ type ExportedPort struct {
 
 func (x *ExportedPort) Reset() {
 	*x = ExportedPort{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1478,7 +1575,7 @@ func (x *ExportedPort) String() string {
 func (*ExportedPort) ProtoMessage() {}
 
 func (x *ExportedPort) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1491,7 +1588,7 @@ func (x *ExportedPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportedPort.ProtoReflect.Descriptor instead.
 func (*ExportedPort) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{22}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExportedPort) GetPort() string {
@@ -1527,7 +1624,7 @@ type PeerPermit struct {
 
 func (x *PeerPermit) Reset() {
 	*x = PeerPermit{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1539,7 +1636,7 @@ func (x *PeerPermit) String() string {
 func (*PeerPermit) ProtoMessage() {}
 
 func (x *PeerPermit) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1552,7 +1649,7 @@ func (x *PeerPermit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerPermit.ProtoReflect.Descriptor instead.
 func (*PeerPermit) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{23}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PeerPermit) GetTenant() string {
@@ -1597,7 +1694,7 @@ type StatusReport struct {
 
 func (x *StatusReport) Reset() {
 	*x = StatusReport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +1706,7 @@ func (x *StatusReport) String() string {
 func (*StatusReport) ProtoMessage() {}
 
 func (x *StatusReport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1719,7 @@ func (x *StatusReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReport.ProtoReflect.Descriptor instead.
 func (*StatusReport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{24}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StatusReport) GetSession() int64 {
@@ -1701,7 +1798,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +1810,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +1823,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{25}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Nack) GetResource() string {
@@ -1764,17 +1861,18 @@ type ClusterSummary struct {
 	Nodes       int32                  `protobuf:"varint,3,opt,name=nodes,proto3" json:"nodes,omitempty"`
 	NodesReady  int32                  `protobuf:"varint,4,opt,name=nodes_ready,json=nodesReady,proto3" json:"nodes_ready,omitempty"`
 	// min(own, children).
-	AppliedRevision  int64                 `protobuf:"varint,5,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`
-	Laggards         []*portolanv1.Laggard `protobuf:"bytes,6,rep,name=laggards,proto3" json:"laggards,omitempty"`
-	IngressAddresses []string              `protobuf:"bytes,7,rep,name=ingress_addresses,json=ingressAddresses,proto3" json:"ingress_addresses,omitempty"`
-	GatewayAddresses []string              `protobuf:"bytes,8,rep,name=gateway_addresses,json=gatewayAddresses,proto3" json:"gateway_addresses,omitempty"`
+	AppliedRevision  int64                    `protobuf:"varint,5,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`
+	Laggards         []*portolanv1.Laggard    `protobuf:"bytes,6,rep,name=laggards,proto3" json:"laggards,omitempty"`
+	IngressAddresses []string                 `protobuf:"bytes,7,rep,name=ingress_addresses,json=ingressAddresses,proto3" json:"ingress_addresses,omitempty"`
+	GatewayAddresses []string                 `protobuf:"bytes,8,rep,name=gateway_addresses,json=gatewayAddresses,proto3" json:"gateway_addresses,omitempty"`
+	Pools            []*portolanv1.PoolStatus `protobuf:"bytes,9,rep,name=pools,proto3" json:"pools,omitempty"`
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *ClusterSummary) Reset() {
 	*x = ClusterSummary{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1786,7 +1884,7 @@ func (x *ClusterSummary) String() string {
 func (*ClusterSummary) ProtoMessage() {}
 
 func (x *ClusterSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1799,7 +1897,7 @@ func (x *ClusterSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterSummary.ProtoReflect.Descriptor instead.
 func (*ClusterSummary) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{26}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ClusterSummary) GetCpuMilli() int64 {
@@ -1858,6 +1956,13 @@ func (x *ClusterSummary) GetGatewayAddresses() []string {
 	return nil
 }
 
+func (x *ClusterSummary) GetPools() []*portolanv1.PoolStatus {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
 type WorkloadStatusReport struct {
 	state         protoimpl.MessageState         `protogen:"open.v1"`
 	Tenant        string                         `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
@@ -1871,7 +1976,7 @@ type WorkloadStatusReport struct {
 
 func (x *WorkloadStatusReport) Reset() {
 	*x = WorkloadStatusReport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1883,7 +1988,7 @@ func (x *WorkloadStatusReport) String() string {
 func (*WorkloadStatusReport) ProtoMessage() {}
 
 func (x *WorkloadStatusReport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1896,7 +2001,7 @@ func (x *WorkloadStatusReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStatusReport.ProtoReflect.Descriptor instead.
 func (*WorkloadStatusReport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{27}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WorkloadStatusReport) GetTenant() string {
@@ -1944,7 +2049,7 @@ type ReportAck struct {
 
 func (x *ReportAck) Reset() {
 	*x = ReportAck{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1956,7 +2061,7 @@ func (x *ReportAck) String() string {
 func (*ReportAck) ProtoMessage() {}
 
 func (x *ReportAck) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1969,7 +2074,7 @@ func (x *ReportAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportAck.ProtoReflect.Descriptor instead.
 func (*ReportAck) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{28}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ReportAck) GetSequence() int64 {
@@ -1990,7 +2095,12 @@ var File_portolan_link_v1_link_proto protoreflect.FileDescriptor
 
 const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\n" +
-	"\x1bportolan/link/v1/link.proto\x12\x10portolan.link.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/v1/resources.proto\x1a\x1aportolan/v1/services.proto\x1a\x17portolan/v1/types.proto\"1\n" +
+	"\x1bportolan/link/v1/link.proto\x12\x10portolan.link.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/v1/resources.proto\x1a\x1aportolan/v1/services.proto\x1a\x17portolan/v1/types.proto\"\x9b\x01\n" +
+	"\x0eSetNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04pool\x18\x02 \x01(\tR\x04pool\x12)\n" +
+	"\x04mode\x18\x03 \x01(\x0e2\x15.portolan.v1.NodeModeR\x04mode\x126\n" +
+	"\bdeadline\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"1\n" +
 	"\x13ListLaggardsRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\"s\n" +
 	"\x14ListLaggardsResponse\x120\n" +
@@ -2042,7 +2152,7 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\x04spec\x18\x02 \x01(\v2\x18.portolan.v1.ClusterSpecR\x04spec\"S\n" +
 	"\fTenantIntent\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12+\n" +
-	"\x04spec\x18\x02 \x01(\v2\x17.portolan.v1.TenantSpecR\x04spec\"\xd8\x02\n" +
+	"\x04spec\x18\x02 \x01(\v2\x17.portolan.v1.TenantSpecR\x04spec\"\x81\x03\n" +
 	"\x0eWorkloadIntent\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x10\n" +
@@ -2050,14 +2160,17 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\x05epoch\x18\x04 \x01(\x03R\x05epoch\x12>\n" +
 	"\trevisions\x18\x05 \x03(\v2 .portolan.link.v1.RevisionIntentR\trevisions\x12)\n" +
 	"\x10current_revision\x18\x06 \x01(\tR\x0fcurrentRevision\x12D\n" +
-	"\x06labels\x18\a \x03(\v2,.portolan.link.v1.WorkloadIntent.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\a \x03(\v2,.portolan.link.v1.WorkloadIntent.LabelsEntryR\x06labels\x12'\n" +
+	"\x0factive_revision\x18\b \x01(\tR\x0eactiveRevision\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"w\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbd\x01\n" +
 	"\x0eRevisionIntent\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12\x1a\n" +
 	"\breplicas\x18\x02 \x01(\x05R\breplicas\x12-\n" +
-	"\x04spec\x18\x03 \x01(\v2\x19.portolan.v1.WorkloadSpecR\x04spec\"\xaa\x01\n" +
+	"\x04spec\x18\x03 \x01(\v2\x19.portolan.v1.WorkloadSpecR\x04spec\x12!\n" +
+	"\fmin_replicas\x18\x04 \x01(\x05R\vminReplicas\x12!\n" +
+	"\fmax_replicas\x18\x05 \x01(\x05R\vmaxReplicas\"\xaa\x01\n" +
 	"\rServiceIntent\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x12,\n" +
@@ -2109,7 +2222,7 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\bresource\x18\x01 \x01(\tR\bresource\x12\x1a\n" +
 	"\bconsumer\x18\x02 \x01(\tR\bconsumer\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x03R\brevision\"\xbe\x02\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision\"\xed\x02\n" +
 	"\x0eClusterSummary\x12\x1b\n" +
 	"\tcpu_milli\x18\x01 \x01(\x03R\bcpuMilli\x12!\n" +
 	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\x12\x14\n" +
@@ -2119,7 +2232,8 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\x10applied_revision\x18\x05 \x01(\x03R\x0fappliedRevision\x120\n" +
 	"\blaggards\x18\x06 \x03(\v2\x14.portolan.v1.LaggardR\blaggards\x12+\n" +
 	"\x11ingress_addresses\x18\a \x03(\tR\x10ingressAddresses\x12+\n" +
-	"\x11gateway_addresses\x18\b \x03(\tR\x10gatewayAddresses\"\xd5\x01\n" +
+	"\x11gateway_addresses\x18\b \x03(\tR\x10gatewayAddresses\x12-\n" +
+	"\x05pools\x18\t \x03(\v2\x17.portolan.v1.PoolStatusR\x05pools\"\xd5\x01\n" +
 	"\x14WorkloadStatusReport\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x14\n" +
@@ -2134,12 +2248,13 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\vLinkService\x12E\n" +
 	"\x04Join\x12\x1d.portolan.link.v1.JoinRequest\x1a\x1e.portolan.link.v1.JoinResponse\x12I\n" +
 	"\x06Report\x12\x1e.portolan.link.v1.StatusReport\x1a\x1b.portolan.link.v1.ReportAck(\x010\x01\x12>\n" +
-	"\x06Tunnel\x12\x17.portolan.link.v1.Chunk\x1a\x17.portolan.link.v1.Chunk(\x010\x012\xa3\x03\n" +
+	"\x06Tunnel\x12\x17.portolan.link.v1.Chunk\x1a\x17.portolan.link.v1.Chunk(\x010\x012\xf5\x03\n" +
 	"\x13ClusterAdminService\x12r\n" +
 	"\x13CreateNodeJoinToken\x12,.portolan.link.v1.CreateNodeJoinTokenRequest\x1a-.portolan.link.v1.CreateNodeJoinTokenResponse\x12T\n" +
 	"\tListNodes\x12\".portolan.link.v1.ListNodesRequest\x1a#.portolan.link.v1.ListNodesResponse\x12c\n" +
 	"\x0eExplainPending\x12'.portolan.link.v1.ExplainPendingRequest\x1a(.portolan.link.v1.ExplainPendingResponse\x12]\n" +
-	"\fListLaggards\x12%.portolan.link.v1.ListLaggardsRequest\x1a&.portolan.link.v1.ListLaggardsResponseB>Z<github.com/portolan-io/portolan/federation/api/linkv1;linkv1b\x06proto3"
+	"\fListLaggards\x12%.portolan.link.v1.ListLaggardsRequest\x1a&.portolan.link.v1.ListLaggardsResponse\x12P\n" +
+	"\aSetNode\x12 .portolan.link.v1.SetNodeRequest\x1a#.portolan.link.v1.ListNodesResponseB>Z<github.com/portolan-io/portolan/federation/api/linkv1;linkv1b\x06proto3"
 
 var (
 	file_portolan_link_v1_link_proto_rawDescOnce sync.Once
@@ -2153,101 +2268,109 @@ func file_portolan_link_v1_link_proto_rawDescGZIP() []byte {
 	return file_portolan_link_v1_link_proto_rawDescData
 }
 
-var file_portolan_link_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_portolan_link_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_portolan_link_v1_link_proto_goTypes = []any{
-	(*ListLaggardsRequest)(nil),         // 0: portolan.link.v1.ListLaggardsRequest
-	(*ListLaggardsResponse)(nil),        // 1: portolan.link.v1.ListLaggardsResponse
-	(*CreateNodeJoinTokenRequest)(nil),  // 2: portolan.link.v1.CreateNodeJoinTokenRequest
-	(*CreateNodeJoinTokenResponse)(nil), // 3: portolan.link.v1.CreateNodeJoinTokenResponse
-	(*ListNodesRequest)(nil),            // 4: portolan.link.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),           // 5: portolan.link.v1.ListNodesResponse
-	(*ExplainPendingRequest)(nil),       // 6: portolan.link.v1.ExplainPendingRequest
-	(*ExplainPendingResponse)(nil),      // 7: portolan.link.v1.ExplainPendingResponse
-	(*Chunk)(nil),                       // 8: portolan.link.v1.Chunk
-	(*JoinRequest)(nil),                 // 9: portolan.link.v1.JoinRequest
-	(*JoinResponse)(nil),                // 10: portolan.link.v1.JoinResponse
-	(*Intent)(nil),                      // 11: portolan.link.v1.Intent
-	(*Watermark)(nil),                   // 12: portolan.link.v1.Watermark
-	(*ClusterIntent)(nil),               // 13: portolan.link.v1.ClusterIntent
-	(*TenantIntent)(nil),                // 14: portolan.link.v1.TenantIntent
-	(*WorkloadIntent)(nil),              // 15: portolan.link.v1.WorkloadIntent
-	(*RevisionIntent)(nil),              // 16: portolan.link.v1.RevisionIntent
-	(*ServiceIntent)(nil),               // 17: portolan.link.v1.ServiceIntent
-	(*RouteIntent)(nil),                 // 18: portolan.link.v1.RouteIntent
-	(*PolicyIntent)(nil),                // 19: portolan.link.v1.PolicyIntent
-	(*TrustBundle)(nil),                 // 20: portolan.link.v1.TrustBundle
-	(*ServiceExport)(nil),               // 21: portolan.link.v1.ServiceExport
-	(*ExportedPort)(nil),                // 22: portolan.link.v1.ExportedPort
-	(*PeerPermit)(nil),                  // 23: portolan.link.v1.PeerPermit
-	(*StatusReport)(nil),                // 24: portolan.link.v1.StatusReport
-	(*Nack)(nil),                        // 25: portolan.link.v1.Nack
-	(*ClusterSummary)(nil),              // 26: portolan.link.v1.ClusterSummary
-	(*WorkloadStatusReport)(nil),        // 27: portolan.link.v1.WorkloadStatusReport
-	(*ReportAck)(nil),                   // 28: portolan.link.v1.ReportAck
-	nil,                                 // 29: portolan.link.v1.WorkloadIntent.LabelsEntry
-	(*portolanv1.Laggard)(nil),          // 30: portolan.v1.Laggard
-	(*timestamppb.Timestamp)(nil),       // 31: google.protobuf.Timestamp
-	(*portolanv1.NodeInfo)(nil),         // 32: portolan.v1.NodeInfo
-	(*portolanv1.NodeVerdict)(nil),      // 33: portolan.v1.NodeVerdict
-	(*portolanv1.ClusterSpec)(nil),      // 34: portolan.v1.ClusterSpec
-	(*portolanv1.TenantSpec)(nil),       // 35: portolan.v1.TenantSpec
-	(*portolanv1.WorkloadSpec)(nil),     // 36: portolan.v1.WorkloadSpec
-	(*portolanv1.ServiceSpec)(nil),      // 37: portolan.v1.ServiceSpec
-	(*portolanv1.RouteSpec)(nil),        // 38: portolan.v1.RouteSpec
-	(*portolanv1.PolicyBundleSpec)(nil), // 39: portolan.v1.PolicyBundleSpec
-	(*portolanv1.RevisionReplicas)(nil), // 40: portolan.v1.RevisionReplicas
-	(*portolanv1.Condition)(nil),        // 41: portolan.v1.Condition
+	(*SetNodeRequest)(nil),              // 0: portolan.link.v1.SetNodeRequest
+	(*ListLaggardsRequest)(nil),         // 1: portolan.link.v1.ListLaggardsRequest
+	(*ListLaggardsResponse)(nil),        // 2: portolan.link.v1.ListLaggardsResponse
+	(*CreateNodeJoinTokenRequest)(nil),  // 3: portolan.link.v1.CreateNodeJoinTokenRequest
+	(*CreateNodeJoinTokenResponse)(nil), // 4: portolan.link.v1.CreateNodeJoinTokenResponse
+	(*ListNodesRequest)(nil),            // 5: portolan.link.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),           // 6: portolan.link.v1.ListNodesResponse
+	(*ExplainPendingRequest)(nil),       // 7: portolan.link.v1.ExplainPendingRequest
+	(*ExplainPendingResponse)(nil),      // 8: portolan.link.v1.ExplainPendingResponse
+	(*Chunk)(nil),                       // 9: portolan.link.v1.Chunk
+	(*JoinRequest)(nil),                 // 10: portolan.link.v1.JoinRequest
+	(*JoinResponse)(nil),                // 11: portolan.link.v1.JoinResponse
+	(*Intent)(nil),                      // 12: portolan.link.v1.Intent
+	(*Watermark)(nil),                   // 13: portolan.link.v1.Watermark
+	(*ClusterIntent)(nil),               // 14: portolan.link.v1.ClusterIntent
+	(*TenantIntent)(nil),                // 15: portolan.link.v1.TenantIntent
+	(*WorkloadIntent)(nil),              // 16: portolan.link.v1.WorkloadIntent
+	(*RevisionIntent)(nil),              // 17: portolan.link.v1.RevisionIntent
+	(*ServiceIntent)(nil),               // 18: portolan.link.v1.ServiceIntent
+	(*RouteIntent)(nil),                 // 19: portolan.link.v1.RouteIntent
+	(*PolicyIntent)(nil),                // 20: portolan.link.v1.PolicyIntent
+	(*TrustBundle)(nil),                 // 21: portolan.link.v1.TrustBundle
+	(*ServiceExport)(nil),               // 22: portolan.link.v1.ServiceExport
+	(*ExportedPort)(nil),                // 23: portolan.link.v1.ExportedPort
+	(*PeerPermit)(nil),                  // 24: portolan.link.v1.PeerPermit
+	(*StatusReport)(nil),                // 25: portolan.link.v1.StatusReport
+	(*Nack)(nil),                        // 26: portolan.link.v1.Nack
+	(*ClusterSummary)(nil),              // 27: portolan.link.v1.ClusterSummary
+	(*WorkloadStatusReport)(nil),        // 28: portolan.link.v1.WorkloadStatusReport
+	(*ReportAck)(nil),                   // 29: portolan.link.v1.ReportAck
+	nil,                                 // 30: portolan.link.v1.WorkloadIntent.LabelsEntry
+	(portolanv1.NodeMode)(0),            // 31: portolan.v1.NodeMode
+	(*timestamppb.Timestamp)(nil),       // 32: google.protobuf.Timestamp
+	(*portolanv1.Laggard)(nil),          // 33: portolan.v1.Laggard
+	(*portolanv1.NodeInfo)(nil),         // 34: portolan.v1.NodeInfo
+	(*portolanv1.NodeVerdict)(nil),      // 35: portolan.v1.NodeVerdict
+	(*portolanv1.ClusterSpec)(nil),      // 36: portolan.v1.ClusterSpec
+	(*portolanv1.TenantSpec)(nil),       // 37: portolan.v1.TenantSpec
+	(*portolanv1.WorkloadSpec)(nil),     // 38: portolan.v1.WorkloadSpec
+	(*portolanv1.ServiceSpec)(nil),      // 39: portolan.v1.ServiceSpec
+	(*portolanv1.RouteSpec)(nil),        // 40: portolan.v1.RouteSpec
+	(*portolanv1.PolicyBundleSpec)(nil), // 41: portolan.v1.PolicyBundleSpec
+	(*portolanv1.PoolStatus)(nil),       // 42: portolan.v1.PoolStatus
+	(*portolanv1.RevisionReplicas)(nil), // 43: portolan.v1.RevisionReplicas
+	(*portolanv1.Condition)(nil),        // 44: portolan.v1.Condition
 }
 var file_portolan_link_v1_link_proto_depIdxs = []int32{
-	30, // 0: portolan.link.v1.ListLaggardsResponse.laggards:type_name -> portolan.v1.Laggard
-	31, // 1: portolan.link.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	32, // 2: portolan.link.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
-	33, // 3: portolan.link.v1.ExplainPendingResponse.verdicts:type_name -> portolan.v1.NodeVerdict
-	15, // 4: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
-	17, // 5: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
-	18, // 6: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
-	19, // 7: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
-	20, // 8: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
-	21, // 9: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
-	23, // 10: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
-	12, // 11: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
-	13, // 12: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
-	14, // 13: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
-	34, // 14: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
-	35, // 15: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
-	16, // 16: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
-	29, // 17: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
-	36, // 18: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
-	37, // 19: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
-	38, // 20: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
-	39, // 21: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
-	22, // 22: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
-	26, // 23: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
-	27, // 24: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
-	21, // 25: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
-	25, // 26: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
-	30, // 27: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
-	40, // 28: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
-	41, // 29: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
-	9,  // 30: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
-	24, // 31: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
-	8,  // 32: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
-	2,  // 33: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:input_type -> portolan.link.v1.CreateNodeJoinTokenRequest
-	4,  // 34: portolan.link.v1.ClusterAdminService.ListNodes:input_type -> portolan.link.v1.ListNodesRequest
-	6,  // 35: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
-	0,  // 36: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
-	10, // 37: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
-	28, // 38: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
-	8,  // 39: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
-	3,  // 40: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
-	5,  // 41: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
-	7,  // 42: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
-	1,  // 43: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
-	37, // [37:44] is the sub-list for method output_type
-	30, // [30:37] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	31, // 0: portolan.link.v1.SetNodeRequest.mode:type_name -> portolan.v1.NodeMode
+	32, // 1: portolan.link.v1.SetNodeRequest.deadline:type_name -> google.protobuf.Timestamp
+	33, // 2: portolan.link.v1.ListLaggardsResponse.laggards:type_name -> portolan.v1.Laggard
+	32, // 3: portolan.link.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	34, // 4: portolan.link.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
+	35, // 5: portolan.link.v1.ExplainPendingResponse.verdicts:type_name -> portolan.v1.NodeVerdict
+	16, // 6: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
+	18, // 7: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
+	19, // 8: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
+	20, // 9: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
+	21, // 10: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
+	22, // 11: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
+	24, // 12: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
+	13, // 13: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
+	14, // 14: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
+	15, // 15: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
+	36, // 16: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
+	37, // 17: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
+	17, // 18: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
+	30, // 19: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
+	38, // 20: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
+	39, // 21: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
+	40, // 22: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
+	41, // 23: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
+	23, // 24: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
+	27, // 25: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
+	28, // 26: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
+	22, // 27: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
+	26, // 28: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
+	33, // 29: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
+	42, // 30: portolan.link.v1.ClusterSummary.pools:type_name -> portolan.v1.PoolStatus
+	43, // 31: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
+	44, // 32: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
+	10, // 33: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
+	25, // 34: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
+	9,  // 35: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
+	3,  // 36: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:input_type -> portolan.link.v1.CreateNodeJoinTokenRequest
+	5,  // 37: portolan.link.v1.ClusterAdminService.ListNodes:input_type -> portolan.link.v1.ListNodesRequest
+	7,  // 38: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
+	1,  // 39: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
+	0,  // 40: portolan.link.v1.ClusterAdminService.SetNode:input_type -> portolan.link.v1.SetNodeRequest
+	11, // 41: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
+	29, // 42: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
+	9,  // 43: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
+	4,  // 44: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
+	6,  // 45: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
+	8,  // 46: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
+	2,  // 47: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
+	6,  // 48: portolan.link.v1.ClusterAdminService.SetNode:output_type -> portolan.link.v1.ListNodesResponse
+	41, // [41:49] is the sub-list for method output_type
+	33, // [33:41] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_portolan_link_v1_link_proto_init() }
@@ -2255,7 +2378,7 @@ func file_portolan_link_v1_link_proto_init() {
 	if File_portolan_link_v1_link_proto != nil {
 		return
 	}
-	file_portolan_link_v1_link_proto_msgTypes[11].OneofWrappers = []any{
+	file_portolan_link_v1_link_proto_msgTypes[12].OneofWrappers = []any{
 		(*Intent_Workload)(nil),
 		(*Intent_Service)(nil),
 		(*Intent_Route)(nil),
@@ -2273,7 +2396,7 @@ func file_portolan_link_v1_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_link_v1_link_proto_rawDesc), len(file_portolan_link_v1_link_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -216,6 +216,7 @@ const (
 	ClusterAdminService_ListNodes_FullMethodName           = "/portolan.link.v1.ClusterAdminService/ListNodes"
 	ClusterAdminService_ExplainPending_FullMethodName      = "/portolan.link.v1.ClusterAdminService/ExplainPending"
 	ClusterAdminService_ListLaggards_FullMethodName        = "/portolan.link.v1.ClusterAdminService/ListLaggards"
+	ClusterAdminService_SetNode_FullMethodName             = "/portolan.link.v1.ClusterAdminService/SetNode"
 )
 
 // ClusterAdminServiceClient is the client API for ClusterAdminService service.
@@ -231,6 +232,8 @@ type ClusterAdminServiceClient interface {
 	// Consumers of the cluster that have not applied a revision. Asked by whoever
 	// waits for convergence; never stored.
 	ListLaggards(ctx context.Context, in *ListLaggardsRequest, opts ...grpc.CallOption) (*ListLaggardsResponse, error)
+	// Cordons, drains or frees a node, or all nodes of a pool.
+	SetNode(ctx context.Context, in *SetNodeRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 }
 
 type clusterAdminServiceClient struct {
@@ -281,6 +284,16 @@ func (c *clusterAdminServiceClient) ListLaggards(ctx context.Context, in *ListLa
 	return out, nil
 }
 
+func (c *clusterAdminServiceClient) SetNode(ctx context.Context, in *SetNodeRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNodesResponse)
+	err := c.cc.Invoke(ctx, ClusterAdminService_SetNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ClusterAdminServiceServer is the server API for ClusterAdminService service.
 // All implementations must embed UnimplementedClusterAdminServiceServer
 // for forward compatibility.
@@ -294,6 +307,8 @@ type ClusterAdminServiceServer interface {
 	// Consumers of the cluster that have not applied a revision. Asked by whoever
 	// waits for convergence; never stored.
 	ListLaggards(context.Context, *ListLaggardsRequest) (*ListLaggardsResponse, error)
+	// Cordons, drains or frees a node, or all nodes of a pool.
+	SetNode(context.Context, *SetNodeRequest) (*ListNodesResponse, error)
 	mustEmbedUnimplementedClusterAdminServiceServer()
 }
 
@@ -315,6 +330,9 @@ func (UnimplementedClusterAdminServiceServer) ExplainPending(context.Context, *E
 }
 func (UnimplementedClusterAdminServiceServer) ListLaggards(context.Context, *ListLaggardsRequest) (*ListLaggardsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListLaggards not implemented")
+}
+func (UnimplementedClusterAdminServiceServer) SetNode(context.Context, *SetNodeRequest) (*ListNodesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetNode not implemented")
 }
 func (UnimplementedClusterAdminServiceServer) mustEmbedUnimplementedClusterAdminServiceServer() {}
 func (UnimplementedClusterAdminServiceServer) testEmbeddedByValue()                             {}
@@ -409,6 +427,24 @@ func _ClusterAdminService_ListLaggards_Handler(srv interface{}, ctx context.Cont
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ClusterAdminService_SetNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterAdminServiceServer).SetNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ClusterAdminService_SetNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterAdminServiceServer).SetNode(ctx, req.(*SetNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ClusterAdminService_ServiceDesc is the grpc.ServiceDesc for ClusterAdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -431,6 +467,10 @@ var ClusterAdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListLaggards",
 			Handler:    _ClusterAdminService_ListLaggards_Handler,
+		},
+		{
+			MethodName: "SetNode",
+			Handler:    _ClusterAdminService_SetNode_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -27,11 +27,16 @@ const (
 type NodeFacts struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Address in the cluster's network.
-	Address       string              `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
-	CpuMilli      int64               `protobuf:"varint,2,opt,name=cpu_milli,json=cpuMilli,proto3" json:"cpu_milli,omitempty"`
-	MemoryBytes   int64               `protobuf:"varint,3,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
-	Labels        map[string]string   `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Taints        []*portolanv1.Taint `protobuf:"bytes,5,rep,name=taints,proto3" json:"taints,omitempty"`
+	Address     string              `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	CpuMilli    int64               `protobuf:"varint,2,opt,name=cpu_milli,json=cpuMilli,proto3" json:"cpu_milli,omitempty"`
+	MemoryBytes int64               `protobuf:"varint,3,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	Labels      map[string]string   `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Taints      []*portolanv1.Taint `protobuf:"bytes,5,rep,name=taints,proto3" json:"taints,omitempty"`
+	// Of the disk that holds volumes and writable layers.
+	StorageBytes int64     `protobuf:"varint,6,opt,name=storage_bytes,json=storageBytes,proto3" json:"storage_bytes,omitempty"`
+	Devices      []*Device `protobuf:"bytes,7,rep,name=devices,proto3" json:"devices,omitempty"`
+	// Digests of images that are there; at most 1000.
+	Images        []string `protobuf:"bytes,8,rep,name=images,proto3" json:"images,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -101,6 +106,224 @@ func (x *NodeFacts) GetTaints() []*portolanv1.Taint {
 	return nil
 }
 
+func (x *NodeFacts) GetStorageBytes() int64 {
+	if x != nil {
+		return x.StorageBytes
+	}
+	return 0
+}
+
+func (x *NodeFacts) GetDevices() []*Device {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+func (x *NodeFacts) GetImages() []string {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+// Device is one counted device of a node.
+type Device struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "gpu"
+	Kind  string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Model string `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
+	// Stable on its node.
+	Index int32 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	// Device file; empty when it has none.
+	Path          string `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Device) Reset() {
+	*x = Device{}
+	mi := &file_portolan_node_v1_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Device) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Device) ProtoMessage() {}
+
+func (x *Device) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_node_v1_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Device.ProtoReflect.Descriptor instead.
+func (*Device) Descriptor() ([]byte, []int) {
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Device) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Device) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *Device) GetIndex() int32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *Device) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+// DeviceShare is what a replica gets of one device.
+type DeviceShare struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Kind  string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Index int32                  `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	// 1000 is all of it.
+	Milli         int32 `protobuf:"varint,3,opt,name=milli,proto3" json:"milli,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceShare) Reset() {
+	*x = DeviceShare{}
+	mi := &file_portolan_node_v1_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceShare) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceShare) ProtoMessage() {}
+
+func (x *DeviceShare) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_node_v1_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceShare.ProtoReflect.Descriptor instead.
+func (*DeviceShare) Descriptor() ([]byte, []int) {
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *DeviceShare) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *DeviceShare) GetIndex() int32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *DeviceShare) GetMilli() int32 {
+	if x != nil {
+		return x.Milli
+	}
+	return 0
+}
+
+// AssignedVolume is a volume that an allocation uses.
+type AssignedVolume struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// ID of the record.
+	Volume string `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	// Name in the spec.
+	Name          string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	SizeBytes     int64  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AssignedVolume) Reset() {
+	*x = AssignedVolume{}
+	mi := &file_portolan_node_v1_node_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AssignedVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AssignedVolume) ProtoMessage() {}
+
+func (x *AssignedVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_node_v1_node_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AssignedVolume.ProtoReflect.Descriptor instead.
+func (*AssignedVolume) Descriptor() ([]byte, []int) {
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *AssignedVolume) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *AssignedVolume) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AssignedVolume) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
 type JoinRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Token string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
@@ -114,7 +337,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[1]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -126,7 +349,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[1]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -139,7 +362,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{1}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -187,7 +410,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[2]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -199,7 +422,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[2]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -212,7 +435,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *JoinResponse) GetChain() [][]byte {
@@ -266,7 +489,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[3]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -278,7 +501,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[3]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -291,7 +514,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -311,7 +534,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[4]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -323,7 +546,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[4]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -336,7 +559,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RenewResponse) GetChain() [][]byte {
@@ -363,7 +586,7 @@ type SignWorkloadRequest struct {
 
 func (x *SignWorkloadRequest) Reset() {
 	*x = SignWorkloadRequest{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[5]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -375,7 +598,7 @@ func (x *SignWorkloadRequest) String() string {
 func (*SignWorkloadRequest) ProtoMessage() {}
 
 func (x *SignWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[5]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -388,7 +611,7 @@ func (x *SignWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*SignWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SignWorkloadRequest) GetAllocation() string {
@@ -416,7 +639,7 @@ type SignWorkloadResponse struct {
 
 func (x *SignWorkloadResponse) Reset() {
 	*x = SignWorkloadResponse{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[6]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -428,7 +651,7 @@ func (x *SignWorkloadResponse) String() string {
 func (*SignWorkloadResponse) ProtoMessage() {}
 
 func (x *SignWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[6]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -441,7 +664,7 @@ func (x *SignWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*SignWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SignWorkloadResponse) GetChain() [][]byte {
@@ -461,7 +684,8 @@ func (x *SignWorkloadResponse) GetBundle() []byte {
 // Directive is the one resource type of the middle hop. Resource names:
 // "assignment/{allocation}", "service/{t}/{s}", "endpoints/{t}/{s}",
 // "route/{t}/{r}", "policy/{bundle name}", "bundle/{trust domain}",
-// "permit/{t}/{w}/{cluster}", "peer/{node}", "config" and "watermark".
+// "permit/{t}/{w}/{cluster}", "peer/{node}", "volume/{volume}", "config" and
+// "watermark".
 type Directive struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Federation revision it follows from.
@@ -478,6 +702,7 @@ type Directive struct {
 	//	*Directive_Peer
 	//	*Directive_Config
 	//	*Directive_Watermark
+	//	*Directive_VolumeRemoval
 	Body          isDirective_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -485,7 +710,7 @@ type Directive struct {
 
 func (x *Directive) Reset() {
 	*x = Directive{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[7]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -497,7 +722,7 @@ func (x *Directive) String() string {
 func (*Directive) ProtoMessage() {}
 
 func (x *Directive) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[7]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -510,7 +735,7 @@ func (x *Directive) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Directive.ProtoReflect.Descriptor instead.
 func (*Directive) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Directive) GetRevision() int64 {
@@ -617,6 +842,15 @@ func (x *Directive) GetWatermark() *Watermark {
 	return nil
 }
 
+func (x *Directive) GetVolumeRemoval() *VolumeRemoval {
+	if x != nil {
+		if x, ok := x.Body.(*Directive_VolumeRemoval); ok {
+			return x.VolumeRemoval
+		}
+	}
+	return nil
+}
+
 type isDirective_Body interface {
 	isDirective_Body()
 }
@@ -661,6 +895,10 @@ type Directive_Watermark struct {
 	Watermark *Watermark `protobuf:"bytes,11,opt,name=watermark,proto3,oneof"`
 }
 
+type Directive_VolumeRemoval struct {
+	VolumeRemoval *VolumeRemoval `protobuf:"bytes,12,opt,name=volume_removal,json=volumeRemoval,proto3,oneof"`
+}
+
 func (*Directive_Assignment) isDirective_Body() {}
 
 func (*Directive_Service) isDirective_Body() {}
@@ -681,6 +919,8 @@ func (*Directive_Config) isDirective_Body() {}
 
 func (*Directive_Watermark) isDirective_Body() {}
 
+func (*Directive_VolumeRemoval) isDirective_Body() {}
+
 // Watermark of the middle hop: all that follows from federation revision
 // `revision` and all of the cluster's own changes up to `generation` is sent.
 type Watermark struct {
@@ -693,7 +933,7 @@ type Watermark struct {
 
 func (x *Watermark) Reset() {
 	*x = Watermark{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[8]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -705,7 +945,7 @@ func (x *Watermark) String() string {
 func (*Watermark) ProtoMessage() {}
 
 func (x *Watermark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[8]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -718,7 +958,7 @@ func (x *Watermark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watermark.ProtoReflect.Descriptor instead.
 func (*Watermark) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Watermark) GetRevision() int64 {
@@ -751,7 +991,7 @@ type NodeConfig struct {
 
 func (x *NodeConfig) Reset() {
 	*x = NodeConfig{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[9]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +1003,7 @@ func (x *NodeConfig) String() string {
 func (*NodeConfig) ProtoMessage() {}
 
 func (x *NodeConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[9]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +1016,7 @@ func (x *NodeConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeConfig.ProtoReflect.Descriptor instead.
 func (*NodeConfig) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *NodeConfig) GetCluster() string {
@@ -840,7 +1080,7 @@ type NodePeer struct {
 
 func (x *NodePeer) Reset() {
 	*x = NodePeer{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[10]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +1092,7 @@ func (x *NodePeer) String() string {
 func (*NodePeer) ProtoMessage() {}
 
 func (x *NodePeer) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[10]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +1105,7 @@ func (x *NodePeer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodePeer.ProtoReflect.Descriptor instead.
 func (*NodePeer) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *NodePeer) GetNode() string {
@@ -901,17 +1141,21 @@ type Assignment struct {
 	// Address of the replica inside the node's range; the node's own for gateways.
 	Address string `protobuf:"bytes,7,opt,name=address,proto3" json:"address,omitempty"`
 	// Stop it in order (drain, SIGTERM, grace), then report and forget.
-	Stop          bool                   `protobuf:"varint,8,opt,name=stop,proto3" json:"stop,omitempty"`
-	StopReason    string                 `protobuf:"bytes,9,opt,name=stop_reason,json=stopReason,proto3" json:"stop_reason,omitempty"`
-	AtCluster     *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=at_cluster,json=atCluster,proto3" json:"at_cluster,omitempty"`
-	Bound         *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=bound,proto3" json:"bound,omitempty"`
+	Stop       bool                   `protobuf:"varint,8,opt,name=stop,proto3" json:"stop,omitempty"`
+	StopReason string                 `protobuf:"bytes,9,opt,name=stop_reason,json=stopReason,proto3" json:"stop_reason,omitempty"`
+	AtCluster  *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=at_cluster,json=atCluster,proto3" json:"at_cluster,omitempty"`
+	Bound      *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=bound,proto3" json:"bound,omitempty"`
+	// Index of a stateful or job replica.
+	Index         int32             `protobuf:"varint,12,opt,name=index,proto3" json:"index,omitempty"`
+	Volumes       []*AssignedVolume `protobuf:"bytes,13,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	Devices       []*DeviceShare    `protobuf:"bytes,14,rep,name=devices,proto3" json:"devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[11]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -923,7 +1167,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[11]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -936,7 +1180,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Assignment) GetAllocation() string {
@@ -1016,6 +1260,73 @@ func (x *Assignment) GetBound() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Assignment) GetIndex() int32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *Assignment) GetVolumes() []*AssignedVolume {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+func (x *Assignment) GetDevices() []*DeviceShare {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+// VolumeRemoval tells a node to delete a volume; it answers with
+// NodeReport.removed_volumes.
+type VolumeRemoval struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeRemoval) Reset() {
+	*x = VolumeRemoval{}
+	mi := &file_portolan_node_v1_node_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeRemoval) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeRemoval) ProtoMessage() {}
+
+func (x *VolumeRemoval) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_node_v1_node_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeRemoval.ProtoReflect.Descriptor instead.
+func (*VolumeRemoval) Descriptor() ([]byte, []int) {
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *VolumeRemoval) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
 // MeshService is a service that a workload of this node may call, or serves.
 type MeshService struct {
 	state     protoimpl.MessageState    `protogen:"open.v1"`
@@ -1032,7 +1343,7 @@ type MeshService struct {
 
 func (x *MeshService) Reset() {
 	*x = MeshService{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[12]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1044,7 +1355,7 @@ func (x *MeshService) String() string {
 func (*MeshService) ProtoMessage() {}
 
 func (x *MeshService) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[12]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1057,7 +1368,7 @@ func (x *MeshService) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MeshService.ProtoReflect.Descriptor instead.
 func (*MeshService) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MeshService) GetTenant() string {
@@ -1115,7 +1426,7 @@ type MeshEndpoints struct {
 
 func (x *MeshEndpoints) Reset() {
 	*x = MeshEndpoints{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[13]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1127,7 +1438,7 @@ func (x *MeshEndpoints) String() string {
 func (*MeshEndpoints) ProtoMessage() {}
 
 func (x *MeshEndpoints) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[13]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1140,7 +1451,7 @@ func (x *MeshEndpoints) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MeshEndpoints.ProtoReflect.Descriptor instead.
 func (*MeshEndpoints) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *MeshEndpoints) GetTenant() string {
@@ -1186,7 +1497,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[14]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1198,7 +1509,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[14]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1211,7 +1522,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Endpoint) GetAllocation() string {
@@ -1267,7 +1578,7 @@ type MeshRoute struct {
 
 func (x *MeshRoute) Reset() {
 	*x = MeshRoute{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[15]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1279,7 +1590,7 @@ func (x *MeshRoute) String() string {
 func (*MeshRoute) ProtoMessage() {}
 
 func (x *MeshRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[15]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1292,7 +1603,7 @@ func (x *MeshRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MeshRoute.ProtoReflect.Descriptor instead.
 func (*MeshRoute) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *MeshRoute) GetTenant() string {
@@ -1332,13 +1643,15 @@ type NodeReport struct {
 	Proxies        []*ProxyStatus      `protobuf:"bytes,8,rep,name=proxies,proto3" json:"proxies,omitempty"`
 	RemovedProxies []string            `protobuf:"bytes,9,rep,name=removed_proxies,json=removedProxies,proto3" json:"removed_proxies,omitempty"`
 	Events         []*portolanv1.Event `protobuf:"bytes,10,rep,name=events,proto3" json:"events,omitempty"`
+	// Volumes that were told to go and are gone.
+	RemovedVolumes []string `protobuf:"bytes,11,rep,name=removed_volumes,json=removedVolumes,proto3" json:"removed_volumes,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *NodeReport) Reset() {
 	*x = NodeReport{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[16]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1350,7 +1663,7 @@ func (x *NodeReport) String() string {
 func (*NodeReport) ProtoMessage() {}
 
 func (x *NodeReport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[16]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1363,7 +1676,7 @@ func (x *NodeReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReport.ProtoReflect.Descriptor instead.
 func (*NodeReport) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *NodeReport) GetSession() int64 {
@@ -1436,23 +1749,32 @@ func (x *NodeReport) GetEvents() []*portolanv1.Event {
 	return nil
 }
 
+func (x *NodeReport) GetRemovedVolumes() []string {
+	if x != nil {
+		return x.RemovedVolumes
+	}
+	return nil
+}
+
 type AllocationStatus struct {
-	state         protoimpl.MessageState       `protogen:"open.v1"`
-	Allocation    string                       `protobuf:"bytes,1,opt,name=allocation,proto3" json:"allocation,omitempty"`
-	Epoch         int64                        `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	State         portolanv1.ReplicaState      `protobuf:"varint,3,opt,name=state,proto3,enum=portolan.v1.ReplicaState" json:"state,omitempty"`
-	Ready         bool                         `protobuf:"varint,4,opt,name=ready,proto3" json:"ready,omitempty"`
-	Reason        *portolanv1.Reason           `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
-	Containers    []*portolanv1.ContainerState `protobuf:"bytes,6,rep,name=containers,proto3" json:"containers,omitempty"`
-	Timeline      *portolanv1.Timeline         `protobuf:"bytes,7,opt,name=timeline,proto3" json:"timeline,omitempty"`
-	Address       string                       `protobuf:"bytes,8,opt,name=address,proto3" json:"address,omitempty"`
+	state      protoimpl.MessageState       `protogen:"open.v1"`
+	Allocation string                       `protobuf:"bytes,1,opt,name=allocation,proto3" json:"allocation,omitempty"`
+	Epoch      int64                        `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	State      portolanv1.ReplicaState      `protobuf:"varint,3,opt,name=state,proto3,enum=portolan.v1.ReplicaState" json:"state,omitempty"`
+	Ready      bool                         `protobuf:"varint,4,opt,name=ready,proto3" json:"ready,omitempty"`
+	Reason     *portolanv1.Reason           `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	Containers []*portolanv1.ContainerState `protobuf:"bytes,6,rep,name=containers,proto3" json:"containers,omitempty"`
+	Timeline   *portolanv1.Timeline         `protobuf:"bytes,7,opt,name=timeline,proto3" json:"timeline,omitempty"`
+	Address    string                       `protobuf:"bytes,8,opt,name=address,proto3" json:"address,omitempty"`
+	// Absent while nothing is known.
+	Usage         *Usage `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AllocationStatus) Reset() {
 	*x = AllocationStatus{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[17]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1464,7 +1786,7 @@ func (x *AllocationStatus) String() string {
 func (*AllocationStatus) ProtoMessage() {}
 
 func (x *AllocationStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[17]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1477,7 +1799,7 @@ func (x *AllocationStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AllocationStatus.ProtoReflect.Descriptor instead.
 func (*AllocationStatus) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AllocationStatus) GetAllocation() string {
@@ -1536,6 +1858,93 @@ func (x *AllocationStatus) GetAddress() string {
 	return ""
 }
 
+func (x *AllocationStatus) GetUsage() *Usage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+// Usage is what a replica uses, its proxy apart.
+type Usage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// Mean over the last period, in thousandths of a core.
+	CpuMilli    int64 `protobuf:"varint,2,opt,name=cpu_milli,json=cpuMilli,proto3" json:"cpu_milli,omitempty"`
+	MemoryBytes int64 `protobuf:"varint,3,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	// At its proxy; absent when it has none or it does not answer.
+	RequestsPerSecond *float64 `protobuf:"fixed64,4,opt,name=requests_per_second,json=requestsPerSecond,proto3,oneof" json:"requests_per_second,omitempty"`
+	// Gauges that its spec's autoscale names.
+	Custom        map[string]float64 `protobuf:"bytes,5,rep,name=custom,proto3" json:"custom,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Usage) Reset() {
+	*x = Usage{}
+	mi := &file_portolan_node_v1_node_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Usage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Usage) ProtoMessage() {}
+
+func (x *Usage) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_node_v1_node_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Usage.ProtoReflect.Descriptor instead.
+func (*Usage) Descriptor() ([]byte, []int) {
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Usage) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Usage) GetCpuMilli() int64 {
+	if x != nil {
+		return x.CpuMilli
+	}
+	return 0
+}
+
+func (x *Usage) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *Usage) GetRequestsPerSecond() float64 {
+	if x != nil && x.RequestsPerSecond != nil {
+		return *x.RequestsPerSecond
+	}
+	return 0
+}
+
+func (x *Usage) GetCustom() map[string]float64 {
+	if x != nil {
+		return x.Custom
+	}
+	return nil
+}
+
 type ProxyStatus struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Allocation string                 `protobuf:"bytes,1,opt,name=allocation,proto3" json:"allocation,omitempty"`
@@ -1548,7 +1957,7 @@ type ProxyStatus struct {
 
 func (x *ProxyStatus) Reset() {
 	*x = ProxyStatus{}
-	mi := &file_portolan_node_v1_node_proto_msgTypes[18]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1560,7 +1969,7 @@ func (x *ProxyStatus) String() string {
 func (*ProxyStatus) ProtoMessage() {}
 
 func (x *ProxyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_node_v1_node_proto_msgTypes[18]
+	mi := &file_portolan_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1573,7 +1982,7 @@ func (x *ProxyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyStatus.ProtoReflect.Descriptor instead.
 func (*ProxyStatus) Descriptor() ([]byte, []int) {
-	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_portolan_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ProxyStatus) GetAllocation() string {
@@ -1601,16 +2010,33 @@ var File_portolan_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1bportolan/node/v1/node.proto\x12\x10portolan.node.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/v1/resources.proto\x1a\x1aportolan/v1/services.proto\x1a\x17portolan/v1/types.proto\"\x8d\x02\n" +
+	"\x1bportolan/node/v1/node.proto\x12\x10portolan.node.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/v1/resources.proto\x1a\x1aportolan/v1/services.proto\x1a\x17portolan/v1/types.proto\"\xfe\x02\n" +
 	"\tNodeFacts\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x1b\n" +
 	"\tcpu_milli\x18\x02 \x01(\x03R\bcpuMilli\x12!\n" +
 	"\fmemory_bytes\x18\x03 \x01(\x03R\vmemoryBytes\x12?\n" +
 	"\x06labels\x18\x04 \x03(\v2'.portolan.node.v1.NodeFacts.LabelsEntryR\x06labels\x12*\n" +
-	"\x06taints\x18\x05 \x03(\v2\x12.portolan.v1.TaintR\x06taints\x1a9\n" +
+	"\x06taints\x18\x05 \x03(\v2\x12.portolan.v1.TaintR\x06taints\x12#\n" +
+	"\rstorage_bytes\x18\x06 \x01(\x03R\fstorageBytes\x122\n" +
+	"\adevices\x18\a \x03(\v2\x18.portolan.node.v1.DeviceR\adevices\x12\x16\n" +
+	"\x06images\x18\b \x03(\tR\x06images\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"|\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\\\n" +
+	"\x06Device\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05model\x18\x02 \x01(\tR\x05model\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x05R\x05index\x12\x12\n" +
+	"\x04path\x18\x04 \x01(\tR\x04path\"M\n" +
+	"\vDeviceShare\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x05R\x05index\x12\x14\n" +
+	"\x05milli\x18\x03 \x01(\x05R\x05milli\"[\n" +
+	"\x0eAssignedVolume\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"|\n" +
 	"\vJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x10\n" +
@@ -1635,7 +2061,7 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\"D\n" +
 	"\x14SignWorkloadResponse\x12\x14\n" +
 	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x16\n" +
-	"\x06bundle\x18\x02 \x01(\fR\x06bundle\"\xf2\x04\n" +
+	"\x06bundle\x18\x02 \x01(\fR\x06bundle\"\xbc\x05\n" +
 	"\tDirective\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12>\n" +
 	"\n" +
@@ -1650,7 +2076,8 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\x04peer\x18\t \x01(\v2\x1a.portolan.node.v1.NodePeerH\x00R\x04peer\x126\n" +
 	"\x06config\x18\n" +
 	" \x01(\v2\x1c.portolan.node.v1.NodeConfigH\x00R\x06config\x12;\n" +
-	"\twatermark\x18\v \x01(\v2\x1b.portolan.node.v1.WatermarkH\x00R\twatermarkB\x06\n" +
+	"\twatermark\x18\v \x01(\v2\x1b.portolan.node.v1.WatermarkH\x00R\twatermark\x12H\n" +
+	"\x0evolume_removal\x18\f \x01(\v2\x1f.portolan.node.v1.VolumeRemovalH\x00R\rvolumeRemovalB\x06\n" +
 	"\x04body\"G\n" +
 	"\tWatermark\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x1e\n" +
@@ -1669,7 +2096,7 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\bNodePeer\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12!\n" +
-	"\freplica_cidr\x18\x03 \x01(\tR\vreplicaCidr\"\xfd\x02\n" +
+	"\freplica_cidr\x18\x03 \x01(\tR\vreplicaCidr\"\x88\x04\n" +
 	"\n" +
 	"Assignment\x12\x1e\n" +
 	"\n" +
@@ -1687,7 +2114,12 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\n" +
 	"at_cluster\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\tatCluster\x120\n" +
-	"\x05bound\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x05bound\"\xc6\x01\n" +
+	"\x05bound\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x05bound\x12\x14\n" +
+	"\x05index\x18\f \x01(\x05R\x05index\x12:\n" +
+	"\avolumes\x18\r \x03(\v2 .portolan.node.v1.AssignedVolumeR\avolumes\x127\n" +
+	"\adevices\x18\x0e \x03(\v2\x1d.portolan.node.v1.DeviceShareR\adevices\"'\n" +
+	"\rVolumeRemoval\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\"\xc6\x01\n" +
 	"\vMeshService\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x12\x1a\n" +
@@ -1713,7 +2145,7 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\tMeshRoute\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x14\n" +
 	"\x05route\x18\x02 \x01(\tR\x05route\x12*\n" +
-	"\x04spec\x18\x03 \x01(\v2\x16.portolan.v1.RouteSpecR\x04spec\"\xae\x03\n" +
+	"\x04spec\x18\x03 \x01(\v2\x16.portolan.v1.RouteSpecR\x04spec\"\xd7\x03\n" +
 	"\n" +
 	"NodeReport\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x03R\asession\x12\x1a\n" +
@@ -1726,7 +2158,8 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\aproxies\x18\b \x03(\v2\x1d.portolan.node.v1.ProxyStatusR\aproxies\x12'\n" +
 	"\x0fremoved_proxies\x18\t \x03(\tR\x0eremovedProxies\x12*\n" +
 	"\x06events\x18\n" +
-	" \x03(\v2\x12.portolan.v1.EventR\x06events\"\xc6\x02\n" +
+	" \x03(\v2\x12.portolan.v1.EventR\x06events\x12'\n" +
+	"\x0fremoved_volumes\x18\v \x03(\tR\x0eremovedVolumes\"\xf5\x02\n" +
 	"\x10AllocationStatus\x12\x1e\n" +
 	"\n" +
 	"allocation\x18\x01 \x01(\tR\n" +
@@ -1739,7 +2172,18 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"containers\x18\x06 \x03(\v2\x1b.portolan.v1.ContainerStateR\n" +
 	"containers\x121\n" +
 	"\btimeline\x18\a \x01(\v2\x15.portolan.v1.TimelineR\btimeline\x12\x18\n" +
-	"\aaddress\x18\b \x01(\tR\aaddress\"\x92\x01\n" +
+	"\aaddress\x18\b \x01(\tR\aaddress\x12-\n" +
+	"\x05usage\x18\t \x01(\v2\x17.portolan.node.v1.UsageR\x05usage\"\xbc\x02\n" +
+	"\x05Usage\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1b\n" +
+	"\tcpu_milli\x18\x02 \x01(\x03R\bcpuMilli\x12!\n" +
+	"\fmemory_bytes\x18\x03 \x01(\x03R\vmemoryBytes\x123\n" +
+	"\x13requests_per_second\x18\x04 \x01(\x01H\x00R\x11requestsPerSecond\x88\x01\x01\x12;\n" +
+	"\x06custom\x18\x05 \x03(\v2#.portolan.node.v1.Usage.CustomEntryR\x06custom\x1a9\n" +
+	"\vCustomEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01B\x16\n" +
+	"\x14_requests_per_second\"\x92\x01\n" +
 	"\vProxyStatus\x12\x1e\n" +
 	"\n" +
 	"allocation\x18\x01 \x01(\tR\n" +
@@ -1765,93 +2209,106 @@ func file_portolan_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_portolan_node_v1_node_proto_rawDescData
 }
 
-var file_portolan_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_portolan_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_portolan_node_v1_node_proto_goTypes = []any{
 	(*NodeFacts)(nil),                 // 0: portolan.node.v1.NodeFacts
-	(*JoinRequest)(nil),               // 1: portolan.node.v1.JoinRequest
-	(*JoinResponse)(nil),              // 2: portolan.node.v1.JoinResponse
-	(*RenewRequest)(nil),              // 3: portolan.node.v1.RenewRequest
-	(*RenewResponse)(nil),             // 4: portolan.node.v1.RenewResponse
-	(*SignWorkloadRequest)(nil),       // 5: portolan.node.v1.SignWorkloadRequest
-	(*SignWorkloadResponse)(nil),      // 6: portolan.node.v1.SignWorkloadResponse
-	(*Directive)(nil),                 // 7: portolan.node.v1.Directive
-	(*Watermark)(nil),                 // 8: portolan.node.v1.Watermark
-	(*NodeConfig)(nil),                // 9: portolan.node.v1.NodeConfig
-	(*NodePeer)(nil),                  // 10: portolan.node.v1.NodePeer
-	(*Assignment)(nil),                // 11: portolan.node.v1.Assignment
-	(*MeshService)(nil),               // 12: portolan.node.v1.MeshService
-	(*MeshEndpoints)(nil),             // 13: portolan.node.v1.MeshEndpoints
-	(*Endpoint)(nil),                  // 14: portolan.node.v1.Endpoint
-	(*MeshRoute)(nil),                 // 15: portolan.node.v1.MeshRoute
-	(*NodeReport)(nil),                // 16: portolan.node.v1.NodeReport
-	(*AllocationStatus)(nil),          // 17: portolan.node.v1.AllocationStatus
-	(*ProxyStatus)(nil),               // 18: portolan.node.v1.ProxyStatus
-	nil,                               // 19: portolan.node.v1.NodeFacts.LabelsEntry
-	(*portolanv1.Taint)(nil),          // 20: portolan.v1.Taint
-	(*linkv1.PolicyIntent)(nil),       // 21: portolan.link.v1.PolicyIntent
-	(*linkv1.TrustBundle)(nil),        // 22: portolan.link.v1.TrustBundle
-	(*linkv1.PeerPermit)(nil),         // 23: portolan.link.v1.PeerPermit
-	(*portolanv1.WorkloadSpec)(nil),   // 24: portolan.v1.WorkloadSpec
-	(*timestamppb.Timestamp)(nil),     // 25: google.protobuf.Timestamp
-	(*portolanv1.ServicePort)(nil),    // 26: portolan.v1.ServicePort
-	(*linkv1.ServiceExport)(nil),      // 27: portolan.link.v1.ServiceExport
-	(*portolanv1.RouteSpec)(nil),      // 28: portolan.v1.RouteSpec
-	(*portolanv1.Event)(nil),          // 29: portolan.v1.Event
-	(portolanv1.ReplicaState)(0),      // 30: portolan.v1.ReplicaState
-	(*portolanv1.Reason)(nil),         // 31: portolan.v1.Reason
-	(*portolanv1.ContainerState)(nil), // 32: portolan.v1.ContainerState
-	(*portolanv1.Timeline)(nil),       // 33: portolan.v1.Timeline
-	(*linkv1.Nack)(nil),               // 34: portolan.link.v1.Nack
-	(*linkv1.Chunk)(nil),              // 35: portolan.link.v1.Chunk
-	(*linkv1.ReportAck)(nil),          // 36: portolan.link.v1.ReportAck
+	(*Device)(nil),                    // 1: portolan.node.v1.Device
+	(*DeviceShare)(nil),               // 2: portolan.node.v1.DeviceShare
+	(*AssignedVolume)(nil),            // 3: portolan.node.v1.AssignedVolume
+	(*JoinRequest)(nil),               // 4: portolan.node.v1.JoinRequest
+	(*JoinResponse)(nil),              // 5: portolan.node.v1.JoinResponse
+	(*RenewRequest)(nil),              // 6: portolan.node.v1.RenewRequest
+	(*RenewResponse)(nil),             // 7: portolan.node.v1.RenewResponse
+	(*SignWorkloadRequest)(nil),       // 8: portolan.node.v1.SignWorkloadRequest
+	(*SignWorkloadResponse)(nil),      // 9: portolan.node.v1.SignWorkloadResponse
+	(*Directive)(nil),                 // 10: portolan.node.v1.Directive
+	(*Watermark)(nil),                 // 11: portolan.node.v1.Watermark
+	(*NodeConfig)(nil),                // 12: portolan.node.v1.NodeConfig
+	(*NodePeer)(nil),                  // 13: portolan.node.v1.NodePeer
+	(*Assignment)(nil),                // 14: portolan.node.v1.Assignment
+	(*VolumeRemoval)(nil),             // 15: portolan.node.v1.VolumeRemoval
+	(*MeshService)(nil),               // 16: portolan.node.v1.MeshService
+	(*MeshEndpoints)(nil),             // 17: portolan.node.v1.MeshEndpoints
+	(*Endpoint)(nil),                  // 18: portolan.node.v1.Endpoint
+	(*MeshRoute)(nil),                 // 19: portolan.node.v1.MeshRoute
+	(*NodeReport)(nil),                // 20: portolan.node.v1.NodeReport
+	(*AllocationStatus)(nil),          // 21: portolan.node.v1.AllocationStatus
+	(*Usage)(nil),                     // 22: portolan.node.v1.Usage
+	(*ProxyStatus)(nil),               // 23: portolan.node.v1.ProxyStatus
+	nil,                               // 24: portolan.node.v1.NodeFacts.LabelsEntry
+	nil,                               // 25: portolan.node.v1.Usage.CustomEntry
+	(*portolanv1.Taint)(nil),          // 26: portolan.v1.Taint
+	(*linkv1.PolicyIntent)(nil),       // 27: portolan.link.v1.PolicyIntent
+	(*linkv1.TrustBundle)(nil),        // 28: portolan.link.v1.TrustBundle
+	(*linkv1.PeerPermit)(nil),         // 29: portolan.link.v1.PeerPermit
+	(*portolanv1.WorkloadSpec)(nil),   // 30: portolan.v1.WorkloadSpec
+	(*timestamppb.Timestamp)(nil),     // 31: google.protobuf.Timestamp
+	(*portolanv1.ServicePort)(nil),    // 32: portolan.v1.ServicePort
+	(*linkv1.ServiceExport)(nil),      // 33: portolan.link.v1.ServiceExport
+	(*portolanv1.RouteSpec)(nil),      // 34: portolan.v1.RouteSpec
+	(*portolanv1.Event)(nil),          // 35: portolan.v1.Event
+	(portolanv1.ReplicaState)(0),      // 36: portolan.v1.ReplicaState
+	(*portolanv1.Reason)(nil),         // 37: portolan.v1.Reason
+	(*portolanv1.ContainerState)(nil), // 38: portolan.v1.ContainerState
+	(*portolanv1.Timeline)(nil),       // 39: portolan.v1.Timeline
+	(*linkv1.Nack)(nil),               // 40: portolan.link.v1.Nack
+	(*linkv1.Chunk)(nil),              // 41: portolan.link.v1.Chunk
+	(*linkv1.ReportAck)(nil),          // 42: portolan.link.v1.ReportAck
 }
 var file_portolan_node_v1_node_proto_depIdxs = []int32{
-	19, // 0: portolan.node.v1.NodeFacts.labels:type_name -> portolan.node.v1.NodeFacts.LabelsEntry
-	20, // 1: portolan.node.v1.NodeFacts.taints:type_name -> portolan.v1.Taint
-	0,  // 2: portolan.node.v1.JoinRequest.facts:type_name -> portolan.node.v1.NodeFacts
-	11, // 3: portolan.node.v1.Directive.assignment:type_name -> portolan.node.v1.Assignment
-	12, // 4: portolan.node.v1.Directive.service:type_name -> portolan.node.v1.MeshService
-	13, // 5: portolan.node.v1.Directive.endpoints:type_name -> portolan.node.v1.MeshEndpoints
-	15, // 6: portolan.node.v1.Directive.route:type_name -> portolan.node.v1.MeshRoute
-	21, // 7: portolan.node.v1.Directive.policy:type_name -> portolan.link.v1.PolicyIntent
-	22, // 8: portolan.node.v1.Directive.bundle:type_name -> portolan.link.v1.TrustBundle
-	23, // 9: portolan.node.v1.Directive.permit:type_name -> portolan.link.v1.PeerPermit
-	10, // 10: portolan.node.v1.Directive.peer:type_name -> portolan.node.v1.NodePeer
-	9,  // 11: portolan.node.v1.Directive.config:type_name -> portolan.node.v1.NodeConfig
-	8,  // 12: portolan.node.v1.Directive.watermark:type_name -> portolan.node.v1.Watermark
-	24, // 13: portolan.node.v1.Assignment.spec:type_name -> portolan.v1.WorkloadSpec
-	25, // 14: portolan.node.v1.Assignment.at_cluster:type_name -> google.protobuf.Timestamp
-	25, // 15: portolan.node.v1.Assignment.bound:type_name -> google.protobuf.Timestamp
-	26, // 16: portolan.node.v1.MeshService.ports:type_name -> portolan.v1.ServicePort
-	14, // 17: portolan.node.v1.MeshEndpoints.endpoints:type_name -> portolan.node.v1.Endpoint
-	27, // 18: portolan.node.v1.MeshEndpoints.remote:type_name -> portolan.link.v1.ServiceExport
-	28, // 19: portolan.node.v1.MeshRoute.spec:type_name -> portolan.v1.RouteSpec
-	17, // 20: portolan.node.v1.NodeReport.allocations:type_name -> portolan.node.v1.AllocationStatus
-	0,  // 21: portolan.node.v1.NodeReport.facts:type_name -> portolan.node.v1.NodeFacts
-	8,  // 22: portolan.node.v1.NodeReport.applied:type_name -> portolan.node.v1.Watermark
-	18, // 23: portolan.node.v1.NodeReport.proxies:type_name -> portolan.node.v1.ProxyStatus
-	29, // 24: portolan.node.v1.NodeReport.events:type_name -> portolan.v1.Event
-	30, // 25: portolan.node.v1.AllocationStatus.state:type_name -> portolan.v1.ReplicaState
-	31, // 26: portolan.node.v1.AllocationStatus.reason:type_name -> portolan.v1.Reason
-	32, // 27: portolan.node.v1.AllocationStatus.containers:type_name -> portolan.v1.ContainerState
-	33, // 28: portolan.node.v1.AllocationStatus.timeline:type_name -> portolan.v1.Timeline
-	8,  // 29: portolan.node.v1.ProxyStatus.applied:type_name -> portolan.node.v1.Watermark
-	34, // 30: portolan.node.v1.ProxyStatus.nacks:type_name -> portolan.link.v1.Nack
-	1,  // 31: portolan.node.v1.NodeService.Join:input_type -> portolan.node.v1.JoinRequest
-	3,  // 32: portolan.node.v1.NodeService.Renew:input_type -> portolan.node.v1.RenewRequest
-	5,  // 33: portolan.node.v1.NodeService.SignWorkload:input_type -> portolan.node.v1.SignWorkloadRequest
-	16, // 34: portolan.node.v1.NodeService.Report:input_type -> portolan.node.v1.NodeReport
-	35, // 35: portolan.node.v1.NodeService.Tunnel:input_type -> portolan.link.v1.Chunk
-	2,  // 36: portolan.node.v1.NodeService.Join:output_type -> portolan.node.v1.JoinResponse
-	4,  // 37: portolan.node.v1.NodeService.Renew:output_type -> portolan.node.v1.RenewResponse
-	6,  // 38: portolan.node.v1.NodeService.SignWorkload:output_type -> portolan.node.v1.SignWorkloadResponse
-	36, // 39: portolan.node.v1.NodeService.Report:output_type -> portolan.link.v1.ReportAck
-	35, // 40: portolan.node.v1.NodeService.Tunnel:output_type -> portolan.link.v1.Chunk
-	36, // [36:41] is the sub-list for method output_type
-	31, // [31:36] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	24, // 0: portolan.node.v1.NodeFacts.labels:type_name -> portolan.node.v1.NodeFacts.LabelsEntry
+	26, // 1: portolan.node.v1.NodeFacts.taints:type_name -> portolan.v1.Taint
+	1,  // 2: portolan.node.v1.NodeFacts.devices:type_name -> portolan.node.v1.Device
+	0,  // 3: portolan.node.v1.JoinRequest.facts:type_name -> portolan.node.v1.NodeFacts
+	14, // 4: portolan.node.v1.Directive.assignment:type_name -> portolan.node.v1.Assignment
+	16, // 5: portolan.node.v1.Directive.service:type_name -> portolan.node.v1.MeshService
+	17, // 6: portolan.node.v1.Directive.endpoints:type_name -> portolan.node.v1.MeshEndpoints
+	19, // 7: portolan.node.v1.Directive.route:type_name -> portolan.node.v1.MeshRoute
+	27, // 8: portolan.node.v1.Directive.policy:type_name -> portolan.link.v1.PolicyIntent
+	28, // 9: portolan.node.v1.Directive.bundle:type_name -> portolan.link.v1.TrustBundle
+	29, // 10: portolan.node.v1.Directive.permit:type_name -> portolan.link.v1.PeerPermit
+	13, // 11: portolan.node.v1.Directive.peer:type_name -> portolan.node.v1.NodePeer
+	12, // 12: portolan.node.v1.Directive.config:type_name -> portolan.node.v1.NodeConfig
+	11, // 13: portolan.node.v1.Directive.watermark:type_name -> portolan.node.v1.Watermark
+	15, // 14: portolan.node.v1.Directive.volume_removal:type_name -> portolan.node.v1.VolumeRemoval
+	30, // 15: portolan.node.v1.Assignment.spec:type_name -> portolan.v1.WorkloadSpec
+	31, // 16: portolan.node.v1.Assignment.at_cluster:type_name -> google.protobuf.Timestamp
+	31, // 17: portolan.node.v1.Assignment.bound:type_name -> google.protobuf.Timestamp
+	3,  // 18: portolan.node.v1.Assignment.volumes:type_name -> portolan.node.v1.AssignedVolume
+	2,  // 19: portolan.node.v1.Assignment.devices:type_name -> portolan.node.v1.DeviceShare
+	32, // 20: portolan.node.v1.MeshService.ports:type_name -> portolan.v1.ServicePort
+	18, // 21: portolan.node.v1.MeshEndpoints.endpoints:type_name -> portolan.node.v1.Endpoint
+	33, // 22: portolan.node.v1.MeshEndpoints.remote:type_name -> portolan.link.v1.ServiceExport
+	34, // 23: portolan.node.v1.MeshRoute.spec:type_name -> portolan.v1.RouteSpec
+	21, // 24: portolan.node.v1.NodeReport.allocations:type_name -> portolan.node.v1.AllocationStatus
+	0,  // 25: portolan.node.v1.NodeReport.facts:type_name -> portolan.node.v1.NodeFacts
+	11, // 26: portolan.node.v1.NodeReport.applied:type_name -> portolan.node.v1.Watermark
+	23, // 27: portolan.node.v1.NodeReport.proxies:type_name -> portolan.node.v1.ProxyStatus
+	35, // 28: portolan.node.v1.NodeReport.events:type_name -> portolan.v1.Event
+	36, // 29: portolan.node.v1.AllocationStatus.state:type_name -> portolan.v1.ReplicaState
+	37, // 30: portolan.node.v1.AllocationStatus.reason:type_name -> portolan.v1.Reason
+	38, // 31: portolan.node.v1.AllocationStatus.containers:type_name -> portolan.v1.ContainerState
+	39, // 32: portolan.node.v1.AllocationStatus.timeline:type_name -> portolan.v1.Timeline
+	22, // 33: portolan.node.v1.AllocationStatus.usage:type_name -> portolan.node.v1.Usage
+	31, // 34: portolan.node.v1.Usage.time:type_name -> google.protobuf.Timestamp
+	25, // 35: portolan.node.v1.Usage.custom:type_name -> portolan.node.v1.Usage.CustomEntry
+	11, // 36: portolan.node.v1.ProxyStatus.applied:type_name -> portolan.node.v1.Watermark
+	40, // 37: portolan.node.v1.ProxyStatus.nacks:type_name -> portolan.link.v1.Nack
+	4,  // 38: portolan.node.v1.NodeService.Join:input_type -> portolan.node.v1.JoinRequest
+	6,  // 39: portolan.node.v1.NodeService.Renew:input_type -> portolan.node.v1.RenewRequest
+	8,  // 40: portolan.node.v1.NodeService.SignWorkload:input_type -> portolan.node.v1.SignWorkloadRequest
+	20, // 41: portolan.node.v1.NodeService.Report:input_type -> portolan.node.v1.NodeReport
+	41, // 42: portolan.node.v1.NodeService.Tunnel:input_type -> portolan.link.v1.Chunk
+	5,  // 43: portolan.node.v1.NodeService.Join:output_type -> portolan.node.v1.JoinResponse
+	7,  // 44: portolan.node.v1.NodeService.Renew:output_type -> portolan.node.v1.RenewResponse
+	9,  // 45: portolan.node.v1.NodeService.SignWorkload:output_type -> portolan.node.v1.SignWorkloadResponse
+	42, // 46: portolan.node.v1.NodeService.Report:output_type -> portolan.link.v1.ReportAck
+	41, // 47: portolan.node.v1.NodeService.Tunnel:output_type -> portolan.link.v1.Chunk
+	43, // [43:48] is the sub-list for method output_type
+	38, // [38:43] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_portolan_node_v1_node_proto_init() }
@@ -1859,7 +2316,7 @@ func file_portolan_node_v1_node_proto_init() {
 	if File_portolan_node_v1_node_proto != nil {
 		return
 	}
-	file_portolan_node_v1_node_proto_msgTypes[7].OneofWrappers = []any{
+	file_portolan_node_v1_node_proto_msgTypes[10].OneofWrappers = []any{
 		(*Directive_Assignment)(nil),
 		(*Directive_Service)(nil),
 		(*Directive_Endpoints)(nil),
@@ -1870,14 +2327,16 @@ func file_portolan_node_v1_node_proto_init() {
 		(*Directive_Peer)(nil),
 		(*Directive_Config)(nil),
 		(*Directive_Watermark)(nil),
+		(*Directive_VolumeRemoval)(nil),
 	}
+	file_portolan_node_v1_node_proto_msgTypes[22].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_node_v1_node_proto_rawDesc), len(file_portolan_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

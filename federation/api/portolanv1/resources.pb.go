@@ -77,6 +77,66 @@ func (ClusterState) EnumDescriptor() ([]byte, []int) {
 	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{0}
 }
 
+type RolloutState int32
+
+const (
+	RolloutState_ROLLOUT_STATE_UNSPECIFIED RolloutState = 0
+	RolloutState_ROLLOUT_STATE_PROGRESSING RolloutState = 1
+	// Blue-green: the new revision is whole and waits for the switch.
+	RolloutState_ROLLOUT_STATE_WAITING  RolloutState = 2
+	RolloutState_ROLLOUT_STATE_COMPLETE RolloutState = 3
+	// Halted, with nothing to go back to, or told not to.
+	RolloutState_ROLLOUT_STATE_HALTED      RolloutState = 4
+	RolloutState_ROLLOUT_STATE_ROLLED_BACK RolloutState = 5
+)
+
+// Enum value maps for RolloutState.
+var (
+	RolloutState_name = map[int32]string{
+		0: "ROLLOUT_STATE_UNSPECIFIED",
+		1: "ROLLOUT_STATE_PROGRESSING",
+		2: "ROLLOUT_STATE_WAITING",
+		3: "ROLLOUT_STATE_COMPLETE",
+		4: "ROLLOUT_STATE_HALTED",
+		5: "ROLLOUT_STATE_ROLLED_BACK",
+	}
+	RolloutState_value = map[string]int32{
+		"ROLLOUT_STATE_UNSPECIFIED": 0,
+		"ROLLOUT_STATE_PROGRESSING": 1,
+		"ROLLOUT_STATE_WAITING":     2,
+		"ROLLOUT_STATE_COMPLETE":    3,
+		"ROLLOUT_STATE_HALTED":      4,
+		"ROLLOUT_STATE_ROLLED_BACK": 5,
+	}
+)
+
+func (x RolloutState) Enum() *RolloutState {
+	p := new(RolloutState)
+	*p = x
+	return p
+}
+
+func (x RolloutState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RolloutState) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_resources_proto_enumTypes[1].Descriptor()
+}
+
+func (RolloutState) Type() protoreflect.EnumType {
+	return &file_portolan_v1_resources_proto_enumTypes[1]
+}
+
+func (x RolloutState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RolloutState.Descriptor instead.
+func (RolloutState) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{1}
+}
+
 type Role int32
 
 const (
@@ -110,11 +170,11 @@ func (x Role) String() string {
 }
 
 func (Role) Descriptor() protoreflect.EnumDescriptor {
-	return file_portolan_v1_resources_proto_enumTypes[1].Descriptor()
+	return file_portolan_v1_resources_proto_enumTypes[2].Descriptor()
 }
 
 func (Role) Type() protoreflect.EnumType {
-	return &file_portolan_v1_resources_proto_enumTypes[1]
+	return &file_portolan_v1_resources_proto_enumTypes[2]
 }
 
 func (x Role) Number() protoreflect.EnumNumber {
@@ -123,7 +183,7 @@ func (x Role) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Role.Descriptor instead.
 func (Role) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{1}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{2}
 }
 
 type AuditDecision int32
@@ -159,11 +219,11 @@ func (x AuditDecision) String() string {
 }
 
 func (AuditDecision) Descriptor() protoreflect.EnumDescriptor {
-	return file_portolan_v1_resources_proto_enumTypes[2].Descriptor()
+	return file_portolan_v1_resources_proto_enumTypes[3].Descriptor()
 }
 
 func (AuditDecision) Type() protoreflect.EnumType {
-	return &file_portolan_v1_resources_proto_enumTypes[2]
+	return &file_portolan_v1_resources_proto_enumTypes[3]
 }
 
 func (x AuditDecision) Number() protoreflect.EnumNumber {
@@ -172,7 +232,7 @@ func (x AuditDecision) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AuditDecision.Descriptor instead.
 func (AuditDecision) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{2}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{3}
 }
 
 // Tenant. Written by federation/server, read by everyone. Name tenants/{tenant}.
@@ -299,8 +359,12 @@ type TenantSpec struct {
 	AllowedRegions []string `protobuf:"bytes,2,rep,name=allowed_regions,json=allowedRegions,proto3" json:"allowed_regions,omitempty"`
 	// Suffixes under which ingress host names may be taken ("shop.localhost").
 	IngressSuffixes []string `protobuf:"bytes,3,rep,name=ingress_suffixes,json=ingressSuffixes,proto3" json:"ingress_suffixes,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Highest priority that its workloads may have; 100 when absent.
+	MaxPriority *int32 `protobuf:"varint,4,opt,name=max_priority,json=maxPriority,proto3,oneof" json:"max_priority,omitempty"`
+	// Its share where tenants compete, in proportion to the others'; 1 when absent.
+	Weight        int32 `protobuf:"varint,5,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TenantSpec) Reset() {
@@ -352,6 +416,20 @@ func (x *TenantSpec) GetIngressSuffixes() []string {
 		return x.IngressSuffixes
 	}
 	return nil
+}
+
+func (x *TenantSpec) GetMaxPriority() int32 {
+	if x != nil && x.MaxPriority != nil {
+		return *x.MaxPriority
+	}
+	return 0
+}
+
+func (x *TenantSpec) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
 }
 
 type TenantStatus struct {
@@ -526,7 +604,13 @@ type ClusterSpec struct {
 	CpuCoreHourMicros   int64 `protobuf:"varint,5,opt,name=cpu_core_hour_micros,json=cpuCoreHourMicros,proto3" json:"cpu_core_hour_micros,omitempty"`
 	MemoryGibHourMicros int64 `protobuf:"varint,6,opt,name=memory_gib_hour_micros,json=memoryGibHourMicros,proto3" json:"memory_gib_hour_micros,omitempty"`
 	// Nothing new is placed here.
-	Cordoned      bool `protobuf:"varint,7,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	Cordoned bool `protobuf:"varint,7,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	// Kinds of nodes. A node's label "pool" says to which it belongs; one without
+	// belongs to "default", which need not be listed.
+	Pools []*NodePool `protobuf:"bytes,8,rep,name=pools,proto3" json:"pools,omitempty"`
+	// Measured round trip to callers in a region, in milliseconds.
+	RttMillis     map[string]int32 `protobuf:"bytes,9,rep,name=rtt_millis,json=rttMillis,proto3" json:"rtt_millis,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	Rebalance     *Rebalance       `protobuf:"bytes,10,opt,name=rebalance,proto3" json:"rebalance,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -610,6 +694,213 @@ func (x *ClusterSpec) GetCordoned() bool {
 	return false
 }
 
+func (x *ClusterSpec) GetPools() []*NodePool {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+func (x *ClusterSpec) GetRttMillis() map[string]int32 {
+	if x != nil {
+		return x.RttMillis
+	}
+	return nil
+}
+
+func (x *ClusterSpec) GetRebalance() *Rebalance {
+	if x != nil {
+		return x.Rebalance
+	}
+	return nil
+}
+
+// NodePool says how the nodes of one kind are used, and what they cost.
+type NodePool struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Scoring Scoring                `protobuf:"varint,2,opt,name=scoring,proto3,enum=portolan.v1.Scoring" json:"scoring,omitempty"`
+	// Percent of a node's CPU and memory that may be promised; 100 when 0.
+	CpuOvercommitPercent    int32 `protobuf:"varint,3,opt,name=cpu_overcommit_percent,json=cpuOvercommitPercent,proto3" json:"cpu_overcommit_percent,omitempty"`
+	MemoryOvercommitPercent int32 `protobuf:"varint,4,opt,name=memory_overcommit_percent,json=memoryOvercommitPercent,proto3" json:"memory_overcommit_percent,omitempty"`
+	// Of each node, for the system.
+	Reserved *ResourceList `protobuf:"bytes,5,opt,name=reserved,proto3" json:"reserved,omitempty"`
+	// Instead of the cluster's price, when any is given.
+	CpuCoreHourMicros   int64 `protobuf:"varint,6,opt,name=cpu_core_hour_micros,json=cpuCoreHourMicros,proto3" json:"cpu_core_hour_micros,omitempty"`
+	MemoryGibHourMicros int64 `protobuf:"varint,7,opt,name=memory_gib_hour_micros,json=memoryGibHourMicros,proto3" json:"memory_gib_hour_micros,omitempty"`
+	// May be taken back by the provider at any time.
+	Spot bool `protobuf:"varint,8,opt,name=spot,proto3" json:"spot,omitempty"`
+	// Bounds for growing it, and the size of one node; no growth when max_nodes is 0.
+	MinNodes      int32         `protobuf:"varint,9,opt,name=min_nodes,json=minNodes,proto3" json:"min_nodes,omitempty"`
+	MaxNodes      int32         `protobuf:"varint,10,opt,name=max_nodes,json=maxNodes,proto3" json:"max_nodes,omitempty"`
+	NodeSize      *ResourceList `protobuf:"bytes,11,opt,name=node_size,json=nodeSize,proto3" json:"node_size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodePool) Reset() {
+	*x = NodePool{}
+	mi := &file_portolan_v1_resources_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodePool) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodePool) ProtoMessage() {}
+
+func (x *NodePool) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_resources_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodePool.ProtoReflect.Descriptor instead.
+func (*NodePool) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *NodePool) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NodePool) GetScoring() Scoring {
+	if x != nil {
+		return x.Scoring
+	}
+	return Scoring_SCORING_UNSPECIFIED
+}
+
+func (x *NodePool) GetCpuOvercommitPercent() int32 {
+	if x != nil {
+		return x.CpuOvercommitPercent
+	}
+	return 0
+}
+
+func (x *NodePool) GetMemoryOvercommitPercent() int32 {
+	if x != nil {
+		return x.MemoryOvercommitPercent
+	}
+	return 0
+}
+
+func (x *NodePool) GetReserved() *ResourceList {
+	if x != nil {
+		return x.Reserved
+	}
+	return nil
+}
+
+func (x *NodePool) GetCpuCoreHourMicros() int64 {
+	if x != nil {
+		return x.CpuCoreHourMicros
+	}
+	return 0
+}
+
+func (x *NodePool) GetMemoryGibHourMicros() int64 {
+	if x != nil {
+		return x.MemoryGibHourMicros
+	}
+	return 0
+}
+
+func (x *NodePool) GetSpot() bool {
+	if x != nil {
+		return x.Spot
+	}
+	return false
+}
+
+func (x *NodePool) GetMinNodes() int32 {
+	if x != nil {
+		return x.MinNodes
+	}
+	return 0
+}
+
+func (x *NodePool) GetMaxNodes() int32 {
+	if x != nil {
+		return x.MaxNodes
+	}
+	return 0
+}
+
+func (x *NodePool) GetNodeSize() *ResourceList {
+	if x != nil {
+		return x.NodeSize
+	}
+	return nil
+}
+
+// Rebalance moves replicas to better nodes. Absent: never.
+type Rebalance struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Moves in any hour.
+	MaxMovesPerHour int32 `protobuf:"varint,1,opt,name=max_moves_per_hour,json=maxMovesPerHour,proto3" json:"max_moves_per_hour,omitempty"`
+	// Least gain, in percent of the pool's score, for which a replica is moved; 10
+	// when 0.
+	MinGainPercent int32 `protobuf:"varint,2,opt,name=min_gain_percent,json=minGainPercent,proto3" json:"min_gain_percent,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Rebalance) Reset() {
+	*x = Rebalance{}
+	mi := &file_portolan_v1_resources_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rebalance) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rebalance) ProtoMessage() {}
+
+func (x *Rebalance) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_resources_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rebalance.ProtoReflect.Descriptor instead.
+func (*Rebalance) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Rebalance) GetMaxMovesPerHour() int32 {
+	if x != nil {
+		return x.MaxMovesPerHour
+	}
+	return 0
+}
+
+func (x *Rebalance) GetMinGainPercent() int32 {
+	if x != nil {
+		return x.MinGainPercent
+	}
+	return 0
+}
+
 // ClusterStatus is a summary; single replicas never leave their cluster.
 type ClusterStatus struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
@@ -629,13 +920,15 @@ type ClusterStatus struct {
 	Conditions []*Condition `protobuf:"bytes,10,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	// host:port of ingress gateways, for people and load balancers.
 	IngressAddresses []string `protobuf:"bytes,11,rep,name=ingress_addresses,json=ingressAddresses,proto3" json:"ingress_addresses,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The same capacity by pool.
+	Pools         []*PoolStatus `protobuf:"bytes,12,rep,name=pools,proto3" json:"pools,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ClusterStatus) Reset() {
 	*x = ClusterStatus{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[5]
+	mi := &file_portolan_v1_resources_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -647,7 +940,7 @@ func (x *ClusterStatus) String() string {
 func (*ClusterStatus) ProtoMessage() {}
 
 func (x *ClusterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[5]
+	mi := &file_portolan_v1_resources_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -660,7 +953,7 @@ func (x *ClusterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatus.ProtoReflect.Descriptor instead.
 func (*ClusterStatus) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{5}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ClusterStatus) GetState() ClusterState {
@@ -740,6 +1033,141 @@ func (x *ClusterStatus) GetIngressAddresses() []string {
 	return nil
 }
 
+func (x *ClusterStatus) GetPools() []*PoolStatus {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+// PoolStatus is what the ready nodes of a pool can be promised.
+type PoolStatus struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Pool        string                 `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
+	CpuMilli    int64                  `protobuf:"varint,2,opt,name=cpu_milli,json=cpuMilli,proto3" json:"cpu_milli,omitempty"`
+	MemoryBytes int64                  `protobuf:"varint,3,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	Nodes       int32                  `protobuf:"varint,4,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	NodesReady  int32                  `protobuf:"varint,5,opt,name=nodes_ready,json=nodesReady,proto3" json:"nodes_ready,omitempty"`
+	Spot        bool                   `protobuf:"varint,6,opt,name=spot,proto3" json:"spot,omitempty"`
+	// Price in force, micro-units per core-hour and GiB-hour; 0: the cluster's.
+	CpuCoreHourMicros   int64 `protobuf:"varint,7,opt,name=cpu_core_hour_micros,json=cpuCoreHourMicros,proto3" json:"cpu_core_hour_micros,omitempty"`
+	MemoryGibHourMicros int64 `protobuf:"varint,8,opt,name=memory_gib_hour_micros,json=memoryGibHourMicros,proto3" json:"memory_gib_hour_micros,omitempty"`
+	// Devices by kind and model, "gpu/A100".
+	Devices map[string]int32 `protobuf:"bytes,9,rep,name=devices,proto3" json:"devices,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// How many nodes more or fewer the pool should have, and why; 0 when right.
+	WantedNodes   int32  `protobuf:"varint,10,opt,name=wanted_nodes,json=wantedNodes,proto3" json:"wanted_nodes,omitempty"`
+	WantedReason  string `protobuf:"bytes,11,opt,name=wanted_reason,json=wantedReason,proto3" json:"wanted_reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PoolStatus) Reset() {
+	*x = PoolStatus{}
+	mi := &file_portolan_v1_resources_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PoolStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PoolStatus) ProtoMessage() {}
+
+func (x *PoolStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_resources_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PoolStatus.ProtoReflect.Descriptor instead.
+func (*PoolStatus) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *PoolStatus) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+func (x *PoolStatus) GetCpuMilli() int64 {
+	if x != nil {
+		return x.CpuMilli
+	}
+	return 0
+}
+
+func (x *PoolStatus) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *PoolStatus) GetNodes() int32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
+func (x *PoolStatus) GetNodesReady() int32 {
+	if x != nil {
+		return x.NodesReady
+	}
+	return 0
+}
+
+func (x *PoolStatus) GetSpot() bool {
+	if x != nil {
+		return x.Spot
+	}
+	return false
+}
+
+func (x *PoolStatus) GetCpuCoreHourMicros() int64 {
+	if x != nil {
+		return x.CpuCoreHourMicros
+	}
+	return 0
+}
+
+func (x *PoolStatus) GetMemoryGibHourMicros() int64 {
+	if x != nil {
+		return x.MemoryGibHourMicros
+	}
+	return 0
+}
+
+func (x *PoolStatus) GetDevices() map[string]int32 {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+func (x *PoolStatus) GetWantedNodes() int32 {
+	if x != nil {
+		return x.WantedNodes
+	}
+	return 0
+}
+
+func (x *PoolStatus) GetWantedReason() string {
+	if x != nil {
+		return x.WantedReason
+	}
+	return ""
+}
+
 // Laggard is a consumer that has not applied a revision.
 type Laggard struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -754,7 +1182,7 @@ type Laggard struct {
 
 func (x *Laggard) Reset() {
 	*x = Laggard{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[6]
+	mi := &file_portolan_v1_resources_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -766,7 +1194,7 @@ func (x *Laggard) String() string {
 func (*Laggard) ProtoMessage() {}
 
 func (x *Laggard) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[6]
+	mi := &file_portolan_v1_resources_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -779,7 +1207,7 @@ func (x *Laggard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
 func (*Laggard) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{6}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Laggard) GetName() string {
@@ -823,7 +1251,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[7]
+	mi := &file_portolan_v1_resources_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -835,7 +1263,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[7]
+	mi := &file_portolan_v1_resources_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -848,7 +1276,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{7}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Workload) GetName() string {
@@ -932,14 +1360,15 @@ type WorkloadStatus struct {
 	ReadyReplicas   int32               `protobuf:"varint,6,opt,name=ready_replicas,json=readyReplicas,proto3" json:"ready_replicas,omitempty"`
 	Placements      []*PlacementSummary `protobuf:"bytes,7,rep,name=placements,proto3" json:"placements,omitempty"`
 	// Replicas that no cluster could take, and why in conditions.
-	UnplacedReplicas int32 `protobuf:"varint,8,opt,name=unplaced_replicas,json=unplacedReplicas,proto3" json:"unplaced_replicas,omitempty"`
+	UnplacedReplicas int32          `protobuf:"varint,8,opt,name=unplaced_replicas,json=unplacedReplicas,proto3" json:"unplaced_replicas,omitempty"`
+	Rollout          *RolloutStatus `protobuf:"bytes,9,opt,name=rollout,proto3" json:"rollout,omitempty"`
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *WorkloadStatus) Reset() {
 	*x = WorkloadStatus{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[8]
+	mi := &file_portolan_v1_resources_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -951,7 +1380,7 @@ func (x *WorkloadStatus) String() string {
 func (*WorkloadStatus) ProtoMessage() {}
 
 func (x *WorkloadStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[8]
+	mi := &file_portolan_v1_resources_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -964,7 +1393,7 @@ func (x *WorkloadStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStatus.ProtoReflect.Descriptor instead.
 func (*WorkloadStatus) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{8}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WorkloadStatus) GetObservedGeneration() int64 {
@@ -1023,6 +1452,100 @@ func (x *WorkloadStatus) GetUnplacedReplicas() int32 {
 	return 0
 }
 
+func (x *WorkloadStatus) GetRollout() *RolloutStatus {
+	if x != nil {
+		return x.Rollout
+	}
+	return nil
+}
+
+// RolloutStatus is how the change to the newest template goes, over the fleet.
+type RolloutStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	State RolloutState           `protobuf:"varint,1,opt,name=state,proto3,enum=portolan.v1.RolloutState" json:"state,omitempty"`
+	// Revision that the spec asks for, and the last one that was complete.
+	Target string `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	Stable string `protobuf:"bytes,3,opt,name=stable,proto3" json:"stable,omitempty"`
+	// Revision that serves; with an update of type rolling, all that run do.
+	Active        string                 `protobuf:"bytes,4,opt,name=active,proto3" json:"active,omitempty"`
+	Reason        *Reason                `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	StateTime     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=state_time,json=stateTime,proto3" json:"state_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutStatus) Reset() {
+	*x = RolloutStatus{}
+	mi := &file_portolan_v1_resources_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutStatus) ProtoMessage() {}
+
+func (x *RolloutStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_resources_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutStatus.ProtoReflect.Descriptor instead.
+func (*RolloutStatus) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RolloutStatus) GetState() RolloutState {
+	if x != nil {
+		return x.State
+	}
+	return RolloutState_ROLLOUT_STATE_UNSPECIFIED
+}
+
+func (x *RolloutStatus) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *RolloutStatus) GetStable() string {
+	if x != nil {
+		return x.Stable
+	}
+	return ""
+}
+
+func (x *RolloutStatus) GetActive() string {
+	if x != nil {
+		return x.Active
+	}
+	return ""
+}
+
+func (x *RolloutStatus) GetReason() *Reason {
+	if x != nil {
+		return x.Reason
+	}
+	return nil
+}
+
+func (x *RolloutStatus) GetStateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StateTime
+	}
+	return nil
+}
+
 type PlacementSummary struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
@@ -1034,7 +1557,7 @@ type PlacementSummary struct {
 
 func (x *PlacementSummary) Reset() {
 	*x = PlacementSummary{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[9]
+	mi := &file_portolan_v1_resources_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1046,7 +1569,7 @@ func (x *PlacementSummary) String() string {
 func (*PlacementSummary) ProtoMessage() {}
 
 func (x *PlacementSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[9]
+	mi := &file_portolan_v1_resources_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1059,7 +1582,7 @@ func (x *PlacementSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementSummary.ProtoReflect.Descriptor instead.
 func (*PlacementSummary) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{9}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PlacementSummary) GetCluster() string {
@@ -1088,13 +1611,16 @@ type RevisionReplicas struct {
 	Revision      string                 `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	Replicas      int32                  `protobuf:"varint,2,opt,name=replicas,proto3" json:"replicas,omitempty"`
 	ReadyReplicas int32                  `protobuf:"varint,3,opt,name=ready_replicas,json=readyReplicas,proto3" json:"ready_replicas,omitempty"`
+	// Within these the cluster scales by itself; both 0 when it does not.
+	MinReplicas   int32 `protobuf:"varint,4,opt,name=min_replicas,json=minReplicas,proto3" json:"min_replicas,omitempty"`
+	MaxReplicas   int32 `protobuf:"varint,5,opt,name=max_replicas,json=maxReplicas,proto3" json:"max_replicas,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RevisionReplicas) Reset() {
 	*x = RevisionReplicas{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[10]
+	mi := &file_portolan_v1_resources_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1632,7 @@ func (x *RevisionReplicas) String() string {
 func (*RevisionReplicas) ProtoMessage() {}
 
 func (x *RevisionReplicas) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[10]
+	mi := &file_portolan_v1_resources_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1645,7 @@ func (x *RevisionReplicas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevisionReplicas.ProtoReflect.Descriptor instead.
 func (*RevisionReplicas) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{10}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RevisionReplicas) GetRevision() string {
@@ -1139,6 +1665,20 @@ func (x *RevisionReplicas) GetReplicas() int32 {
 func (x *RevisionReplicas) GetReadyReplicas() int32 {
 	if x != nil {
 		return x.ReadyReplicas
+	}
+	return 0
+}
+
+func (x *RevisionReplicas) GetMinReplicas() int32 {
+	if x != nil {
+		return x.MinReplicas
+	}
+	return 0
+}
+
+func (x *RevisionReplicas) GetMaxReplicas() int32 {
+	if x != nil {
+		return x.MaxReplicas
 	}
 	return 0
 }
@@ -1164,7 +1704,7 @@ type WorkloadRevision struct {
 
 func (x *WorkloadRevision) Reset() {
 	*x = WorkloadRevision{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[11]
+	mi := &file_portolan_v1_resources_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1176,7 +1716,7 @@ func (x *WorkloadRevision) String() string {
 func (*WorkloadRevision) ProtoMessage() {}
 
 func (x *WorkloadRevision) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[11]
+	mi := &file_portolan_v1_resources_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1189,7 +1729,7 @@ func (x *WorkloadRevision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadRevision.ProtoReflect.Descriptor instead.
 func (*WorkloadRevision) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{11}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WorkloadRevision) GetName() string {
@@ -1274,7 +1814,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[12]
+	mi := &file_portolan_v1_resources_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1286,7 +1826,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[12]
+	mi := &file_portolan_v1_resources_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1299,7 +1839,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{12}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Service) GetName() string {
@@ -1385,7 +1925,7 @@ type ServiceStatus struct {
 
 func (x *ServiceStatus) Reset() {
 	*x = ServiceStatus{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[13]
+	mi := &file_portolan_v1_resources_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1397,7 +1937,7 @@ func (x *ServiceStatus) String() string {
 func (*ServiceStatus) ProtoMessage() {}
 
 func (x *ServiceStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[13]
+	mi := &file_portolan_v1_resources_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1410,7 +1950,7 @@ func (x *ServiceStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceStatus.ProtoReflect.Descriptor instead.
 func (*ServiceStatus) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{13}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ServiceStatus) GetVirtualIp() string {
@@ -1453,7 +1993,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[14]
+	mi := &file_portolan_v1_resources_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1465,7 +2005,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[14]
+	mi := &file_portolan_v1_resources_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1478,7 +2018,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{14}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Route) GetName() string {
@@ -1561,7 +2101,7 @@ type RouteStatus struct {
 
 func (x *RouteStatus) Reset() {
 	*x = RouteStatus{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[15]
+	mi := &file_portolan_v1_resources_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1573,7 +2113,7 @@ func (x *RouteStatus) String() string {
 func (*RouteStatus) ProtoMessage() {}
 
 func (x *RouteStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[15]
+	mi := &file_portolan_v1_resources_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1586,7 +2126,7 @@ func (x *RouteStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteStatus.ProtoReflect.Descriptor instead.
 func (*RouteStatus) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{15}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RouteStatus) GetConditions() []*Condition {
@@ -1617,7 +2157,7 @@ type PolicyBundle struct {
 
 func (x *PolicyBundle) Reset() {
 	*x = PolicyBundle{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[16]
+	mi := &file_portolan_v1_resources_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +2169,7 @@ func (x *PolicyBundle) String() string {
 func (*PolicyBundle) ProtoMessage() {}
 
 func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[16]
+	mi := &file_portolan_v1_resources_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +2182,7 @@ func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundle.ProtoReflect.Descriptor instead.
 func (*PolicyBundle) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{16}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PolicyBundle) GetName() string {
@@ -1726,7 +2266,7 @@ type PolicyBundleStatus struct {
 
 func (x *PolicyBundleStatus) Reset() {
 	*x = PolicyBundleStatus{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[17]
+	mi := &file_portolan_v1_resources_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1738,7 +2278,7 @@ func (x *PolicyBundleStatus) String() string {
 func (*PolicyBundleStatus) ProtoMessage() {}
 
 func (x *PolicyBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[17]
+	mi := &file_portolan_v1_resources_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1751,7 +2291,7 @@ func (x *PolicyBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundleStatus.ProtoReflect.Descriptor instead.
 func (*PolicyBundleStatus) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{17}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PolicyBundleStatus) GetDigest() string {
@@ -1786,7 +2326,7 @@ type RoleBinding struct {
 
 func (x *RoleBinding) Reset() {
 	*x = RoleBinding{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[18]
+	mi := &file_portolan_v1_resources_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1798,7 +2338,7 @@ func (x *RoleBinding) String() string {
 func (*RoleBinding) ProtoMessage() {}
 
 func (x *RoleBinding) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[18]
+	mi := &file_portolan_v1_resources_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1811,7 +2351,7 @@ func (x *RoleBinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoleBinding.ProtoReflect.Descriptor instead.
 func (*RoleBinding) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{18}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RoleBinding) GetName() string {
@@ -1890,7 +2430,7 @@ type RoleBindingSpec struct {
 
 func (x *RoleBindingSpec) Reset() {
 	*x = RoleBindingSpec{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[19]
+	mi := &file_portolan_v1_resources_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1902,7 +2442,7 @@ func (x *RoleBindingSpec) String() string {
 func (*RoleBindingSpec) ProtoMessage() {}
 
 func (x *RoleBindingSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[19]
+	mi := &file_portolan_v1_resources_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1915,7 +2455,7 @@ func (x *RoleBindingSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoleBindingSpec.ProtoReflect.Descriptor instead.
 func (*RoleBindingSpec) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{19}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RoleBindingSpec) GetSubject() string {
@@ -1960,7 +2500,7 @@ type Placement struct {
 
 func (x *Placement) Reset() {
 	*x = Placement{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[20]
+	mi := &file_portolan_v1_resources_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1972,7 +2512,7 @@ func (x *Placement) String() string {
 func (*Placement) ProtoMessage() {}
 
 func (x *Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[20]
+	mi := &file_portolan_v1_resources_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1985,7 +2525,7 @@ func (x *Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placement.ProtoReflect.Descriptor instead.
 func (*Placement) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{20}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Placement) GetName() string {
@@ -2072,14 +2612,16 @@ type PlacementSpec struct {
 	// Why here: reason codes and sentences of the decision.
 	Reasons []*Reason `protobuf:"bytes,6,rep,name=reasons,proto3" json:"reasons,omitempty"`
 	// One replica per eligible node; revisions carry replicas 0.
-	Daemon        bool `protobuf:"varint,7,opt,name=daemon,proto3" json:"daemon,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Daemon bool `protobuf:"varint,7,opt,name=daemon,proto3" json:"daemon,omitempty"`
+	// Revision that serves; empty: all that run.
+	ActiveRevision string `protobuf:"bytes,8,opt,name=active_revision,json=activeRevision,proto3" json:"active_revision,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *PlacementSpec) Reset() {
 	*x = PlacementSpec{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[21]
+	mi := &file_portolan_v1_resources_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2091,7 +2633,7 @@ func (x *PlacementSpec) String() string {
 func (*PlacementSpec) ProtoMessage() {}
 
 func (x *PlacementSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[21]
+	mi := &file_portolan_v1_resources_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2104,7 +2646,7 @@ func (x *PlacementSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementSpec.ProtoReflect.Descriptor instead.
 func (*PlacementSpec) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{21}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PlacementSpec) GetRevisions() []*RevisionReplicas {
@@ -2156,6 +2698,13 @@ func (x *PlacementSpec) GetDaemon() bool {
 	return false
 }
 
+func (x *PlacementSpec) GetActiveRevision() string {
+	if x != nil {
+		return x.ActiveRevision
+	}
+	return ""
+}
+
 type PlacementStatus struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
 	ObservedGeneration int64                  `protobuf:"varint,1,opt,name=observed_generation,json=observedGeneration,proto3" json:"observed_generation,omitempty"`
@@ -2167,7 +2716,7 @@ type PlacementStatus struct {
 
 func (x *PlacementStatus) Reset() {
 	*x = PlacementStatus{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[22]
+	mi := &file_portolan_v1_resources_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2179,7 +2728,7 @@ func (x *PlacementStatus) String() string {
 func (*PlacementStatus) ProtoMessage() {}
 
 func (x *PlacementStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[22]
+	mi := &file_portolan_v1_resources_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2192,7 +2741,7 @@ func (x *PlacementStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementStatus.ProtoReflect.Descriptor instead.
 func (*PlacementStatus) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{22}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PlacementStatus) GetObservedGeneration() int64 {
@@ -2229,7 +2778,7 @@ type Reason struct {
 
 func (x *Reason) Reset() {
 	*x = Reason{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[23]
+	mi := &file_portolan_v1_resources_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2241,7 +2790,7 @@ func (x *Reason) String() string {
 func (*Reason) ProtoMessage() {}
 
 func (x *Reason) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[23]
+	mi := &file_portolan_v1_resources_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2254,7 +2803,7 @@ func (x *Reason) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reason.ProtoReflect.Descriptor instead.
 func (*Reason) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{23}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Reason) GetCode() string {
@@ -2304,7 +2853,7 @@ type AuditEntry struct {
 
 func (x *AuditEntry) Reset() {
 	*x = AuditEntry{}
-	mi := &file_portolan_v1_resources_proto_msgTypes[24]
+	mi := &file_portolan_v1_resources_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2316,7 +2865,7 @@ func (x *AuditEntry) String() string {
 func (*AuditEntry) ProtoMessage() {}
 
 func (x *AuditEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_resources_proto_msgTypes[24]
+	mi := &file_portolan_v1_resources_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2329,7 +2878,7 @@ func (x *AuditEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEntry.ProtoReflect.Descriptor instead.
 func (*AuditEntry) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{24}
+	return file_portolan_v1_resources_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AuditEntry) GetName() string {
@@ -2439,12 +2988,15 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06status\x18\v \x01(\v2\x19.portolan.v1.TenantStatusB\x04\xe2A\x01\x03R\x06status\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x83\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd4\x01\n" +
 	"\n" +
 	"TenantSpec\x12!\n" +
 	"\fdisplay_name\x18\x01 \x01(\tR\vdisplayName\x12'\n" +
 	"\x0fallowed_regions\x18\x02 \x03(\tR\x0eallowedRegions\x12)\n" +
-	"\x10ingress_suffixes\x18\x03 \x03(\tR\x0fingressSuffixes\"F\n" +
+	"\x10ingress_suffixes\x18\x03 \x03(\tR\x0fingressSuffixes\x12&\n" +
+	"\fmax_priority\x18\x04 \x01(\x05H\x00R\vmaxPriority\x88\x01\x01\x12\x16\n" +
+	"\x06weight\x18\x05 \x01(\x05R\x06weightB\x0f\n" +
+	"\r_max_priority\"F\n" +
 	"\fTenantStatus\x126\n" +
 	"\n" +
 	"conditions\x18\x01 \x03(\v2\x16.portolan.v1.ConditionR\n" +
@@ -2467,7 +3019,7 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06status\x18\v \x01(\v2\x1a.portolan.v1.ClusterStatusB\x04\xe2A\x01\x03R\x06status\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x83\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xec\x03\n" +
 	"\vClusterSpec\x12\x16\n" +
 	"\x06region\x18\x01 \x01(\tR\x06region\x12\x12\n" +
 	"\x04zone\x18\x02 \x01(\tR\x04zone\x12\x1a\n" +
@@ -2475,7 +3027,31 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06taints\x18\x04 \x03(\v2\x12.portolan.v1.TaintR\x06taints\x12/\n" +
 	"\x14cpu_core_hour_micros\x18\x05 \x01(\x03R\x11cpuCoreHourMicros\x123\n" +
 	"\x16memory_gib_hour_micros\x18\x06 \x01(\x03R\x13memoryGibHourMicros\x12\x1a\n" +
-	"\bcordoned\x18\a \x01(\bR\bcordoned\"\xd5\x03\n" +
+	"\bcordoned\x18\a \x01(\bR\bcordoned\x12+\n" +
+	"\x05pools\x18\b \x03(\v2\x15.portolan.v1.NodePoolR\x05pools\x12F\n" +
+	"\n" +
+	"rtt_millis\x18\t \x03(\v2'.portolan.v1.ClusterSpec.RttMillisEntryR\trttMillis\x124\n" +
+	"\trebalance\x18\n" +
+	" \x01(\v2\x16.portolan.v1.RebalanceR\trebalance\x1a<\n" +
+	"\x0eRttMillisEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"\xe3\x03\n" +
+	"\bNodePool\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
+	"\ascoring\x18\x02 \x01(\x0e2\x14.portolan.v1.ScoringR\ascoring\x124\n" +
+	"\x16cpu_overcommit_percent\x18\x03 \x01(\x05R\x14cpuOvercommitPercent\x12:\n" +
+	"\x19memory_overcommit_percent\x18\x04 \x01(\x05R\x17memoryOvercommitPercent\x125\n" +
+	"\breserved\x18\x05 \x01(\v2\x19.portolan.v1.ResourceListR\breserved\x12/\n" +
+	"\x14cpu_core_hour_micros\x18\x06 \x01(\x03R\x11cpuCoreHourMicros\x123\n" +
+	"\x16memory_gib_hour_micros\x18\a \x01(\x03R\x13memoryGibHourMicros\x12\x12\n" +
+	"\x04spot\x18\b \x01(\bR\x04spot\x12\x1b\n" +
+	"\tmin_nodes\x18\t \x01(\x05R\bminNodes\x12\x1b\n" +
+	"\tmax_nodes\x18\n" +
+	" \x01(\x05R\bmaxNodes\x126\n" +
+	"\tnode_size\x18\v \x01(\v2\x19.portolan.v1.ResourceListR\bnodeSize\"b\n" +
+	"\tRebalance\x12+\n" +
+	"\x12max_moves_per_hour\x18\x01 \x01(\x05R\x0fmaxMovesPerHour\x12(\n" +
+	"\x10min_gain_percent\x18\x02 \x01(\x05R\x0eminGainPercent\"\x84\x04\n" +
 	"\rClusterStatus\x12/\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x19.portolan.v1.ClusterStateR\x05state\x12@\n" +
 	"\x0elast_seen_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\flastSeenTime\x12\x1b\n" +
@@ -2491,7 +3067,26 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"conditions\x18\n" +
 	" \x03(\v2\x16.portolan.v1.ConditionR\n" +
 	"conditions\x12+\n" +
-	"\x11ingress_addresses\x18\v \x03(\tR\x10ingressAddresses\"`\n" +
+	"\x11ingress_addresses\x18\v \x03(\tR\x10ingressAddresses\x12-\n" +
+	"\x05pools\x18\f \x03(\v2\x17.portolan.v1.PoolStatusR\x05pools\"\xd5\x03\n" +
+	"\n" +
+	"PoolStatus\x12\x12\n" +
+	"\x04pool\x18\x01 \x01(\tR\x04pool\x12\x1b\n" +
+	"\tcpu_milli\x18\x02 \x01(\x03R\bcpuMilli\x12!\n" +
+	"\fmemory_bytes\x18\x03 \x01(\x03R\vmemoryBytes\x12\x14\n" +
+	"\x05nodes\x18\x04 \x01(\x05R\x05nodes\x12\x1f\n" +
+	"\vnodes_ready\x18\x05 \x01(\x05R\n" +
+	"nodesReady\x12\x12\n" +
+	"\x04spot\x18\x06 \x01(\bR\x04spot\x12/\n" +
+	"\x14cpu_core_hour_micros\x18\a \x01(\x03R\x11cpuCoreHourMicros\x123\n" +
+	"\x16memory_gib_hour_micros\x18\b \x01(\x03R\x13memoryGibHourMicros\x12>\n" +
+	"\adevices\x18\t \x03(\v2$.portolan.v1.PoolStatus.DevicesEntryR\adevices\x12!\n" +
+	"\fwanted_nodes\x18\n" +
+	" \x01(\x05R\vwantedNodes\x12#\n" +
+	"\rwanted_reason\x18\v \x01(\tR\fwantedReason\x1a:\n" +
+	"\fDevicesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"`\n" +
 	"\aLaggard\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12)\n" +
 	"\x10applied_revision\x18\x02 \x01(\x03R\x0fappliedRevision\x12\x16\n" +
@@ -2514,7 +3109,7 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06status\x18\v \x01(\v2\x1b.portolan.v1.WorkloadStatusB\x04\xe2A\x01\x03R\x06status\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xfe\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb4\x03\n" +
 	"\x0eWorkloadStatus\x12/\n" +
 	"\x13observed_generation\x18\x01 \x01(\x03R\x12observedGeneration\x126\n" +
 	"\n" +
@@ -2527,15 +3122,26 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\n" +
 	"placements\x18\a \x03(\v2\x1d.portolan.v1.PlacementSummaryR\n" +
 	"placements\x12+\n" +
-	"\x11unplaced_replicas\x18\b \x01(\x05R\x10unplacedReplicas\"\x90\x01\n" +
+	"\x11unplaced_replicas\x18\b \x01(\x05R\x10unplacedReplicas\x124\n" +
+	"\arollout\x18\t \x01(\v2\x1a.portolan.v1.RolloutStatusR\arollout\"\xf0\x01\n" +
+	"\rRolloutStatus\x12/\n" +
+	"\x05state\x18\x01 \x01(\x0e2\x19.portolan.v1.RolloutStateR\x05state\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
+	"\x06stable\x18\x03 \x01(\tR\x06stable\x12\x16\n" +
+	"\x06active\x18\x04 \x01(\tR\x06active\x12+\n" +
+	"\x06reason\x18\x05 \x01(\v2\x13.portolan.v1.ReasonR\x06reason\x129\n" +
+	"\n" +
+	"state_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tstateTime\"\x90\x01\n" +
 	"\x10PlacementSummary\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12;\n" +
 	"\trevisions\x18\x02 \x03(\v2\x1d.portolan.v1.RevisionReplicasR\trevisions\x12%\n" +
-	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\"q\n" +
+	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\"\xb7\x01\n" +
 	"\x10RevisionReplicas\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12\x1a\n" +
 	"\breplicas\x18\x02 \x01(\x05R\breplicas\x12%\n" +
-	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\"\xd3\x03\n" +
+	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\x12!\n" +
+	"\fmin_replicas\x18\x04 \x01(\x05R\vminReplicas\x12!\n" +
+	"\fmax_replicas\x18\x05 \x01(\x05R\vmaxReplicas\"\xd3\x03\n" +
 	"\x10WorkloadRevision\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12$\n" +
@@ -2667,7 +3273,7 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06status\x18\v \x01(\v2\x1c.portolan.v1.PlacementStatusB\x04\xe2A\x01\x03R\x06status\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xae\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd7\x02\n" +
 	"\rPlacementSpec\x12;\n" +
 	"\trevisions\x18\x01 \x03(\v2\x1d.portolan.v1.RevisionReplicasR\trevisions\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12,\n" +
@@ -2675,7 +3281,8 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x15reserved_memory_bytes\x18\x04 \x01(\x03R\x13reservedMemoryBytes\x12!\n" +
 	"\fwriter_epoch\x18\x05 \x01(\x03R\vwriterEpoch\x12-\n" +
 	"\areasons\x18\x06 \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12\x16\n" +
-	"\x06daemon\x18\a \x01(\bR\x06daemon\"\xb7\x01\n" +
+	"\x06daemon\x18\a \x01(\bR\x06daemon\x12'\n" +
+	"\x0factive_revision\x18\b \x01(\tR\x0eactiveRevision\"\xb7\x01\n" +
 	"\x0fPlacementStatus\x12/\n" +
 	"\x13observed_generation\x18\x01 \x01(\x03R\x12observedGeneration\x12;\n" +
 	"\trevisions\x18\x02 \x03(\v2\x1d.portolan.v1.RevisionReplicasR\trevisions\x126\n" +
@@ -2706,7 +3313,14 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x19CLUSTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CLUSTER_STATE_PENDING\x10\x01\x12\x17\n" +
 	"\x13CLUSTER_STATE_READY\x10\x02\x12\x16\n" +
-	"\x12CLUSTER_STATE_LOST\x10\x03*I\n" +
+	"\x12CLUSTER_STATE_LOST\x10\x03*\xbc\x01\n" +
+	"\fRolloutState\x12\x1d\n" +
+	"\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n" +
+	"\x19ROLLOUT_STATE_PROGRESSING\x10\x01\x12\x19\n" +
+	"\x15ROLLOUT_STATE_WAITING\x10\x02\x12\x1a\n" +
+	"\x16ROLLOUT_STATE_COMPLETE\x10\x03\x12\x18\n" +
+	"\x14ROLLOUT_STATE_HALTED\x10\x04\x12\x1d\n" +
+	"\x19ROLLOUT_STATE_ROLLED_BACK\x10\x05*I\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10ROLE_FLEET_ADMIN\x10\x01\x12\x15\n" +
@@ -2728,122 +3342,143 @@ func file_portolan_v1_resources_proto_rawDescGZIP() []byte {
 	return file_portolan_v1_resources_proto_rawDescData
 }
 
-var file_portolan_v1_resources_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_portolan_v1_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_portolan_v1_resources_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_portolan_v1_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_portolan_v1_resources_proto_goTypes = []any{
 	(ClusterState)(0),             // 0: portolan.v1.ClusterState
-	(Role)(0),                     // 1: portolan.v1.Role
-	(AuditDecision)(0),            // 2: portolan.v1.AuditDecision
-	(*Tenant)(nil),                // 3: portolan.v1.Tenant
-	(*TenantSpec)(nil),            // 4: portolan.v1.TenantSpec
-	(*TenantStatus)(nil),          // 5: portolan.v1.TenantStatus
-	(*Cluster)(nil),               // 6: portolan.v1.Cluster
-	(*ClusterSpec)(nil),           // 7: portolan.v1.ClusterSpec
-	(*ClusterStatus)(nil),         // 8: portolan.v1.ClusterStatus
-	(*Laggard)(nil),               // 9: portolan.v1.Laggard
-	(*Workload)(nil),              // 10: portolan.v1.Workload
-	(*WorkloadStatus)(nil),        // 11: portolan.v1.WorkloadStatus
-	(*PlacementSummary)(nil),      // 12: portolan.v1.PlacementSummary
-	(*RevisionReplicas)(nil),      // 13: portolan.v1.RevisionReplicas
-	(*WorkloadRevision)(nil),      // 14: portolan.v1.WorkloadRevision
-	(*Service)(nil),               // 15: portolan.v1.Service
-	(*ServiceStatus)(nil),         // 16: portolan.v1.ServiceStatus
-	(*Route)(nil),                 // 17: portolan.v1.Route
-	(*RouteStatus)(nil),           // 18: portolan.v1.RouteStatus
-	(*PolicyBundle)(nil),          // 19: portolan.v1.PolicyBundle
-	(*PolicyBundleStatus)(nil),    // 20: portolan.v1.PolicyBundleStatus
-	(*RoleBinding)(nil),           // 21: portolan.v1.RoleBinding
-	(*RoleBindingSpec)(nil),       // 22: portolan.v1.RoleBindingSpec
-	(*Placement)(nil),             // 23: portolan.v1.Placement
-	(*PlacementSpec)(nil),         // 24: portolan.v1.PlacementSpec
-	(*PlacementStatus)(nil),       // 25: portolan.v1.PlacementStatus
-	(*Reason)(nil),                // 26: portolan.v1.Reason
-	(*AuditEntry)(nil),            // 27: portolan.v1.AuditEntry
-	nil,                           // 28: portolan.v1.Tenant.LabelsEntry
-	nil,                           // 29: portolan.v1.Cluster.LabelsEntry
-	nil,                           // 30: portolan.v1.Workload.LabelsEntry
-	nil,                           // 31: portolan.v1.WorkloadRevision.LabelsEntry
-	nil,                           // 32: portolan.v1.Service.LabelsEntry
-	nil,                           // 33: portolan.v1.Route.LabelsEntry
-	nil,                           // 34: portolan.v1.PolicyBundle.LabelsEntry
-	nil,                           // 35: portolan.v1.RoleBinding.LabelsEntry
-	nil,                           // 36: portolan.v1.Placement.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 37: google.protobuf.Timestamp
-	(*Condition)(nil),             // 38: portolan.v1.Condition
-	(*Taint)(nil),                 // 39: portolan.v1.Taint
-	(*WorkloadSpec)(nil),          // 40: portolan.v1.WorkloadSpec
-	(*ServiceSpec)(nil),           // 41: portolan.v1.ServiceSpec
-	(*RouteSpec)(nil),             // 42: portolan.v1.RouteSpec
-	(*PolicyBundleSpec)(nil),      // 43: portolan.v1.PolicyBundleSpec
+	(RolloutState)(0),             // 1: portolan.v1.RolloutState
+	(Role)(0),                     // 2: portolan.v1.Role
+	(AuditDecision)(0),            // 3: portolan.v1.AuditDecision
+	(*Tenant)(nil),                // 4: portolan.v1.Tenant
+	(*TenantSpec)(nil),            // 5: portolan.v1.TenantSpec
+	(*TenantStatus)(nil),          // 6: portolan.v1.TenantStatus
+	(*Cluster)(nil),               // 7: portolan.v1.Cluster
+	(*ClusterSpec)(nil),           // 8: portolan.v1.ClusterSpec
+	(*NodePool)(nil),              // 9: portolan.v1.NodePool
+	(*Rebalance)(nil),             // 10: portolan.v1.Rebalance
+	(*ClusterStatus)(nil),         // 11: portolan.v1.ClusterStatus
+	(*PoolStatus)(nil),            // 12: portolan.v1.PoolStatus
+	(*Laggard)(nil),               // 13: portolan.v1.Laggard
+	(*Workload)(nil),              // 14: portolan.v1.Workload
+	(*WorkloadStatus)(nil),        // 15: portolan.v1.WorkloadStatus
+	(*RolloutStatus)(nil),         // 16: portolan.v1.RolloutStatus
+	(*PlacementSummary)(nil),      // 17: portolan.v1.PlacementSummary
+	(*RevisionReplicas)(nil),      // 18: portolan.v1.RevisionReplicas
+	(*WorkloadRevision)(nil),      // 19: portolan.v1.WorkloadRevision
+	(*Service)(nil),               // 20: portolan.v1.Service
+	(*ServiceStatus)(nil),         // 21: portolan.v1.ServiceStatus
+	(*Route)(nil),                 // 22: portolan.v1.Route
+	(*RouteStatus)(nil),           // 23: portolan.v1.RouteStatus
+	(*PolicyBundle)(nil),          // 24: portolan.v1.PolicyBundle
+	(*PolicyBundleStatus)(nil),    // 25: portolan.v1.PolicyBundleStatus
+	(*RoleBinding)(nil),           // 26: portolan.v1.RoleBinding
+	(*RoleBindingSpec)(nil),       // 27: portolan.v1.RoleBindingSpec
+	(*Placement)(nil),             // 28: portolan.v1.Placement
+	(*PlacementSpec)(nil),         // 29: portolan.v1.PlacementSpec
+	(*PlacementStatus)(nil),       // 30: portolan.v1.PlacementStatus
+	(*Reason)(nil),                // 31: portolan.v1.Reason
+	(*AuditEntry)(nil),            // 32: portolan.v1.AuditEntry
+	nil,                           // 33: portolan.v1.Tenant.LabelsEntry
+	nil,                           // 34: portolan.v1.Cluster.LabelsEntry
+	nil,                           // 35: portolan.v1.ClusterSpec.RttMillisEntry
+	nil,                           // 36: portolan.v1.PoolStatus.DevicesEntry
+	nil,                           // 37: portolan.v1.Workload.LabelsEntry
+	nil,                           // 38: portolan.v1.WorkloadRevision.LabelsEntry
+	nil,                           // 39: portolan.v1.Service.LabelsEntry
+	nil,                           // 40: portolan.v1.Route.LabelsEntry
+	nil,                           // 41: portolan.v1.PolicyBundle.LabelsEntry
+	nil,                           // 42: portolan.v1.RoleBinding.LabelsEntry
+	nil,                           // 43: portolan.v1.Placement.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 44: google.protobuf.Timestamp
+	(*Condition)(nil),             // 45: portolan.v1.Condition
+	(*Taint)(nil),                 // 46: portolan.v1.Taint
+	(Scoring)(0),                  // 47: portolan.v1.Scoring
+	(*ResourceList)(nil),          // 48: portolan.v1.ResourceList
+	(*WorkloadSpec)(nil),          // 49: portolan.v1.WorkloadSpec
+	(*ServiceSpec)(nil),           // 50: portolan.v1.ServiceSpec
+	(*RouteSpec)(nil),             // 51: portolan.v1.RouteSpec
+	(*PolicyBundleSpec)(nil),      // 52: portolan.v1.PolicyBundleSpec
 }
 var file_portolan_v1_resources_proto_depIdxs = []int32{
-	28, // 0: portolan.v1.Tenant.labels:type_name -> portolan.v1.Tenant.LabelsEntry
-	37, // 1: portolan.v1.Tenant.create_time:type_name -> google.protobuf.Timestamp
-	37, // 2: portolan.v1.Tenant.update_time:type_name -> google.protobuf.Timestamp
-	4,  // 3: portolan.v1.Tenant.spec:type_name -> portolan.v1.TenantSpec
-	5,  // 4: portolan.v1.Tenant.status:type_name -> portolan.v1.TenantStatus
-	38, // 5: portolan.v1.TenantStatus.conditions:type_name -> portolan.v1.Condition
-	29, // 6: portolan.v1.Cluster.labels:type_name -> portolan.v1.Cluster.LabelsEntry
-	37, // 7: portolan.v1.Cluster.create_time:type_name -> google.protobuf.Timestamp
-	37, // 8: portolan.v1.Cluster.update_time:type_name -> google.protobuf.Timestamp
-	7,  // 9: portolan.v1.Cluster.spec:type_name -> portolan.v1.ClusterSpec
-	8,  // 10: portolan.v1.Cluster.status:type_name -> portolan.v1.ClusterStatus
-	39, // 11: portolan.v1.ClusterSpec.taints:type_name -> portolan.v1.Taint
-	0,  // 12: portolan.v1.ClusterStatus.state:type_name -> portolan.v1.ClusterState
-	37, // 13: portolan.v1.ClusterStatus.last_seen_time:type_name -> google.protobuf.Timestamp
-	9,  // 14: portolan.v1.ClusterStatus.laggards:type_name -> portolan.v1.Laggard
-	38, // 15: portolan.v1.ClusterStatus.conditions:type_name -> portolan.v1.Condition
-	30, // 16: portolan.v1.Workload.labels:type_name -> portolan.v1.Workload.LabelsEntry
-	37, // 17: portolan.v1.Workload.create_time:type_name -> google.protobuf.Timestamp
-	37, // 18: portolan.v1.Workload.update_time:type_name -> google.protobuf.Timestamp
-	40, // 19: portolan.v1.Workload.spec:type_name -> portolan.v1.WorkloadSpec
-	11, // 20: portolan.v1.Workload.status:type_name -> portolan.v1.WorkloadStatus
-	38, // 21: portolan.v1.WorkloadStatus.conditions:type_name -> portolan.v1.Condition
-	12, // 22: portolan.v1.WorkloadStatus.placements:type_name -> portolan.v1.PlacementSummary
-	13, // 23: portolan.v1.PlacementSummary.revisions:type_name -> portolan.v1.RevisionReplicas
-	31, // 24: portolan.v1.WorkloadRevision.labels:type_name -> portolan.v1.WorkloadRevision.LabelsEntry
-	37, // 25: portolan.v1.WorkloadRevision.create_time:type_name -> google.protobuf.Timestamp
-	37, // 26: portolan.v1.WorkloadRevision.update_time:type_name -> google.protobuf.Timestamp
-	40, // 27: portolan.v1.WorkloadRevision.spec:type_name -> portolan.v1.WorkloadSpec
-	32, // 28: portolan.v1.Service.labels:type_name -> portolan.v1.Service.LabelsEntry
-	37, // 29: portolan.v1.Service.create_time:type_name -> google.protobuf.Timestamp
-	37, // 30: portolan.v1.Service.update_time:type_name -> google.protobuf.Timestamp
-	41, // 31: portolan.v1.Service.spec:type_name -> portolan.v1.ServiceSpec
-	16, // 32: portolan.v1.Service.status:type_name -> portolan.v1.ServiceStatus
-	38, // 33: portolan.v1.ServiceStatus.conditions:type_name -> portolan.v1.Condition
-	33, // 34: portolan.v1.Route.labels:type_name -> portolan.v1.Route.LabelsEntry
-	37, // 35: portolan.v1.Route.create_time:type_name -> google.protobuf.Timestamp
-	37, // 36: portolan.v1.Route.update_time:type_name -> google.protobuf.Timestamp
-	42, // 37: portolan.v1.Route.spec:type_name -> portolan.v1.RouteSpec
-	18, // 38: portolan.v1.Route.status:type_name -> portolan.v1.RouteStatus
-	38, // 39: portolan.v1.RouteStatus.conditions:type_name -> portolan.v1.Condition
-	34, // 40: portolan.v1.PolicyBundle.labels:type_name -> portolan.v1.PolicyBundle.LabelsEntry
-	37, // 41: portolan.v1.PolicyBundle.create_time:type_name -> google.protobuf.Timestamp
-	37, // 42: portolan.v1.PolicyBundle.update_time:type_name -> google.protobuf.Timestamp
-	43, // 43: portolan.v1.PolicyBundle.spec:type_name -> portolan.v1.PolicyBundleSpec
-	20, // 44: portolan.v1.PolicyBundle.status:type_name -> portolan.v1.PolicyBundleStatus
-	38, // 45: portolan.v1.PolicyBundleStatus.conditions:type_name -> portolan.v1.Condition
-	35, // 46: portolan.v1.RoleBinding.labels:type_name -> portolan.v1.RoleBinding.LabelsEntry
-	37, // 47: portolan.v1.RoleBinding.create_time:type_name -> google.protobuf.Timestamp
-	37, // 48: portolan.v1.RoleBinding.update_time:type_name -> google.protobuf.Timestamp
-	22, // 49: portolan.v1.RoleBinding.spec:type_name -> portolan.v1.RoleBindingSpec
-	1,  // 50: portolan.v1.RoleBindingSpec.role:type_name -> portolan.v1.Role
-	36, // 51: portolan.v1.Placement.labels:type_name -> portolan.v1.Placement.LabelsEntry
-	37, // 52: portolan.v1.Placement.create_time:type_name -> google.protobuf.Timestamp
-	37, // 53: portolan.v1.Placement.update_time:type_name -> google.protobuf.Timestamp
-	24, // 54: portolan.v1.Placement.spec:type_name -> portolan.v1.PlacementSpec
-	25, // 55: portolan.v1.Placement.status:type_name -> portolan.v1.PlacementStatus
-	13, // 56: portolan.v1.PlacementSpec.revisions:type_name -> portolan.v1.RevisionReplicas
-	26, // 57: portolan.v1.PlacementSpec.reasons:type_name -> portolan.v1.Reason
-	13, // 58: portolan.v1.PlacementStatus.revisions:type_name -> portolan.v1.RevisionReplicas
-	38, // 59: portolan.v1.PlacementStatus.conditions:type_name -> portolan.v1.Condition
-	37, // 60: portolan.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
-	2,  // 61: portolan.v1.AuditEntry.decision:type_name -> portolan.v1.AuditDecision
-	62, // [62:62] is the sub-list for method output_type
-	62, // [62:62] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	33, // 0: portolan.v1.Tenant.labels:type_name -> portolan.v1.Tenant.LabelsEntry
+	44, // 1: portolan.v1.Tenant.create_time:type_name -> google.protobuf.Timestamp
+	44, // 2: portolan.v1.Tenant.update_time:type_name -> google.protobuf.Timestamp
+	5,  // 3: portolan.v1.Tenant.spec:type_name -> portolan.v1.TenantSpec
+	6,  // 4: portolan.v1.Tenant.status:type_name -> portolan.v1.TenantStatus
+	45, // 5: portolan.v1.TenantStatus.conditions:type_name -> portolan.v1.Condition
+	34, // 6: portolan.v1.Cluster.labels:type_name -> portolan.v1.Cluster.LabelsEntry
+	44, // 7: portolan.v1.Cluster.create_time:type_name -> google.protobuf.Timestamp
+	44, // 8: portolan.v1.Cluster.update_time:type_name -> google.protobuf.Timestamp
+	8,  // 9: portolan.v1.Cluster.spec:type_name -> portolan.v1.ClusterSpec
+	11, // 10: portolan.v1.Cluster.status:type_name -> portolan.v1.ClusterStatus
+	46, // 11: portolan.v1.ClusterSpec.taints:type_name -> portolan.v1.Taint
+	9,  // 12: portolan.v1.ClusterSpec.pools:type_name -> portolan.v1.NodePool
+	35, // 13: portolan.v1.ClusterSpec.rtt_millis:type_name -> portolan.v1.ClusterSpec.RttMillisEntry
+	10, // 14: portolan.v1.ClusterSpec.rebalance:type_name -> portolan.v1.Rebalance
+	47, // 15: portolan.v1.NodePool.scoring:type_name -> portolan.v1.Scoring
+	48, // 16: portolan.v1.NodePool.reserved:type_name -> portolan.v1.ResourceList
+	48, // 17: portolan.v1.NodePool.node_size:type_name -> portolan.v1.ResourceList
+	0,  // 18: portolan.v1.ClusterStatus.state:type_name -> portolan.v1.ClusterState
+	44, // 19: portolan.v1.ClusterStatus.last_seen_time:type_name -> google.protobuf.Timestamp
+	13, // 20: portolan.v1.ClusterStatus.laggards:type_name -> portolan.v1.Laggard
+	45, // 21: portolan.v1.ClusterStatus.conditions:type_name -> portolan.v1.Condition
+	12, // 22: portolan.v1.ClusterStatus.pools:type_name -> portolan.v1.PoolStatus
+	36, // 23: portolan.v1.PoolStatus.devices:type_name -> portolan.v1.PoolStatus.DevicesEntry
+	37, // 24: portolan.v1.Workload.labels:type_name -> portolan.v1.Workload.LabelsEntry
+	44, // 25: portolan.v1.Workload.create_time:type_name -> google.protobuf.Timestamp
+	44, // 26: portolan.v1.Workload.update_time:type_name -> google.protobuf.Timestamp
+	49, // 27: portolan.v1.Workload.spec:type_name -> portolan.v1.WorkloadSpec
+	15, // 28: portolan.v1.Workload.status:type_name -> portolan.v1.WorkloadStatus
+	45, // 29: portolan.v1.WorkloadStatus.conditions:type_name -> portolan.v1.Condition
+	17, // 30: portolan.v1.WorkloadStatus.placements:type_name -> portolan.v1.PlacementSummary
+	16, // 31: portolan.v1.WorkloadStatus.rollout:type_name -> portolan.v1.RolloutStatus
+	1,  // 32: portolan.v1.RolloutStatus.state:type_name -> portolan.v1.RolloutState
+	31, // 33: portolan.v1.RolloutStatus.reason:type_name -> portolan.v1.Reason
+	44, // 34: portolan.v1.RolloutStatus.state_time:type_name -> google.protobuf.Timestamp
+	18, // 35: portolan.v1.PlacementSummary.revisions:type_name -> portolan.v1.RevisionReplicas
+	38, // 36: portolan.v1.WorkloadRevision.labels:type_name -> portolan.v1.WorkloadRevision.LabelsEntry
+	44, // 37: portolan.v1.WorkloadRevision.create_time:type_name -> google.protobuf.Timestamp
+	44, // 38: portolan.v1.WorkloadRevision.update_time:type_name -> google.protobuf.Timestamp
+	49, // 39: portolan.v1.WorkloadRevision.spec:type_name -> portolan.v1.WorkloadSpec
+	39, // 40: portolan.v1.Service.labels:type_name -> portolan.v1.Service.LabelsEntry
+	44, // 41: portolan.v1.Service.create_time:type_name -> google.protobuf.Timestamp
+	44, // 42: portolan.v1.Service.update_time:type_name -> google.protobuf.Timestamp
+	50, // 43: portolan.v1.Service.spec:type_name -> portolan.v1.ServiceSpec
+	21, // 44: portolan.v1.Service.status:type_name -> portolan.v1.ServiceStatus
+	45, // 45: portolan.v1.ServiceStatus.conditions:type_name -> portolan.v1.Condition
+	40, // 46: portolan.v1.Route.labels:type_name -> portolan.v1.Route.LabelsEntry
+	44, // 47: portolan.v1.Route.create_time:type_name -> google.protobuf.Timestamp
+	44, // 48: portolan.v1.Route.update_time:type_name -> google.protobuf.Timestamp
+	51, // 49: portolan.v1.Route.spec:type_name -> portolan.v1.RouteSpec
+	23, // 50: portolan.v1.Route.status:type_name -> portolan.v1.RouteStatus
+	45, // 51: portolan.v1.RouteStatus.conditions:type_name -> portolan.v1.Condition
+	41, // 52: portolan.v1.PolicyBundle.labels:type_name -> portolan.v1.PolicyBundle.LabelsEntry
+	44, // 53: portolan.v1.PolicyBundle.create_time:type_name -> google.protobuf.Timestamp
+	44, // 54: portolan.v1.PolicyBundle.update_time:type_name -> google.protobuf.Timestamp
+	52, // 55: portolan.v1.PolicyBundle.spec:type_name -> portolan.v1.PolicyBundleSpec
+	25, // 56: portolan.v1.PolicyBundle.status:type_name -> portolan.v1.PolicyBundleStatus
+	45, // 57: portolan.v1.PolicyBundleStatus.conditions:type_name -> portolan.v1.Condition
+	42, // 58: portolan.v1.RoleBinding.labels:type_name -> portolan.v1.RoleBinding.LabelsEntry
+	44, // 59: portolan.v1.RoleBinding.create_time:type_name -> google.protobuf.Timestamp
+	44, // 60: portolan.v1.RoleBinding.update_time:type_name -> google.protobuf.Timestamp
+	27, // 61: portolan.v1.RoleBinding.spec:type_name -> portolan.v1.RoleBindingSpec
+	2,  // 62: portolan.v1.RoleBindingSpec.role:type_name -> portolan.v1.Role
+	43, // 63: portolan.v1.Placement.labels:type_name -> portolan.v1.Placement.LabelsEntry
+	44, // 64: portolan.v1.Placement.create_time:type_name -> google.protobuf.Timestamp
+	44, // 65: portolan.v1.Placement.update_time:type_name -> google.protobuf.Timestamp
+	29, // 66: portolan.v1.Placement.spec:type_name -> portolan.v1.PlacementSpec
+	30, // 67: portolan.v1.Placement.status:type_name -> portolan.v1.PlacementStatus
+	18, // 68: portolan.v1.PlacementSpec.revisions:type_name -> portolan.v1.RevisionReplicas
+	31, // 69: portolan.v1.PlacementSpec.reasons:type_name -> portolan.v1.Reason
+	18, // 70: portolan.v1.PlacementStatus.revisions:type_name -> portolan.v1.RevisionReplicas
+	45, // 71: portolan.v1.PlacementStatus.conditions:type_name -> portolan.v1.Condition
+	44, // 72: portolan.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
+	3,  // 73: portolan.v1.AuditEntry.decision:type_name -> portolan.v1.AuditDecision
+	74, // [74:74] is the sub-list for method output_type
+	74, // [74:74] is the sub-list for method input_type
+	74, // [74:74] is the sub-list for extension type_name
+	74, // [74:74] is the sub-list for extension extendee
+	0,  // [0:74] is the sub-list for field type_name
 }
 
 func init() { file_portolan_v1_resources_proto_init() }
@@ -2852,13 +3487,14 @@ func file_portolan_v1_resources_proto_init() {
 		return
 	}
 	file_portolan_v1_types_proto_init()
+	file_portolan_v1_resources_proto_msgTypes[1].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_v1_resources_proto_rawDesc), len(file_portolan_v1_resources_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   34,
+			NumEnums:      4,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

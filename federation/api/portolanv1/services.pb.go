@@ -148,6 +148,61 @@ func (ReplicaState) EnumDescriptor() ([]byte, []int) {
 	return file_portolan_v1_services_proto_rawDescGZIP(), []int{1}
 }
 
+type ClusterChange_Kind int32
+
+const (
+	ClusterChange_KIND_UNSPECIFIED ClusterChange_Kind = 0
+	// Silent: what may fail over does.
+	ClusterChange_KIND_LOST ClusterChange_Kind = 1
+	// Everything is to leave.
+	ClusterChange_KIND_DRAINED ClusterChange_Kind = 2
+	// A cluster that is not there yet, with the capacity in its status.
+	ClusterChange_KIND_ADDED ClusterChange_Kind = 3
+)
+
+// Enum value maps for ClusterChange_Kind.
+var (
+	ClusterChange_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_LOST",
+		2: "KIND_DRAINED",
+		3: "KIND_ADDED",
+	}
+	ClusterChange_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED": 0,
+		"KIND_LOST":        1,
+		"KIND_DRAINED":     2,
+		"KIND_ADDED":       3,
+	}
+)
+
+func (x ClusterChange_Kind) Enum() *ClusterChange_Kind {
+	p := new(ClusterChange_Kind)
+	*p = x
+	return p
+}
+
+func (x ClusterChange_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ClusterChange_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_services_proto_enumTypes[2].Descriptor()
+}
+
+func (ClusterChange_Kind) Type() protoreflect.EnumType {
+	return &file_portolan_v1_services_proto_enumTypes[2]
+}
+
+func (x ClusterChange_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ClusterChange_Kind.Descriptor instead.
+func (ClusterChange_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{60, 0}
+}
+
 type GetTenantRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1535,7 +1590,9 @@ type UpdateWorkloadRequest struct {
 	ValidateOnly bool                   `protobuf:"varint,3,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
 	RequestId    string                 `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Creates the object when it does not exist.
-	AllowMissing  bool `protobuf:"varint,5,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
+	AllowMissing bool `protobuf:"varint,5,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
+	// Of Plan: refused when the plan would be another one by now.
+	PlanToken     string `protobuf:"bytes,6,opt,name=plan_token,json=planToken,proto3" json:"plan_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1603,6 +1660,13 @@ func (x *UpdateWorkloadRequest) GetAllowMissing() bool {
 		return x.AllowMissing
 	}
 	return false
+}
+
+func (x *UpdateWorkloadRequest) GetPlanToken() string {
+	if x != nil {
+		return x.PlanToken
+	}
+	return ""
 }
 
 type DeleteWorkloadRequest struct {
@@ -3690,8 +3754,20 @@ type NodeInfo struct {
 	Replicas             int32                  `protobuf:"varint,11,opt,name=replicas,proto3" json:"replicas,omitempty"`
 	AppliedRevision      int64                  `protobuf:"varint,12,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`
 	LastSeenTime         *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=last_seen_time,json=lastSeenTime,proto3" json:"last_seen_time,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	Pool                 string                 `protobuf:"bytes,14,opt,name=pool,proto3" json:"pool,omitempty"`
+	Mode                 NodeMode               `protobuf:"varint,15,opt,name=mode,proto3,enum=portolan.v1.NodeMode" json:"mode,omitempty"`
+	// What it can be promised, with overcommit and without what is reserved.
+	AllocatableCpuMilli    int64 `protobuf:"varint,16,opt,name=allocatable_cpu_milli,json=allocatableCpuMilli,proto3" json:"allocatable_cpu_milli,omitempty"`
+	AllocatableMemoryBytes int64 `protobuf:"varint,17,opt,name=allocatable_memory_bytes,json=allocatableMemoryBytes,proto3" json:"allocatable_memory_bytes,omitempty"`
+	StorageBytes           int64 `protobuf:"varint,18,opt,name=storage_bytes,json=storageBytes,proto3" json:"storage_bytes,omitempty"`
+	AllocatedStorageBytes  int64 `protobuf:"varint,19,opt,name=allocated_storage_bytes,json=allocatedStorageBytes,proto3" json:"allocated_storage_bytes,omitempty"`
+	// Thousandths of devices by "gpu/A100".
+	DevicesMilli          map[string]int64 `protobuf:"bytes,20,rep,name=devices_milli,json=devicesMilli,proto3" json:"devices_milli,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	AllocatedDevicesMilli map[string]int64 `protobuf:"bytes,21,rep,name=allocated_devices_milli,json=allocatedDevicesMilli,proto3" json:"allocated_devices_milli,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// Of a drain: what still runs here, and why it has not gone.
+	Blocked       []*Reason `protobuf:"bytes,22,rep,name=blocked,proto3" json:"blocked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeInfo) Reset() {
@@ -3815,6 +3891,841 @@ func (x *NodeInfo) GetLastSeenTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *NodeInfo) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+func (x *NodeInfo) GetMode() NodeMode {
+	if x != nil {
+		return x.Mode
+	}
+	return NodeMode_NODE_MODE_UNSPECIFIED
+}
+
+func (x *NodeInfo) GetAllocatableCpuMilli() int64 {
+	if x != nil {
+		return x.AllocatableCpuMilli
+	}
+	return 0
+}
+
+func (x *NodeInfo) GetAllocatableMemoryBytes() int64 {
+	if x != nil {
+		return x.AllocatableMemoryBytes
+	}
+	return 0
+}
+
+func (x *NodeInfo) GetStorageBytes() int64 {
+	if x != nil {
+		return x.StorageBytes
+	}
+	return 0
+}
+
+func (x *NodeInfo) GetAllocatedStorageBytes() int64 {
+	if x != nil {
+		return x.AllocatedStorageBytes
+	}
+	return 0
+}
+
+func (x *NodeInfo) GetDevicesMilli() map[string]int64 {
+	if x != nil {
+		return x.DevicesMilli
+	}
+	return nil
+}
+
+func (x *NodeInfo) GetAllocatedDevicesMilli() map[string]int64 {
+	if x != nil {
+		return x.AllocatedDevicesMilli
+	}
+	return nil
+}
+
+func (x *NodeInfo) GetBlocked() []*Reason {
+	if x != nil {
+		return x.Blocked
+	}
+	return nil
+}
+
+type SetNodeModeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of node (clusters/{c}/nodes/{n}) and pool (clusters/{c}/pools/{p}).
+	Name string   `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Mode NodeMode `protobuf:"varint,2,opt,name=mode,proto3,enum=portolan.v1.NodeMode" json:"mode,omitempty"`
+	// Of a drain: after this long, budgets no longer hold; never when absent.
+	Deadline      *durationpb.Duration `protobuf:"bytes,3,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetNodeModeRequest) Reset() {
+	*x = SetNodeModeRequest{}
+	mi := &file_portolan_v1_services_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetNodeModeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetNodeModeRequest) ProtoMessage() {}
+
+func (x *SetNodeModeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetNodeModeRequest.ProtoReflect.Descriptor instead.
+func (*SetNodeModeRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *SetNodeModeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetNodeModeRequest) GetMode() NodeMode {
+	if x != nil {
+		return x.Mode
+	}
+	return NodeMode_NODE_MODE_UNSPECIFIED
+}
+
+func (x *SetNodeModeRequest) GetDeadline() *durationpb.Duration {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+type PlanRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Change:
+	//
+	//	*PlanRequest_Workload
+	//	*PlanRequest_DeleteWorkload
+	//	*PlanRequest_Cluster
+	Change        isPlanRequest_Change `protobuf_oneof:"change"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanRequest) Reset() {
+	*x = PlanRequest{}
+	mi := &file_portolan_v1_services_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanRequest) ProtoMessage() {}
+
+func (x *PlanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
+func (*PlanRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *PlanRequest) GetChange() isPlanRequest_Change {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+func (x *PlanRequest) GetWorkload() *Workload {
+	if x != nil {
+		if x, ok := x.Change.(*PlanRequest_Workload); ok {
+			return x.Workload
+		}
+	}
+	return nil
+}
+
+func (x *PlanRequest) GetDeleteWorkload() string {
+	if x != nil {
+		if x, ok := x.Change.(*PlanRequest_DeleteWorkload); ok {
+			return x.DeleteWorkload
+		}
+	}
+	return ""
+}
+
+func (x *PlanRequest) GetCluster() *ClusterChange {
+	if x != nil {
+		if x, ok := x.Change.(*PlanRequest_Cluster); ok {
+			return x.Cluster
+		}
+	}
+	return nil
+}
+
+type isPlanRequest_Change interface {
+	isPlanRequest_Change()
+}
+
+type PlanRequest_Workload struct {
+	// As it would be applied.
+	Workload *Workload `protobuf:"bytes,1,opt,name=workload,proto3,oneof"`
+}
+
+type PlanRequest_DeleteWorkload struct {
+	// Name of a workload that would be deleted.
+	DeleteWorkload string `protobuf:"bytes,2,opt,name=delete_workload,json=deleteWorkload,proto3,oneof"`
+}
+
+type PlanRequest_Cluster struct {
+	// A cluster that would be gone, drained or otherwise.
+	Cluster *ClusterChange `protobuf:"bytes,3,opt,name=cluster,proto3,oneof"`
+}
+
+func (*PlanRequest_Workload) isPlanRequest_Change() {}
+
+func (*PlanRequest_DeleteWorkload) isPlanRequest_Change() {}
+
+func (*PlanRequest_Cluster) isPlanRequest_Change() {}
+
+type ClusterChange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          ClusterChange_Kind     `protobuf:"varint,1,opt,name=kind,proto3,enum=portolan.v1.ClusterChange_Kind" json:"kind,omitempty"`
+	Cluster       *Cluster               `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClusterChange) Reset() {
+	*x = ClusterChange{}
+	mi := &file_portolan_v1_services_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClusterChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClusterChange) ProtoMessage() {}
+
+func (x *ClusterChange) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClusterChange.ProtoReflect.Descriptor instead.
+func (*ClusterChange) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *ClusterChange) GetKind() ClusterChange_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return ClusterChange_KIND_UNSPECIFIED
+}
+
+func (x *ClusterChange) GetCluster() *Cluster {
+	if x != nil {
+		return x.Cluster
+	}
+	return nil
+}
+
+// PlanResponse is what would come of it; nothing is changed.
+type PlanResponse struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Workloads []*WorkloadPlan        `protobuf:"bytes,1,rep,name=workloads,proto3" json:"workloads,omitempty"`
+	// Micro-units of currency per hour, over all workloads of the answer.
+	CostBeforeMicros int64 `protobuf:"varint,2,opt,name=cost_before_micros,json=costBeforeMicros,proto3" json:"cost_before_micros,omitempty"`
+	CostAfterMicros  int64 `protobuf:"varint,3,opt,name=cost_after_micros,json=costAfterMicros,proto3" json:"cost_after_micros,omitempty"`
+	// Revision that it was worked out on.
+	Revision int64 `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Given back with the change, it makes the change fail when the plan would be
+	// another one by now.
+	Token string `protobuf:"bytes,5,opt,name=token,proto3" json:"token,omitempty"`
+	// What admission says; a refusal is here, not an error.
+	Admission     []*Reason `protobuf:"bytes,6,rep,name=admission,proto3" json:"admission,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanResponse) Reset() {
+	*x = PlanResponse{}
+	mi := &file_portolan_v1_services_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanResponse) ProtoMessage() {}
+
+func (x *PlanResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
+func (*PlanResponse) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *PlanResponse) GetWorkloads() []*WorkloadPlan {
+	if x != nil {
+		return x.Workloads
+	}
+	return nil
+}
+
+func (x *PlanResponse) GetCostBeforeMicros() int64 {
+	if x != nil {
+		return x.CostBeforeMicros
+	}
+	return 0
+}
+
+func (x *PlanResponse) GetCostAfterMicros() int64 {
+	if x != nil {
+		return x.CostAfterMicros
+	}
+	return 0
+}
+
+func (x *PlanResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *PlanResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *PlanResponse) GetAdmission() []*Reason {
+	if x != nil {
+		return x.Admission
+	}
+	return nil
+}
+
+type WorkloadPlan struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Workload         string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	Placements       []*PlacementPlan       `protobuf:"bytes,2,rep,name=placements,proto3" json:"placements,omitempty"`
+	DesiredReplicas  int32                  `protobuf:"varint,3,opt,name=desired_replicas,json=desiredReplicas,proto3" json:"desired_replicas,omitempty"`
+	UnplacedReplicas int32                  `protobuf:"varint,4,opt,name=unplaced_replicas,json=unplacedReplicas,proto3" json:"unplaced_replicas,omitempty"`
+	UnplacedBefore   int32                  `protobuf:"varint,5,opt,name=unplaced_before,json=unplacedBefore,proto3" json:"unplaced_before,omitempty"`
+	CostBeforeMicros int64                  `protobuf:"varint,6,opt,name=cost_before_micros,json=costBeforeMicros,proto3" json:"cost_before_micros,omitempty"`
+	CostAfterMicros  int64                  `protobuf:"varint,7,opt,name=cost_after_micros,json=costAfterMicros,proto3" json:"cost_after_micros,omitempty"`
+	Reasons          []*Reason              `protobuf:"bytes,8,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	// Workloads of lower priority that would lose replicas.
+	Displaced     []*Displaced `protobuf:"bytes,9,rep,name=displaced,proto3" json:"displaced,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadPlan) Reset() {
+	*x = WorkloadPlan{}
+	mi := &file_portolan_v1_services_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadPlan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadPlan) ProtoMessage() {}
+
+func (x *WorkloadPlan) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadPlan.ProtoReflect.Descriptor instead.
+func (*WorkloadPlan) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *WorkloadPlan) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *WorkloadPlan) GetPlacements() []*PlacementPlan {
+	if x != nil {
+		return x.Placements
+	}
+	return nil
+}
+
+func (x *WorkloadPlan) GetDesiredReplicas() int32 {
+	if x != nil {
+		return x.DesiredReplicas
+	}
+	return 0
+}
+
+func (x *WorkloadPlan) GetUnplacedReplicas() int32 {
+	if x != nil {
+		return x.UnplacedReplicas
+	}
+	return 0
+}
+
+func (x *WorkloadPlan) GetUnplacedBefore() int32 {
+	if x != nil {
+		return x.UnplacedBefore
+	}
+	return 0
+}
+
+func (x *WorkloadPlan) GetCostBeforeMicros() int64 {
+	if x != nil {
+		return x.CostBeforeMicros
+	}
+	return 0
+}
+
+func (x *WorkloadPlan) GetCostAfterMicros() int64 {
+	if x != nil {
+		return x.CostAfterMicros
+	}
+	return 0
+}
+
+func (x *WorkloadPlan) GetReasons() []*Reason {
+	if x != nil {
+		return x.Reasons
+	}
+	return nil
+}
+
+func (x *WorkloadPlan) GetDisplaced() []*Displaced {
+	if x != nil {
+		return x.Displaced
+	}
+	return nil
+}
+
+type Displaced struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workload      string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	Cluster       string                 `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Replicas      int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Displaced) Reset() {
+	*x = Displaced{}
+	mi := &file_portolan_v1_services_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Displaced) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Displaced) ProtoMessage() {}
+
+func (x *Displaced) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Displaced.ProtoReflect.Descriptor instead.
+func (*Displaced) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *Displaced) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *Displaced) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *Displaced) GetReplicas() int32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
+}
+
+type PlacementPlan struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Cluster        string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	ReplicasBefore int32                  `protobuf:"varint,2,opt,name=replicas_before,json=replicasBefore,proto3" json:"replicas_before,omitempty"`
+	ReplicasAfter  int32                  `protobuf:"varint,3,opt,name=replicas_after,json=replicasAfter,proto3" json:"replicas_after,omitempty"`
+	Reasons        []*Reason              `protobuf:"bytes,4,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PlacementPlan) Reset() {
+	*x = PlacementPlan{}
+	mi := &file_portolan_v1_services_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlacementPlan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlacementPlan) ProtoMessage() {}
+
+func (x *PlacementPlan) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlacementPlan.ProtoReflect.Descriptor instead.
+func (*PlacementPlan) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *PlacementPlan) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *PlacementPlan) GetReplicasBefore() int32 {
+	if x != nil {
+		return x.ReplicasBefore
+	}
+	return 0
+}
+
+func (x *PlacementPlan) GetReplicasAfter() int32 {
+	if x != nil {
+		return x.ReplicasAfter
+	}
+	return 0
+}
+
+func (x *PlacementPlan) GetReasons() []*Reason {
+	if x != nil {
+		return x.Reasons
+	}
+	return nil
+}
+
+type GetCapacityRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only this cluster (clusters/{c}); all when empty.
+	Cluster       string `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetCapacityRequest) Reset() {
+	*x = GetCapacityRequest{}
+	mi := &file_portolan_v1_services_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetCapacityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetCapacityRequest) ProtoMessage() {}
+
+func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetCapacityRequest.ProtoReflect.Descriptor instead.
+func (*GetCapacityRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *GetCapacityRequest) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+type GetCapacityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Clusters      []*ClusterCapacity     `protobuf:"bytes,1,rep,name=clusters,proto3" json:"clusters,omitempty"`
+	Revision      int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetCapacityResponse) Reset() {
+	*x = GetCapacityResponse{}
+	mi := &file_portolan_v1_services_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetCapacityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetCapacityResponse) ProtoMessage() {}
+
+func (x *GetCapacityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetCapacityResponse.ProtoReflect.Descriptor instead.
+func (*GetCapacityResponse) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *GetCapacityResponse) GetClusters() []*ClusterCapacity {
+	if x != nil {
+		return x.Clusters
+	}
+	return nil
+}
+
+func (x *GetCapacityResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type ClusterCapacity struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Cluster             string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Region              string                 `protobuf:"bytes,2,opt,name=region,proto3" json:"region,omitempty"`
+	State               ClusterState           `protobuf:"varint,3,opt,name=state,proto3,enum=portolan.v1.ClusterState" json:"state,omitempty"`
+	CpuMilli            int64                  `protobuf:"varint,4,opt,name=cpu_milli,json=cpuMilli,proto3" json:"cpu_milli,omitempty"`
+	MemoryBytes         int64                  `protobuf:"varint,5,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	ReservedCpuMilli    int64                  `protobuf:"varint,6,opt,name=reserved_cpu_milli,json=reservedCpuMilli,proto3" json:"reserved_cpu_milli,omitempty"`
+	ReservedMemoryBytes int64                  `protobuf:"varint,7,opt,name=reserved_memory_bytes,json=reservedMemoryBytes,proto3" json:"reserved_memory_bytes,omitempty"`
+	Pools               []*PoolStatus          `protobuf:"bytes,8,rep,name=pools,proto3" json:"pools,omitempty"`
+	CpuCoreHourMicros   int64                  `protobuf:"varint,9,opt,name=cpu_core_hour_micros,json=cpuCoreHourMicros,proto3" json:"cpu_core_hour_micros,omitempty"`
+	MemoryGibHourMicros int64                  `protobuf:"varint,10,opt,name=memory_gib_hour_micros,json=memoryGibHourMicros,proto3" json:"memory_gib_hour_micros,omitempty"`
+	// Of what is reserved, and of the whole capacity, micro-units per hour.
+	ReservedCostMicros int64 `protobuf:"varint,11,opt,name=reserved_cost_micros,json=reservedCostMicros,proto3" json:"reserved_cost_micros,omitempty"`
+	CapacityCostMicros int64 `protobuf:"varint,12,opt,name=capacity_cost_micros,json=capacityCostMicros,proto3" json:"capacity_cost_micros,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *ClusterCapacity) Reset() {
+	*x = ClusterCapacity{}
+	mi := &file_portolan_v1_services_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClusterCapacity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClusterCapacity) ProtoMessage() {}
+
+func (x *ClusterCapacity) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClusterCapacity.ProtoReflect.Descriptor instead.
+func (*ClusterCapacity) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{67}
+}
+
+func (x *ClusterCapacity) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *ClusterCapacity) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *ClusterCapacity) GetState() ClusterState {
+	if x != nil {
+		return x.State
+	}
+	return ClusterState_CLUSTER_STATE_UNSPECIFIED
+}
+
+func (x *ClusterCapacity) GetCpuMilli() int64 {
+	if x != nil {
+		return x.CpuMilli
+	}
+	return 0
+}
+
+func (x *ClusterCapacity) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *ClusterCapacity) GetReservedCpuMilli() int64 {
+	if x != nil {
+		return x.ReservedCpuMilli
+	}
+	return 0
+}
+
+func (x *ClusterCapacity) GetReservedMemoryBytes() int64 {
+	if x != nil {
+		return x.ReservedMemoryBytes
+	}
+	return 0
+}
+
+func (x *ClusterCapacity) GetPools() []*PoolStatus {
+	if x != nil {
+		return x.Pools
+	}
+	return nil
+}
+
+func (x *ClusterCapacity) GetCpuCoreHourMicros() int64 {
+	if x != nil {
+		return x.CpuCoreHourMicros
+	}
+	return 0
+}
+
+func (x *ClusterCapacity) GetMemoryGibHourMicros() int64 {
+	if x != nil {
+		return x.MemoryGibHourMicros
+	}
+	return 0
+}
+
+func (x *ClusterCapacity) GetReservedCostMicros() int64 {
+	if x != nil {
+		return x.ReservedCostMicros
+	}
+	return 0
+}
+
+func (x *ClusterCapacity) GetCapacityCostMicros() int64 {
+	if x != nil {
+		return x.CapacityCostMicros
+	}
+	return 0
+}
+
 type ExplainWorkloadRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -3824,7 +4735,7 @@ type ExplainWorkloadRequest struct {
 
 func (x *ExplainWorkloadRequest) Reset() {
 	*x = ExplainWorkloadRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[58]
+	mi := &file_portolan_v1_services_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3836,7 +4747,7 @@ func (x *ExplainWorkloadRequest) String() string {
 func (*ExplainWorkloadRequest) ProtoMessage() {}
 
 func (x *ExplainWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[58]
+	mi := &file_portolan_v1_services_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3849,7 +4760,7 @@ func (x *ExplainWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*ExplainWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{58}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ExplainWorkloadRequest) GetName() string {
@@ -3873,7 +4784,7 @@ type ExplainWorkloadResponse struct {
 
 func (x *ExplainWorkloadResponse) Reset() {
 	*x = ExplainWorkloadResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[59]
+	mi := &file_portolan_v1_services_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3885,7 +4796,7 @@ func (x *ExplainWorkloadResponse) String() string {
 func (*ExplainWorkloadResponse) ProtoMessage() {}
 
 func (x *ExplainWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[59]
+	mi := &file_portolan_v1_services_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3898,7 +4809,7 @@ func (x *ExplainWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*ExplainWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{59}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ExplainWorkloadResponse) GetClusters() []*ClusterVerdict {
@@ -3937,19 +4848,21 @@ func (x *ExplainWorkloadResponse) GetNodes() []*NodeVerdict {
 }
 
 type ClusterVerdict struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Feasible      bool                   `protobuf:"varint,2,opt,name=feasible,proto3" json:"feasible,omitempty"`
-	Replicas      int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
-	Score         int64                  `protobuf:"varint,4,opt,name=score,proto3" json:"score,omitempty"`
-	Reasons       []*Reason              `protobuf:"bytes,5,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Cluster  string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Feasible bool                   `protobuf:"varint,2,opt,name=feasible,proto3" json:"feasible,omitempty"`
+	Replicas int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	Score    int64                  `protobuf:"varint,4,opt,name=score,proto3" json:"score,omitempty"`
+	Reasons  []*Reason              `protobuf:"bytes,5,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	// The smallest changes that would make it fit, all of them together.
+	Remedies      []*Reason `protobuf:"bytes,6,rep,name=remedies,proto3" json:"remedies,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ClusterVerdict) Reset() {
 	*x = ClusterVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[60]
+	mi := &file_portolan_v1_services_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3961,7 +4874,7 @@ func (x *ClusterVerdict) String() string {
 func (*ClusterVerdict) ProtoMessage() {}
 
 func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[60]
+	mi := &file_portolan_v1_services_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3974,7 +4887,7 @@ func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterVerdict.ProtoReflect.Descriptor instead.
 func (*ClusterVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{60}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ClusterVerdict) GetCluster() string {
@@ -4012,18 +4925,30 @@ func (x *ClusterVerdict) GetReasons() []*Reason {
 	return nil
 }
 
+func (x *ClusterVerdict) GetRemedies() []*Reason {
+	if x != nil {
+		return x.Remedies
+	}
+	return nil
+}
+
 type NodeVerdict struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Replica       string                 `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
-	Reasons       []*Reason              `protobuf:"bytes,3,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Cluster string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Replica string                 `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
+	// Counts by reason over the cluster's nodes.
+	Reasons []*Reason `protobuf:"bytes,3,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	// The node that comes nearest, and the smallest changes that would make it fit,
+	// each enough by itself. Nodes are named to fleet admins only.
+	Nearest       string    `protobuf:"bytes,4,opt,name=nearest,proto3" json:"nearest,omitempty"`
+	Remedies      []*Reason `protobuf:"bytes,5,rep,name=remedies,proto3" json:"remedies,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeVerdict) Reset() {
 	*x = NodeVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[61]
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4035,7 +4960,7 @@ func (x *NodeVerdict) String() string {
 func (*NodeVerdict) ProtoMessage() {}
 
 func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[61]
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4048,7 +4973,7 @@ func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeVerdict.ProtoReflect.Descriptor instead.
 func (*NodeVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{61}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *NodeVerdict) GetCluster() string {
@@ -4072,6 +4997,20 @@ func (x *NodeVerdict) GetReasons() []*Reason {
 	return nil
 }
 
+func (x *NodeVerdict) GetNearest() string {
+	if x != nil {
+		return x.Nearest
+	}
+	return ""
+}
+
+func (x *NodeVerdict) GetRemedies() []*Reason {
+	if x != nil {
+		return x.Remedies
+	}
+	return nil
+}
+
 type WatchRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Kinds by message name: "Workload", "Placement", …; empty means all but
@@ -4086,7 +5025,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[62]
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4098,7 +5037,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[62]
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4111,7 +5050,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{62}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *WatchRequest) GetKinds() []string {
@@ -4150,7 +5089,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[63]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4162,7 +5101,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[63]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4175,7 +5114,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -4263,7 +5202,7 @@ type WaitConvergedRequest struct {
 
 func (x *WaitConvergedRequest) Reset() {
 	*x = WaitConvergedRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[64]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4275,7 +5214,7 @@ func (x *WaitConvergedRequest) String() string {
 func (*WaitConvergedRequest) ProtoMessage() {}
 
 func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[64]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4288,7 +5227,7 @@ func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedRequest.ProtoReflect.Descriptor instead.
 func (*WaitConvergedRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *WaitConvergedRequest) GetRevision() int64 {
@@ -4326,7 +5265,7 @@ type WaitConvergedResponse struct {
 
 func (x *WaitConvergedResponse) Reset() {
 	*x = WaitConvergedResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[65]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4338,7 +5277,7 @@ func (x *WaitConvergedResponse) String() string {
 func (*WaitConvergedResponse) ProtoMessage() {}
 
 func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[65]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4351,7 +5290,7 @@ func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedResponse.ProtoReflect.Descriptor instead.
 func (*WaitConvergedResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{65}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *WaitConvergedResponse) GetRevision() int64 {
@@ -4415,7 +5354,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_portolan_v1_services_proto_msgTypes[66]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4427,7 +5366,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[66]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4440,7 +5379,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{66}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *Replica) GetName() string {
@@ -4555,7 +5494,7 @@ type ContainerState struct {
 
 func (x *ContainerState) Reset() {
 	*x = ContainerState{}
-	mi := &file_portolan_v1_services_proto_msgTypes[67]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4567,7 +5506,7 @@ func (x *ContainerState) String() string {
 func (*ContainerState) ProtoMessage() {}
 
 func (x *ContainerState) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[67]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4580,7 +5519,7 @@ func (x *ContainerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerState.ProtoReflect.Descriptor instead.
 func (*ContainerState) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{67}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ContainerState) GetName() string {
@@ -4675,7 +5614,7 @@ type Timeline struct {
 
 func (x *Timeline) Reset() {
 	*x = Timeline{}
-	mi := &file_portolan_v1_services_proto_msgTypes[68]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4687,7 +5626,7 @@ func (x *Timeline) String() string {
 func (*Timeline) ProtoMessage() {}
 
 func (x *Timeline) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[68]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4700,7 +5639,7 @@ func (x *Timeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timeline.ProtoReflect.Descriptor instead.
 func (*Timeline) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{68}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *Timeline) GetAtCluster() *timestamppb.Timestamp {
@@ -4769,7 +5708,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_portolan_v1_services_proto_msgTypes[69]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4781,7 +5720,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[69]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4794,7 +5733,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{69}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -4851,7 +5790,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[70]
+	mi := &file_portolan_v1_services_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4863,7 +5802,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[70]
+	mi := &file_portolan_v1_services_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4876,7 +5815,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{70}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ListReplicasRequest) GetParent() string {
@@ -4904,7 +5843,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4916,7 +5855,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4929,7 +5868,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*Replica {
@@ -4959,7 +5898,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4971,7 +5910,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4984,7 +5923,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListEventsRequest) GetParent() string {
@@ -5019,7 +5958,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5031,7 +5970,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5044,7 +5983,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListEventsResponse) GetEvents() []*Event {
@@ -5077,7 +6016,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5089,7 +6028,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5102,7 +6041,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *LogsRequest) GetReplica() string {
@@ -5149,7 +6088,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5161,7 +6100,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5174,7 +6113,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *LogsResponse) GetData() []byte {
@@ -5199,7 +6138,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5211,7 +6150,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5224,7 +6163,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ExecRequest) GetMessage() isExecRequest_Message {
@@ -5308,7 +6247,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5320,7 +6259,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5333,7 +6272,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *TerminalSize) GetRows() int32 {
@@ -5364,7 +6303,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5376,7 +6315,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5389,7 +6328,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ExecResponse) GetMessage() isExecResponse_Message {
@@ -5457,7 +6396,7 @@ type WatchResponse_Established struct {
 
 func (x *WatchResponse_Established) Reset() {
 	*x = WatchResponse_Established{}
-	mi := &file_portolan_v1_services_proto_msgTypes[90]
+	mi := &file_portolan_v1_services_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5469,7 +6408,7 @@ func (x *WatchResponse_Established) String() string {
 func (*WatchResponse_Established) ProtoMessage() {}
 
 func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[90]
+	mi := &file_portolan_v1_services_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5482,7 +6421,7 @@ func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Established.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Established) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73, 0}
 }
 
 type WatchResponse_Change struct {
@@ -5496,7 +6435,7 @@ type WatchResponse_Change struct {
 
 func (x *WatchResponse_Change) Reset() {
 	*x = WatchResponse_Change{}
-	mi := &file_portolan_v1_services_proto_msgTypes[91]
+	mi := &file_portolan_v1_services_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5508,7 +6447,7 @@ func (x *WatchResponse_Change) String() string {
 func (*WatchResponse_Change) ProtoMessage() {}
 
 func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[91]
+	mi := &file_portolan_v1_services_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5521,7 +6460,7 @@ func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Change.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Change) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63, 1}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73, 1}
 }
 
 func (x *WatchResponse_Change) GetKind() ChangeKind {
@@ -5554,7 +6493,7 @@ type WatchResponse_SnapshotEnd struct {
 
 func (x *WatchResponse_SnapshotEnd) Reset() {
 	*x = WatchResponse_SnapshotEnd{}
-	mi := &file_portolan_v1_services_proto_msgTypes[92]
+	mi := &file_portolan_v1_services_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5566,7 +6505,7 @@ func (x *WatchResponse_SnapshotEnd) String() string {
 func (*WatchResponse_SnapshotEnd) ProtoMessage() {}
 
 func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[92]
+	mi := &file_portolan_v1_services_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5579,7 +6518,7 @@ func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_SnapshotEnd.ProtoReflect.Descriptor instead.
 func (*WatchResponse_SnapshotEnd) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63, 2}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73, 2}
 }
 
 func (x *WatchResponse_SnapshotEnd) GetRevision() int64 {
@@ -5599,7 +6538,7 @@ type WatchResponse_Bookmark struct {
 
 func (x *WatchResponse_Bookmark) Reset() {
 	*x = WatchResponse_Bookmark{}
-	mi := &file_portolan_v1_services_proto_msgTypes[93]
+	mi := &file_portolan_v1_services_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5611,7 +6550,7 @@ func (x *WatchResponse_Bookmark) String() string {
 func (*WatchResponse_Bookmark) ProtoMessage() {}
 
 func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[93]
+	mi := &file_portolan_v1_services_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5624,7 +6563,7 @@ func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Bookmark.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Bookmark) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63, 3}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73, 3}
 }
 
 func (x *WatchResponse_Bookmark) GetRevision() int64 {
@@ -5646,7 +6585,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_portolan_v1_services_proto_msgTypes[94]
+	mi := &file_portolan_v1_services_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5658,7 +6597,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[94]
+	mi := &file_portolan_v1_services_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5671,7 +6610,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86, 0}
 }
 
 func (x *ExecRequest_Start) GetReplica() string {
@@ -5828,7 +6767,7 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\bworkload\x18\x01 \x01(\v2\x15.portolan.v1.WorkloadB\x06\xbaH\x03\xc8\x01\x01R\bworkload\x12#\n" +
 	"\rvalidate_only\x18\x02 \x01(\bR\fvalidateOnly\x12&\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"\x81\x02\n" +
+	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"\xaa\x02\n" +
 	"\x15UpdateWorkloadRequest\x129\n" +
 	"\bworkload\x18\x01 \x01(\v2\x15.portolan.v1.WorkloadB\x06\xbaH\x03\xc8\x01\x01R\bworkload\x12;\n" +
 	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskR\n" +
@@ -5836,7 +6775,9 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\rvalidate_only\x18\x03 \x01(\bR\fvalidateOnly\x12&\n" +
 	"\n" +
 	"request_id\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x12#\n" +
-	"\rallow_missing\x18\x05 \x01(\bR\fallowMissing\"\xb1\x01\n" +
+	"\rallow_missing\x18\x05 \x01(\bR\fallowMissing\x12'\n" +
+	"\n" +
+	"plan_token\x18\x06 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\tplanToken\"\xb1\x01\n" +
 	"\x15DeleteWorkloadRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\x12#\n" +
@@ -6012,7 +6953,7 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x10ListNodesRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\"@\n" +
 	"\x11ListNodesResponse\x12+\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x15.portolan.v1.NodeInfoR\x05nodes\"\xc2\x04\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x15.portolan.v1.NodeInfoR\x05nodes\"\xbe\t\n" +
 	"\bNodeInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x129\n" +
 	"\x06labels\x18\x02 \x03(\v2!.portolan.v1.NodeInfo.LabelsEntryR\x06labels\x12*\n" +
@@ -6027,10 +6968,92 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	" \x01(\x03R\x14allocatedMemoryBytes\x12\x1a\n" +
 	"\breplicas\x18\v \x01(\x05R\breplicas\x12)\n" +
 	"\x10applied_revision\x18\f \x01(\x03R\x0fappliedRevision\x12@\n" +
-	"\x0elast_seen_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\flastSeenTime\x1a9\n" +
+	"\x0elast_seen_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\flastSeenTime\x12\x12\n" +
+	"\x04pool\x18\x0e \x01(\tR\x04pool\x12)\n" +
+	"\x04mode\x18\x0f \x01(\x0e2\x15.portolan.v1.NodeModeR\x04mode\x122\n" +
+	"\x15allocatable_cpu_milli\x18\x10 \x01(\x03R\x13allocatableCpuMilli\x128\n" +
+	"\x18allocatable_memory_bytes\x18\x11 \x01(\x03R\x16allocatableMemoryBytes\x12#\n" +
+	"\rstorage_bytes\x18\x12 \x01(\x03R\fstorageBytes\x126\n" +
+	"\x17allocated_storage_bytes\x18\x13 \x01(\x03R\x15allocatedStorageBytes\x12L\n" +
+	"\rdevices_milli\x18\x14 \x03(\v2'.portolan.v1.NodeInfo.DevicesMilliEntryR\fdevicesMilli\x12h\n" +
+	"\x17allocated_devices_milli\x18\x15 \x03(\v20.portolan.v1.NodeInfo.AllocatedDevicesMilliEntryR\x15allocatedDevicesMilli\x12-\n" +
+	"\ablocked\x18\x16 \x03(\v2\x13.portolan.v1.ReasonR\ablocked\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\",\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a?\n" +
+	"\x11DevicesMilliEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\x1aH\n" +
+	"\x1aAllocatedDevicesMilliEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"\xa0\x01\n" +
+	"\x12SetNodeModeRequest\x12\x1e\n" +
+	"\x04name\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x02R\x04name\x123\n" +
+	"\x04mode\x18\x02 \x01(\x0e2\x15.portolan.v1.NodeModeB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04mode\x125\n" +
+	"\bdeadline\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bdeadline\"\xaf\x01\n" +
+	"\vPlanRequest\x123\n" +
+	"\bworkload\x18\x01 \x01(\v2\x15.portolan.v1.WorkloadH\x00R\bworkload\x12)\n" +
+	"\x0fdelete_workload\x18\x02 \x01(\tH\x00R\x0edeleteWorkload\x126\n" +
+	"\acluster\x18\x03 \x01(\v2\x1a.portolan.v1.ClusterChangeH\x00R\aclusterB\b\n" +
+	"\x06change\"\xd7\x01\n" +
+	"\rClusterChange\x12?\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x1f.portolan.v1.ClusterChange.KindB\n" +
+	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\x04kind\x126\n" +
+	"\acluster\x18\x02 \x01(\v2\x14.portolan.v1.ClusterB\x06\xbaH\x03\xc8\x01\x01R\acluster\"M\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\r\n" +
+	"\tKIND_LOST\x10\x01\x12\x10\n" +
+	"\fKIND_DRAINED\x10\x02\x12\x0e\n" +
+	"\n" +
+	"KIND_ADDED\x10\x03\"\x86\x02\n" +
+	"\fPlanResponse\x127\n" +
+	"\tworkloads\x18\x01 \x03(\v2\x19.portolan.v1.WorkloadPlanR\tworkloads\x12,\n" +
+	"\x12cost_before_micros\x18\x02 \x01(\x03R\x10costBeforeMicros\x12*\n" +
+	"\x11cost_after_micros\x18\x03 \x01(\x03R\x0fcostAfterMicros\x12\x1a\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision\x12\x14\n" +
+	"\x05token\x18\x05 \x01(\tR\x05token\x121\n" +
+	"\tadmission\x18\x06 \x03(\v2\x13.portolan.v1.ReasonR\tadmission\"\xa6\x03\n" +
+	"\fWorkloadPlan\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\x12:\n" +
+	"\n" +
+	"placements\x18\x02 \x03(\v2\x1a.portolan.v1.PlacementPlanR\n" +
+	"placements\x12)\n" +
+	"\x10desired_replicas\x18\x03 \x01(\x05R\x0fdesiredReplicas\x12+\n" +
+	"\x11unplaced_replicas\x18\x04 \x01(\x05R\x10unplacedReplicas\x12'\n" +
+	"\x0funplaced_before\x18\x05 \x01(\x05R\x0eunplacedBefore\x12,\n" +
+	"\x12cost_before_micros\x18\x06 \x01(\x03R\x10costBeforeMicros\x12*\n" +
+	"\x11cost_after_micros\x18\a \x01(\x03R\x0fcostAfterMicros\x12-\n" +
+	"\areasons\x18\b \x03(\v2\x13.portolan.v1.ReasonR\areasons\x124\n" +
+	"\tdisplaced\x18\t \x03(\v2\x16.portolan.v1.DisplacedR\tdisplaced\"]\n" +
+	"\tDisplaced\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x18\n" +
+	"\acluster\x18\x02 \x01(\tR\acluster\x12\x1a\n" +
+	"\breplicas\x18\x03 \x01(\x05R\breplicas\"\xa8\x01\n" +
+	"\rPlacementPlan\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12'\n" +
+	"\x0freplicas_before\x18\x02 \x01(\x05R\x0ereplicasBefore\x12%\n" +
+	"\x0ereplicas_after\x18\x03 \x01(\x05R\rreplicasAfter\x12-\n" +
+	"\areasons\x18\x04 \x03(\v2\x13.portolan.v1.ReasonR\areasons\".\n" +
+	"\x12GetCapacityRequest\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\"k\n" +
+	"\x13GetCapacityResponse\x128\n" +
+	"\bclusters\x18\x01 \x03(\v2\x1c.portolan.v1.ClusterCapacityR\bclusters\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\"\x8f\x04\n" +
+	"\x0fClusterCapacity\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12\x16\n" +
+	"\x06region\x18\x02 \x01(\tR\x06region\x12/\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x19.portolan.v1.ClusterStateR\x05state\x12\x1b\n" +
+	"\tcpu_milli\x18\x04 \x01(\x03R\bcpuMilli\x12!\n" +
+	"\fmemory_bytes\x18\x05 \x01(\x03R\vmemoryBytes\x12,\n" +
+	"\x12reserved_cpu_milli\x18\x06 \x01(\x03R\x10reservedCpuMilli\x122\n" +
+	"\x15reserved_memory_bytes\x18\a \x01(\x03R\x13reservedMemoryBytes\x12-\n" +
+	"\x05pools\x18\b \x03(\v2\x17.portolan.v1.PoolStatusR\x05pools\x12/\n" +
+	"\x14cpu_core_hour_micros\x18\t \x01(\x03R\x11cpuCoreHourMicros\x123\n" +
+	"\x16memory_gib_hour_micros\x18\n" +
+	" \x01(\x03R\x13memoryGibHourMicros\x120\n" +
+	"\x14reserved_cost_micros\x18\v \x01(\x03R\x12reservedCostMicros\x120\n" +
+	"\x14capacity_cost_micros\x18\f \x01(\x03R\x12capacityCostMicros\",\n" +
 	"\x16ExplainWorkloadRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\xf6\x01\n" +
 	"\x17ExplainWorkloadResponse\x127\n" +
@@ -6038,17 +7061,20 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x10desired_replicas\x18\x02 \x01(\x05R\x0fdesiredReplicas\x12+\n" +
 	"\x11unplaced_replicas\x18\x03 \x01(\x05R\x10unplacedReplicas\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x03R\brevision\x12.\n" +
-	"\x05nodes\x18\x05 \x03(\v2\x18.portolan.v1.NodeVerdictR\x05nodes\"\xa7\x01\n" +
+	"\x05nodes\x18\x05 \x03(\v2\x18.portolan.v1.NodeVerdictR\x05nodes\"\xd8\x01\n" +
 	"\x0eClusterVerdict\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1a\n" +
 	"\bfeasible\x18\x02 \x01(\bR\bfeasible\x12\x1a\n" +
 	"\breplicas\x18\x03 \x01(\x05R\breplicas\x12\x14\n" +
 	"\x05score\x18\x04 \x01(\x03R\x05score\x12-\n" +
-	"\areasons\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\areasons\"p\n" +
+	"\areasons\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12/\n" +
+	"\bremedies\x18\x06 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\"\xbb\x01\n" +
 	"\vNodeVerdict\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12-\n" +
-	"\areasons\x18\x03 \x03(\v2\x13.portolan.v1.ReasonR\areasons\"k\n" +
+	"\areasons\x18\x03 \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12\x18\n" +
+	"\anearest\x18\x04 \x01(\tR\anearest\x12/\n" +
+	"\bremedies\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\"k\n" +
 	"\fWatchRequest\x12\x1e\n" +
 	"\x05kinds\x18\x01 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10\x10R\x05kinds\x12\x16\n" +
 	"\x06parent\x18\x02 \x01(\tR\x06parent\x12#\n" +
@@ -6193,7 +7219,7 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x10ListRoleBindings\x12$.portolan.v1.ListRoleBindingsRequest\x1a%.portolan.v1.ListRoleBindingsResponse\x12T\n" +
 	"\x11CreateRoleBinding\x12%.portolan.v1.CreateRoleBindingRequest\x1a\x18.portolan.v1.RoleBinding\x12T\n" +
 	"\x11UpdateRoleBinding\x12%.portolan.v1.UpdateRoleBindingRequest\x1a\x18.portolan.v1.RoleBinding\x12R\n" +
-	"\x11DeleteRoleBinding\x12%.portolan.v1.DeleteRoleBindingRequest\x1a\x16.google.protobuf.Empty2\xb2\x05\n" +
+	"\x11DeleteRoleBinding\x12%.portolan.v1.DeleteRoleBindingRequest\x1a\x16.google.protobuf.Empty2\xd4\x06\n" +
 	"\x0eClusterService\x12B\n" +
 	"\n" +
 	"GetCluster\x12\x1e.portolan.v1.GetClusterRequest\x1a\x14.portolan.v1.Cluster\x12S\n" +
@@ -6203,7 +7229,9 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\rDeleteCluster\x12!.portolan.v1.DeleteClusterRequest\x1a\x16.google.protobuf.Empty\x12q\n" +
 	"\x16CreateClusterJoinToken\x12*.portolan.v1.CreateClusterJoinTokenRequest\x1a+.portolan.v1.CreateClusterJoinTokenResponse\x12h\n" +
 	"\x13CreateNodeJoinToken\x12'.portolan.v1.CreateNodeJoinTokenRequest\x1a(.portolan.v1.CreateNodeJoinTokenResponse\x12J\n" +
-	"\tListNodes\x12\x1d.portolan.v1.ListNodesRequest\x1a\x1e.portolan.v1.ListNodesResponse2\xea\x06\n" +
+	"\tListNodes\x12\x1d.portolan.v1.ListNodesRequest\x1a\x1e.portolan.v1.ListNodesResponse\x12N\n" +
+	"\vSetNodeMode\x12\x1f.portolan.v1.SetNodeModeRequest\x1a\x1e.portolan.v1.ListNodesResponse\x12P\n" +
+	"\vGetCapacity\x12\x1f.portolan.v1.GetCapacityRequest\x1a .portolan.v1.GetCapacityResponse2\xa7\a\n" +
 	"\x0fWorkloadService\x12E\n" +
 	"\vGetWorkload\x12\x1f.portolan.v1.GetWorkloadRequest\x1a\x15.portolan.v1.Workload\x12V\n" +
 	"\rListWorkloads\x12!.portolan.v1.ListWorkloadsRequest\x1a\".portolan.v1.ListWorkloadsResponse\x12K\n" +
@@ -6214,7 +7242,8 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x15ListWorkloadRevisions\x12).portolan.v1.ListWorkloadRevisionsRequest\x1a*.portolan.v1.ListWorkloadRevisionsResponse\x12H\n" +
 	"\fGetPlacement\x12 .portolan.v1.GetPlacementRequest\x1a\x16.portolan.v1.Placement\x12Y\n" +
 	"\x0eListPlacements\x12\".portolan.v1.ListPlacementsRequest\x1a#.portolan.v1.ListPlacementsResponse\x12\\\n" +
-	"\x0fExplainWorkload\x12#.portolan.v1.ExplainWorkloadRequest\x1a$.portolan.v1.ExplainWorkloadResponse2\xe3\x05\n" +
+	"\x0fExplainWorkload\x12#.portolan.v1.ExplainWorkloadRequest\x1a$.portolan.v1.ExplainWorkloadResponse\x12;\n" +
+	"\x04Plan\x12\x18.portolan.v1.PlanRequest\x1a\x19.portolan.v1.PlanResponse2\xe3\x05\n" +
 	"\vMeshService\x12B\n" +
 	"\n" +
 	"GetService\x12\x1e.portolan.v1.GetServiceRequest\x1a\x14.portolan.v1.Service\x12S\n" +
@@ -6260,312 +7289,355 @@ func file_portolan_v1_services_proto_rawDescGZIP() []byte {
 	return file_portolan_v1_services_proto_rawDescData
 }
 
-var file_portolan_v1_services_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 95)
+var file_portolan_v1_services_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 107)
 var file_portolan_v1_services_proto_goTypes = []any{
 	(ChangeKind)(0),                        // 0: portolan.v1.ChangeKind
 	(ReplicaState)(0),                      // 1: portolan.v1.ReplicaState
-	(*GetTenantRequest)(nil),               // 2: portolan.v1.GetTenantRequest
-	(*ListTenantsRequest)(nil),             // 3: portolan.v1.ListTenantsRequest
-	(*ListTenantsResponse)(nil),            // 4: portolan.v1.ListTenantsResponse
-	(*CreateTenantRequest)(nil),            // 5: portolan.v1.CreateTenantRequest
-	(*UpdateTenantRequest)(nil),            // 6: portolan.v1.UpdateTenantRequest
-	(*DeleteTenantRequest)(nil),            // 7: portolan.v1.DeleteTenantRequest
-	(*GetClusterRequest)(nil),              // 8: portolan.v1.GetClusterRequest
-	(*ListClustersRequest)(nil),            // 9: portolan.v1.ListClustersRequest
-	(*ListClustersResponse)(nil),           // 10: portolan.v1.ListClustersResponse
-	(*CreateClusterRequest)(nil),           // 11: portolan.v1.CreateClusterRequest
-	(*UpdateClusterRequest)(nil),           // 12: portolan.v1.UpdateClusterRequest
-	(*DeleteClusterRequest)(nil),           // 13: portolan.v1.DeleteClusterRequest
-	(*GetRoleBindingRequest)(nil),          // 14: portolan.v1.GetRoleBindingRequest
-	(*ListRoleBindingsRequest)(nil),        // 15: portolan.v1.ListRoleBindingsRequest
-	(*ListRoleBindingsResponse)(nil),       // 16: portolan.v1.ListRoleBindingsResponse
-	(*CreateRoleBindingRequest)(nil),       // 17: portolan.v1.CreateRoleBindingRequest
-	(*UpdateRoleBindingRequest)(nil),       // 18: portolan.v1.UpdateRoleBindingRequest
-	(*DeleteRoleBindingRequest)(nil),       // 19: portolan.v1.DeleteRoleBindingRequest
-	(*GetWorkloadRequest)(nil),             // 20: portolan.v1.GetWorkloadRequest
-	(*ListWorkloadsRequest)(nil),           // 21: portolan.v1.ListWorkloadsRequest
-	(*ListWorkloadsResponse)(nil),          // 22: portolan.v1.ListWorkloadsResponse
-	(*CreateWorkloadRequest)(nil),          // 23: portolan.v1.CreateWorkloadRequest
-	(*UpdateWorkloadRequest)(nil),          // 24: portolan.v1.UpdateWorkloadRequest
-	(*DeleteWorkloadRequest)(nil),          // 25: portolan.v1.DeleteWorkloadRequest
-	(*GetServiceRequest)(nil),              // 26: portolan.v1.GetServiceRequest
-	(*ListServicesRequest)(nil),            // 27: portolan.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),           // 28: portolan.v1.ListServicesResponse
-	(*CreateServiceRequest)(nil),           // 29: portolan.v1.CreateServiceRequest
-	(*UpdateServiceRequest)(nil),           // 30: portolan.v1.UpdateServiceRequest
-	(*DeleteServiceRequest)(nil),           // 31: portolan.v1.DeleteServiceRequest
-	(*GetRouteRequest)(nil),                // 32: portolan.v1.GetRouteRequest
-	(*ListRoutesRequest)(nil),              // 33: portolan.v1.ListRoutesRequest
-	(*ListRoutesResponse)(nil),             // 34: portolan.v1.ListRoutesResponse
-	(*CreateRouteRequest)(nil),             // 35: portolan.v1.CreateRouteRequest
-	(*UpdateRouteRequest)(nil),             // 36: portolan.v1.UpdateRouteRequest
-	(*DeleteRouteRequest)(nil),             // 37: portolan.v1.DeleteRouteRequest
-	(*GetPolicyBundleRequest)(nil),         // 38: portolan.v1.GetPolicyBundleRequest
-	(*ListPolicyBundlesRequest)(nil),       // 39: portolan.v1.ListPolicyBundlesRequest
-	(*ListPolicyBundlesResponse)(nil),      // 40: portolan.v1.ListPolicyBundlesResponse
-	(*CreatePolicyBundleRequest)(nil),      // 41: portolan.v1.CreatePolicyBundleRequest
-	(*UpdatePolicyBundleRequest)(nil),      // 42: portolan.v1.UpdatePolicyBundleRequest
-	(*DeletePolicyBundleRequest)(nil),      // 43: portolan.v1.DeletePolicyBundleRequest
-	(*GetWorkloadRevisionRequest)(nil),     // 44: portolan.v1.GetWorkloadRevisionRequest
-	(*ListWorkloadRevisionsRequest)(nil),   // 45: portolan.v1.ListWorkloadRevisionsRequest
-	(*ListWorkloadRevisionsResponse)(nil),  // 46: portolan.v1.ListWorkloadRevisionsResponse
-	(*GetPlacementRequest)(nil),            // 47: portolan.v1.GetPlacementRequest
-	(*ListPlacementsRequest)(nil),          // 48: portolan.v1.ListPlacementsRequest
-	(*ListPlacementsResponse)(nil),         // 49: portolan.v1.ListPlacementsResponse
-	(*GetAuditEntryRequest)(nil),           // 50: portolan.v1.GetAuditEntryRequest
-	(*ListAuditEntriesRequest)(nil),        // 51: portolan.v1.ListAuditEntriesRequest
-	(*ListAuditEntriesResponse)(nil),       // 52: portolan.v1.ListAuditEntriesResponse
-	(*CreateClusterJoinTokenRequest)(nil),  // 53: portolan.v1.CreateClusterJoinTokenRequest
-	(*CreateClusterJoinTokenResponse)(nil), // 54: portolan.v1.CreateClusterJoinTokenResponse
-	(*CreateNodeJoinTokenRequest)(nil),     // 55: portolan.v1.CreateNodeJoinTokenRequest
-	(*CreateNodeJoinTokenResponse)(nil),    // 56: portolan.v1.CreateNodeJoinTokenResponse
-	(*ListNodesRequest)(nil),               // 57: portolan.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),              // 58: portolan.v1.ListNodesResponse
-	(*NodeInfo)(nil),                       // 59: portolan.v1.NodeInfo
-	(*ExplainWorkloadRequest)(nil),         // 60: portolan.v1.ExplainWorkloadRequest
-	(*ExplainWorkloadResponse)(nil),        // 61: portolan.v1.ExplainWorkloadResponse
-	(*ClusterVerdict)(nil),                 // 62: portolan.v1.ClusterVerdict
-	(*NodeVerdict)(nil),                    // 63: portolan.v1.NodeVerdict
-	(*WatchRequest)(nil),                   // 64: portolan.v1.WatchRequest
-	(*WatchResponse)(nil),                  // 65: portolan.v1.WatchResponse
-	(*WaitConvergedRequest)(nil),           // 66: portolan.v1.WaitConvergedRequest
-	(*WaitConvergedResponse)(nil),          // 67: portolan.v1.WaitConvergedResponse
-	(*Replica)(nil),                        // 68: portolan.v1.Replica
-	(*ContainerState)(nil),                 // 69: portolan.v1.ContainerState
-	(*Timeline)(nil),                       // 70: portolan.v1.Timeline
-	(*Event)(nil),                          // 71: portolan.v1.Event
-	(*ListReplicasRequest)(nil),            // 72: portolan.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),           // 73: portolan.v1.ListReplicasResponse
-	(*ListEventsRequest)(nil),              // 74: portolan.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),             // 75: portolan.v1.ListEventsResponse
-	(*LogsRequest)(nil),                    // 76: portolan.v1.LogsRequest
-	(*LogsResponse)(nil),                   // 77: portolan.v1.LogsResponse
-	(*ExecRequest)(nil),                    // 78: portolan.v1.ExecRequest
-	(*TerminalSize)(nil),                   // 79: portolan.v1.TerminalSize
-	(*ExecResponse)(nil),                   // 80: portolan.v1.ExecResponse
-	nil,                                    // 81: portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	nil,                                    // 82: portolan.v1.ListClustersRequest.LabelSelectorEntry
-	nil,                                    // 83: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	nil,                                    // 84: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	nil,                                    // 85: portolan.v1.ListServicesRequest.LabelSelectorEntry
-	nil,                                    // 86: portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	nil,                                    // 87: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	nil,                                    // 88: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	nil,                                    // 89: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	nil,                                    // 90: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	nil,                                    // 91: portolan.v1.NodeInfo.LabelsEntry
-	(*WatchResponse_Established)(nil),      // 92: portolan.v1.WatchResponse.Established
-	(*WatchResponse_Change)(nil),           // 93: portolan.v1.WatchResponse.Change
-	(*WatchResponse_SnapshotEnd)(nil),      // 94: portolan.v1.WatchResponse.SnapshotEnd
-	(*WatchResponse_Bookmark)(nil),         // 95: portolan.v1.WatchResponse.Bookmark
-	(*ExecRequest_Start)(nil),              // 96: portolan.v1.ExecRequest.Start
-	(*Tenant)(nil),                         // 97: portolan.v1.Tenant
-	(*fieldmaskpb.FieldMask)(nil),          // 98: google.protobuf.FieldMask
-	(*Cluster)(nil),                        // 99: portolan.v1.Cluster
-	(*RoleBinding)(nil),                    // 100: portolan.v1.RoleBinding
-	(*Workload)(nil),                       // 101: portolan.v1.Workload
-	(*Service)(nil),                        // 102: portolan.v1.Service
-	(*Route)(nil),                          // 103: portolan.v1.Route
-	(*PolicyBundle)(nil),                   // 104: portolan.v1.PolicyBundle
-	(*WorkloadRevision)(nil),               // 105: portolan.v1.WorkloadRevision
-	(*Placement)(nil),                      // 106: portolan.v1.Placement
-	(*AuditEntry)(nil),                     // 107: portolan.v1.AuditEntry
-	(*timestamppb.Timestamp)(nil),          // 108: google.protobuf.Timestamp
-	(*Taint)(nil),                          // 109: portolan.v1.Taint
-	(*Reason)(nil),                         // 110: portolan.v1.Reason
-	(*durationpb.Duration)(nil),            // 111: google.protobuf.Duration
-	(*Laggard)(nil),                        // 112: portolan.v1.Laggard
-	(*anypb.Any)(nil),                      // 113: google.protobuf.Any
-	(*emptypb.Empty)(nil),                  // 114: google.protobuf.Empty
+	(ClusterChange_Kind)(0),                // 2: portolan.v1.ClusterChange.Kind
+	(*GetTenantRequest)(nil),               // 3: portolan.v1.GetTenantRequest
+	(*ListTenantsRequest)(nil),             // 4: portolan.v1.ListTenantsRequest
+	(*ListTenantsResponse)(nil),            // 5: portolan.v1.ListTenantsResponse
+	(*CreateTenantRequest)(nil),            // 6: portolan.v1.CreateTenantRequest
+	(*UpdateTenantRequest)(nil),            // 7: portolan.v1.UpdateTenantRequest
+	(*DeleteTenantRequest)(nil),            // 8: portolan.v1.DeleteTenantRequest
+	(*GetClusterRequest)(nil),              // 9: portolan.v1.GetClusterRequest
+	(*ListClustersRequest)(nil),            // 10: portolan.v1.ListClustersRequest
+	(*ListClustersResponse)(nil),           // 11: portolan.v1.ListClustersResponse
+	(*CreateClusterRequest)(nil),           // 12: portolan.v1.CreateClusterRequest
+	(*UpdateClusterRequest)(nil),           // 13: portolan.v1.UpdateClusterRequest
+	(*DeleteClusterRequest)(nil),           // 14: portolan.v1.DeleteClusterRequest
+	(*GetRoleBindingRequest)(nil),          // 15: portolan.v1.GetRoleBindingRequest
+	(*ListRoleBindingsRequest)(nil),        // 16: portolan.v1.ListRoleBindingsRequest
+	(*ListRoleBindingsResponse)(nil),       // 17: portolan.v1.ListRoleBindingsResponse
+	(*CreateRoleBindingRequest)(nil),       // 18: portolan.v1.CreateRoleBindingRequest
+	(*UpdateRoleBindingRequest)(nil),       // 19: portolan.v1.UpdateRoleBindingRequest
+	(*DeleteRoleBindingRequest)(nil),       // 20: portolan.v1.DeleteRoleBindingRequest
+	(*GetWorkloadRequest)(nil),             // 21: portolan.v1.GetWorkloadRequest
+	(*ListWorkloadsRequest)(nil),           // 22: portolan.v1.ListWorkloadsRequest
+	(*ListWorkloadsResponse)(nil),          // 23: portolan.v1.ListWorkloadsResponse
+	(*CreateWorkloadRequest)(nil),          // 24: portolan.v1.CreateWorkloadRequest
+	(*UpdateWorkloadRequest)(nil),          // 25: portolan.v1.UpdateWorkloadRequest
+	(*DeleteWorkloadRequest)(nil),          // 26: portolan.v1.DeleteWorkloadRequest
+	(*GetServiceRequest)(nil),              // 27: portolan.v1.GetServiceRequest
+	(*ListServicesRequest)(nil),            // 28: portolan.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),           // 29: portolan.v1.ListServicesResponse
+	(*CreateServiceRequest)(nil),           // 30: portolan.v1.CreateServiceRequest
+	(*UpdateServiceRequest)(nil),           // 31: portolan.v1.UpdateServiceRequest
+	(*DeleteServiceRequest)(nil),           // 32: portolan.v1.DeleteServiceRequest
+	(*GetRouteRequest)(nil),                // 33: portolan.v1.GetRouteRequest
+	(*ListRoutesRequest)(nil),              // 34: portolan.v1.ListRoutesRequest
+	(*ListRoutesResponse)(nil),             // 35: portolan.v1.ListRoutesResponse
+	(*CreateRouteRequest)(nil),             // 36: portolan.v1.CreateRouteRequest
+	(*UpdateRouteRequest)(nil),             // 37: portolan.v1.UpdateRouteRequest
+	(*DeleteRouteRequest)(nil),             // 38: portolan.v1.DeleteRouteRequest
+	(*GetPolicyBundleRequest)(nil),         // 39: portolan.v1.GetPolicyBundleRequest
+	(*ListPolicyBundlesRequest)(nil),       // 40: portolan.v1.ListPolicyBundlesRequest
+	(*ListPolicyBundlesResponse)(nil),      // 41: portolan.v1.ListPolicyBundlesResponse
+	(*CreatePolicyBundleRequest)(nil),      // 42: portolan.v1.CreatePolicyBundleRequest
+	(*UpdatePolicyBundleRequest)(nil),      // 43: portolan.v1.UpdatePolicyBundleRequest
+	(*DeletePolicyBundleRequest)(nil),      // 44: portolan.v1.DeletePolicyBundleRequest
+	(*GetWorkloadRevisionRequest)(nil),     // 45: portolan.v1.GetWorkloadRevisionRequest
+	(*ListWorkloadRevisionsRequest)(nil),   // 46: portolan.v1.ListWorkloadRevisionsRequest
+	(*ListWorkloadRevisionsResponse)(nil),  // 47: portolan.v1.ListWorkloadRevisionsResponse
+	(*GetPlacementRequest)(nil),            // 48: portolan.v1.GetPlacementRequest
+	(*ListPlacementsRequest)(nil),          // 49: portolan.v1.ListPlacementsRequest
+	(*ListPlacementsResponse)(nil),         // 50: portolan.v1.ListPlacementsResponse
+	(*GetAuditEntryRequest)(nil),           // 51: portolan.v1.GetAuditEntryRequest
+	(*ListAuditEntriesRequest)(nil),        // 52: portolan.v1.ListAuditEntriesRequest
+	(*ListAuditEntriesResponse)(nil),       // 53: portolan.v1.ListAuditEntriesResponse
+	(*CreateClusterJoinTokenRequest)(nil),  // 54: portolan.v1.CreateClusterJoinTokenRequest
+	(*CreateClusterJoinTokenResponse)(nil), // 55: portolan.v1.CreateClusterJoinTokenResponse
+	(*CreateNodeJoinTokenRequest)(nil),     // 56: portolan.v1.CreateNodeJoinTokenRequest
+	(*CreateNodeJoinTokenResponse)(nil),    // 57: portolan.v1.CreateNodeJoinTokenResponse
+	(*ListNodesRequest)(nil),               // 58: portolan.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),              // 59: portolan.v1.ListNodesResponse
+	(*NodeInfo)(nil),                       // 60: portolan.v1.NodeInfo
+	(*SetNodeModeRequest)(nil),             // 61: portolan.v1.SetNodeModeRequest
+	(*PlanRequest)(nil),                    // 62: portolan.v1.PlanRequest
+	(*ClusterChange)(nil),                  // 63: portolan.v1.ClusterChange
+	(*PlanResponse)(nil),                   // 64: portolan.v1.PlanResponse
+	(*WorkloadPlan)(nil),                   // 65: portolan.v1.WorkloadPlan
+	(*Displaced)(nil),                      // 66: portolan.v1.Displaced
+	(*PlacementPlan)(nil),                  // 67: portolan.v1.PlacementPlan
+	(*GetCapacityRequest)(nil),             // 68: portolan.v1.GetCapacityRequest
+	(*GetCapacityResponse)(nil),            // 69: portolan.v1.GetCapacityResponse
+	(*ClusterCapacity)(nil),                // 70: portolan.v1.ClusterCapacity
+	(*ExplainWorkloadRequest)(nil),         // 71: portolan.v1.ExplainWorkloadRequest
+	(*ExplainWorkloadResponse)(nil),        // 72: portolan.v1.ExplainWorkloadResponse
+	(*ClusterVerdict)(nil),                 // 73: portolan.v1.ClusterVerdict
+	(*NodeVerdict)(nil),                    // 74: portolan.v1.NodeVerdict
+	(*WatchRequest)(nil),                   // 75: portolan.v1.WatchRequest
+	(*WatchResponse)(nil),                  // 76: portolan.v1.WatchResponse
+	(*WaitConvergedRequest)(nil),           // 77: portolan.v1.WaitConvergedRequest
+	(*WaitConvergedResponse)(nil),          // 78: portolan.v1.WaitConvergedResponse
+	(*Replica)(nil),                        // 79: portolan.v1.Replica
+	(*ContainerState)(nil),                 // 80: portolan.v1.ContainerState
+	(*Timeline)(nil),                       // 81: portolan.v1.Timeline
+	(*Event)(nil),                          // 82: portolan.v1.Event
+	(*ListReplicasRequest)(nil),            // 83: portolan.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),           // 84: portolan.v1.ListReplicasResponse
+	(*ListEventsRequest)(nil),              // 85: portolan.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),             // 86: portolan.v1.ListEventsResponse
+	(*LogsRequest)(nil),                    // 87: portolan.v1.LogsRequest
+	(*LogsResponse)(nil),                   // 88: portolan.v1.LogsResponse
+	(*ExecRequest)(nil),                    // 89: portolan.v1.ExecRequest
+	(*TerminalSize)(nil),                   // 90: portolan.v1.TerminalSize
+	(*ExecResponse)(nil),                   // 91: portolan.v1.ExecResponse
+	nil,                                    // 92: portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	nil,                                    // 93: portolan.v1.ListClustersRequest.LabelSelectorEntry
+	nil,                                    // 94: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	nil,                                    // 95: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	nil,                                    // 96: portolan.v1.ListServicesRequest.LabelSelectorEntry
+	nil,                                    // 97: portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	nil,                                    // 98: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	nil,                                    // 99: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	nil,                                    // 100: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	nil,                                    // 101: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	nil,                                    // 102: portolan.v1.NodeInfo.LabelsEntry
+	nil,                                    // 103: portolan.v1.NodeInfo.DevicesMilliEntry
+	nil,                                    // 104: portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
+	(*WatchResponse_Established)(nil),      // 105: portolan.v1.WatchResponse.Established
+	(*WatchResponse_Change)(nil),           // 106: portolan.v1.WatchResponse.Change
+	(*WatchResponse_SnapshotEnd)(nil),      // 107: portolan.v1.WatchResponse.SnapshotEnd
+	(*WatchResponse_Bookmark)(nil),         // 108: portolan.v1.WatchResponse.Bookmark
+	(*ExecRequest_Start)(nil),              // 109: portolan.v1.ExecRequest.Start
+	(*Tenant)(nil),                         // 110: portolan.v1.Tenant
+	(*fieldmaskpb.FieldMask)(nil),          // 111: google.protobuf.FieldMask
+	(*Cluster)(nil),                        // 112: portolan.v1.Cluster
+	(*RoleBinding)(nil),                    // 113: portolan.v1.RoleBinding
+	(*Workload)(nil),                       // 114: portolan.v1.Workload
+	(*Service)(nil),                        // 115: portolan.v1.Service
+	(*Route)(nil),                          // 116: portolan.v1.Route
+	(*PolicyBundle)(nil),                   // 117: portolan.v1.PolicyBundle
+	(*WorkloadRevision)(nil),               // 118: portolan.v1.WorkloadRevision
+	(*Placement)(nil),                      // 119: portolan.v1.Placement
+	(*AuditEntry)(nil),                     // 120: portolan.v1.AuditEntry
+	(*timestamppb.Timestamp)(nil),          // 121: google.protobuf.Timestamp
+	(*Taint)(nil),                          // 122: portolan.v1.Taint
+	(NodeMode)(0),                          // 123: portolan.v1.NodeMode
+	(*Reason)(nil),                         // 124: portolan.v1.Reason
+	(*durationpb.Duration)(nil),            // 125: google.protobuf.Duration
+	(ClusterState)(0),                      // 126: portolan.v1.ClusterState
+	(*PoolStatus)(nil),                     // 127: portolan.v1.PoolStatus
+	(*Laggard)(nil),                        // 128: portolan.v1.Laggard
+	(*anypb.Any)(nil),                      // 129: google.protobuf.Any
+	(*emptypb.Empty)(nil),                  // 130: google.protobuf.Empty
 }
 var file_portolan_v1_services_proto_depIdxs = []int32{
-	81,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	97,  // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
-	97,  // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	97,  // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	98,  // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
-	82,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
-	99,  // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
-	99,  // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	99,  // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	98,  // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
-	83,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	100, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
-	100, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	100, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	98,  // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
-	84,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	101, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
-	101, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	101, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	98,  // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
-	85,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
-	102, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
-	102, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
-	102, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
-	98,  // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	86,  // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	103, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
-	103, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
-	103, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
-	98,  // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
-	87,  // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	104, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
-	104, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	104, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	98,  // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
-	88,  // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	105, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
-	89,  // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	106, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
-	90,  // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	107, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
-	108, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	108, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	59,  // 43: portolan.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
-	91,  // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
-	109, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
-	108, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
-	62,  // 47: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
-	63,  // 48: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
-	110, // 49: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
-	110, // 50: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
-	92,  // 51: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
-	93,  // 52: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
-	94,  // 53: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
-	95,  // 54: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
-	111, // 55: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
-	112, // 56: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
-	1,   // 57: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
-	110, // 58: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
-	69,  // 59: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
-	70,  // 60: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
-	1,   // 61: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
-	108, // 62: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
-	108, // 63: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
-	108, // 64: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
-	108, // 65: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
-	108, // 66: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
-	108, // 67: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
-	108, // 68: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
-	108, // 69: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
-	108, // 70: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
-	108, // 71: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
-	108, // 72: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
-	68,  // 73: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
-	71,  // 74: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
-	96,  // 75: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
-	79,  // 76: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
-	0,   // 77: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
-	113, // 78: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
-	2,   // 79: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
-	3,   // 80: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
-	5,   // 81: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
-	6,   // 82: portolan.v1.TenantService.UpdateTenant:input_type -> portolan.v1.UpdateTenantRequest
-	7,   // 83: portolan.v1.TenantService.DeleteTenant:input_type -> portolan.v1.DeleteTenantRequest
-	14,  // 84: portolan.v1.TenantService.GetRoleBinding:input_type -> portolan.v1.GetRoleBindingRequest
-	15,  // 85: portolan.v1.TenantService.ListRoleBindings:input_type -> portolan.v1.ListRoleBindingsRequest
-	17,  // 86: portolan.v1.TenantService.CreateRoleBinding:input_type -> portolan.v1.CreateRoleBindingRequest
-	18,  // 87: portolan.v1.TenantService.UpdateRoleBinding:input_type -> portolan.v1.UpdateRoleBindingRequest
-	19,  // 88: portolan.v1.TenantService.DeleteRoleBinding:input_type -> portolan.v1.DeleteRoleBindingRequest
-	8,   // 89: portolan.v1.ClusterService.GetCluster:input_type -> portolan.v1.GetClusterRequest
-	9,   // 90: portolan.v1.ClusterService.ListClusters:input_type -> portolan.v1.ListClustersRequest
-	11,  // 91: portolan.v1.ClusterService.CreateCluster:input_type -> portolan.v1.CreateClusterRequest
-	12,  // 92: portolan.v1.ClusterService.UpdateCluster:input_type -> portolan.v1.UpdateClusterRequest
-	13,  // 93: portolan.v1.ClusterService.DeleteCluster:input_type -> portolan.v1.DeleteClusterRequest
-	53,  // 94: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
-	55,  // 95: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
-	57,  // 96: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
-	20,  // 97: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
-	21,  // 98: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
-	23,  // 99: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
-	24,  // 100: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
-	25,  // 101: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
-	44,  // 102: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
-	45,  // 103: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
-	47,  // 104: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
-	48,  // 105: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
-	60,  // 106: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
-	26,  // 107: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
-	27,  // 108: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
-	29,  // 109: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
-	30,  // 110: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
-	31,  // 111: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
-	32,  // 112: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
-	33,  // 113: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
-	35,  // 114: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
-	36,  // 115: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
-	37,  // 116: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
-	38,  // 117: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
-	39,  // 118: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
-	41,  // 119: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
-	42,  // 120: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
-	43,  // 121: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
-	50,  // 122: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
-	51,  // 123: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
-	64,  // 124: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
-	66,  // 125: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
-	72,  // 126: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
-	74,  // 127: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
-	76,  // 128: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
-	78,  // 129: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
-	97,  // 130: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
-	4,   // 131: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
-	97,  // 132: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
-	97,  // 133: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
-	114, // 134: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
-	100, // 135: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
-	16,  // 136: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
-	100, // 137: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
-	100, // 138: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
-	114, // 139: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
-	99,  // 140: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
-	10,  // 141: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
-	99,  // 142: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
-	99,  // 143: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
-	114, // 144: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
-	54,  // 145: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
-	56,  // 146: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
-	58,  // 147: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
-	101, // 148: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
-	22,  // 149: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
-	101, // 150: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
-	101, // 151: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
-	114, // 152: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
-	105, // 153: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
-	46,  // 154: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
-	106, // 155: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
-	49,  // 156: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
-	61,  // 157: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
-	102, // 158: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
-	28,  // 159: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
-	102, // 160: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
-	102, // 161: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
-	114, // 162: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
-	103, // 163: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
-	34,  // 164: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
-	103, // 165: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
-	103, // 166: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
-	114, // 167: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
-	104, // 168: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
-	40,  // 169: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
-	104, // 170: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	104, // 171: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	114, // 172: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
-	107, // 173: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
-	52,  // 174: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
-	65,  // 175: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
-	67,  // 176: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
-	73,  // 177: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
-	75,  // 178: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
-	77,  // 179: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
-	80,  // 180: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
-	130, // [130:181] is the sub-list for method output_type
-	79,  // [79:130] is the sub-list for method input_type
-	79,  // [79:79] is the sub-list for extension type_name
-	79,  // [79:79] is the sub-list for extension extendee
-	0,   // [0:79] is the sub-list for field type_name
+	92,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	110, // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
+	110, // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	110, // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	111, // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
+	93,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
+	112, // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
+	112, // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	112, // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	111, // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
+	94,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	113, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
+	113, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	113, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	111, // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
+	95,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	114, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
+	114, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	114, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	111, // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
+	96,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
+	115, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
+	115, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
+	115, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
+	111, // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	97,  // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	116, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
+	116, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
+	116, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
+	111, // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
+	98,  // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	117, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
+	117, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	117, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	111, // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
+	99,  // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	118, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
+	100, // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	119, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
+	101, // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	120, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
+	121, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	121, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	60,  // 43: portolan.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
+	102, // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
+	122, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
+	121, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
+	123, // 47: portolan.v1.NodeInfo.mode:type_name -> portolan.v1.NodeMode
+	103, // 48: portolan.v1.NodeInfo.devices_milli:type_name -> portolan.v1.NodeInfo.DevicesMilliEntry
+	104, // 49: portolan.v1.NodeInfo.allocated_devices_milli:type_name -> portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
+	124, // 50: portolan.v1.NodeInfo.blocked:type_name -> portolan.v1.Reason
+	123, // 51: portolan.v1.SetNodeModeRequest.mode:type_name -> portolan.v1.NodeMode
+	125, // 52: portolan.v1.SetNodeModeRequest.deadline:type_name -> google.protobuf.Duration
+	114, // 53: portolan.v1.PlanRequest.workload:type_name -> portolan.v1.Workload
+	63,  // 54: portolan.v1.PlanRequest.cluster:type_name -> portolan.v1.ClusterChange
+	2,   // 55: portolan.v1.ClusterChange.kind:type_name -> portolan.v1.ClusterChange.Kind
+	112, // 56: portolan.v1.ClusterChange.cluster:type_name -> portolan.v1.Cluster
+	65,  // 57: portolan.v1.PlanResponse.workloads:type_name -> portolan.v1.WorkloadPlan
+	124, // 58: portolan.v1.PlanResponse.admission:type_name -> portolan.v1.Reason
+	67,  // 59: portolan.v1.WorkloadPlan.placements:type_name -> portolan.v1.PlacementPlan
+	124, // 60: portolan.v1.WorkloadPlan.reasons:type_name -> portolan.v1.Reason
+	66,  // 61: portolan.v1.WorkloadPlan.displaced:type_name -> portolan.v1.Displaced
+	124, // 62: portolan.v1.PlacementPlan.reasons:type_name -> portolan.v1.Reason
+	70,  // 63: portolan.v1.GetCapacityResponse.clusters:type_name -> portolan.v1.ClusterCapacity
+	126, // 64: portolan.v1.ClusterCapacity.state:type_name -> portolan.v1.ClusterState
+	127, // 65: portolan.v1.ClusterCapacity.pools:type_name -> portolan.v1.PoolStatus
+	73,  // 66: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
+	74,  // 67: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
+	124, // 68: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
+	124, // 69: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
+	124, // 70: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
+	124, // 71: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
+	105, // 72: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
+	106, // 73: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
+	107, // 74: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
+	108, // 75: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
+	125, // 76: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
+	128, // 77: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
+	1,   // 78: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
+	124, // 79: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
+	80,  // 80: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
+	81,  // 81: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
+	1,   // 82: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
+	121, // 83: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
+	121, // 84: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
+	121, // 85: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
+	121, // 86: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
+	121, // 87: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
+	121, // 88: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
+	121, // 89: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
+	121, // 90: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
+	121, // 91: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
+	121, // 92: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
+	121, // 93: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
+	79,  // 94: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
+	82,  // 95: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
+	109, // 96: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
+	90,  // 97: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
+	0,   // 98: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
+	129, // 99: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
+	3,   // 100: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
+	4,   // 101: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
+	6,   // 102: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
+	7,   // 103: portolan.v1.TenantService.UpdateTenant:input_type -> portolan.v1.UpdateTenantRequest
+	8,   // 104: portolan.v1.TenantService.DeleteTenant:input_type -> portolan.v1.DeleteTenantRequest
+	15,  // 105: portolan.v1.TenantService.GetRoleBinding:input_type -> portolan.v1.GetRoleBindingRequest
+	16,  // 106: portolan.v1.TenantService.ListRoleBindings:input_type -> portolan.v1.ListRoleBindingsRequest
+	18,  // 107: portolan.v1.TenantService.CreateRoleBinding:input_type -> portolan.v1.CreateRoleBindingRequest
+	19,  // 108: portolan.v1.TenantService.UpdateRoleBinding:input_type -> portolan.v1.UpdateRoleBindingRequest
+	20,  // 109: portolan.v1.TenantService.DeleteRoleBinding:input_type -> portolan.v1.DeleteRoleBindingRequest
+	9,   // 110: portolan.v1.ClusterService.GetCluster:input_type -> portolan.v1.GetClusterRequest
+	10,  // 111: portolan.v1.ClusterService.ListClusters:input_type -> portolan.v1.ListClustersRequest
+	12,  // 112: portolan.v1.ClusterService.CreateCluster:input_type -> portolan.v1.CreateClusterRequest
+	13,  // 113: portolan.v1.ClusterService.UpdateCluster:input_type -> portolan.v1.UpdateClusterRequest
+	14,  // 114: portolan.v1.ClusterService.DeleteCluster:input_type -> portolan.v1.DeleteClusterRequest
+	54,  // 115: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
+	56,  // 116: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
+	58,  // 117: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
+	61,  // 118: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
+	68,  // 119: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
+	21,  // 120: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
+	22,  // 121: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
+	24,  // 122: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
+	25,  // 123: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
+	26,  // 124: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
+	45,  // 125: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
+	46,  // 126: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
+	48,  // 127: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
+	49,  // 128: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
+	71,  // 129: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
+	62,  // 130: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
+	27,  // 131: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
+	28,  // 132: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
+	30,  // 133: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
+	31,  // 134: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
+	32,  // 135: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
+	33,  // 136: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
+	34,  // 137: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
+	36,  // 138: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
+	37,  // 139: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
+	38,  // 140: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
+	39,  // 141: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
+	40,  // 142: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
+	42,  // 143: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
+	43,  // 144: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
+	44,  // 145: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
+	51,  // 146: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
+	52,  // 147: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
+	75,  // 148: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
+	77,  // 149: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
+	83,  // 150: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
+	85,  // 151: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
+	87,  // 152: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
+	89,  // 153: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
+	110, // 154: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
+	5,   // 155: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
+	110, // 156: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
+	110, // 157: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
+	130, // 158: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
+	113, // 159: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
+	17,  // 160: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
+	113, // 161: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
+	113, // 162: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
+	130, // 163: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
+	112, // 164: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
+	11,  // 165: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
+	112, // 166: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
+	112, // 167: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
+	130, // 168: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
+	55,  // 169: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
+	57,  // 170: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
+	59,  // 171: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
+	59,  // 172: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
+	69,  // 173: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
+	114, // 174: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
+	23,  // 175: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
+	114, // 176: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
+	114, // 177: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
+	130, // 178: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
+	118, // 179: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
+	47,  // 180: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
+	119, // 181: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
+	50,  // 182: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
+	72,  // 183: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
+	64,  // 184: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
+	115, // 185: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
+	29,  // 186: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
+	115, // 187: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
+	115, // 188: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
+	130, // 189: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
+	116, // 190: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
+	35,  // 191: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
+	116, // 192: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
+	116, // 193: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
+	130, // 194: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
+	117, // 195: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
+	41,  // 196: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
+	117, // 197: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	117, // 198: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	130, // 199: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
+	120, // 200: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
+	53,  // 201: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
+	76,  // 202: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
+	78,  // 203: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
+	84,  // 204: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
+	86,  // 205: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
+	88,  // 206: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
+	91,  // 207: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
+	154, // [154:208] is the sub-list for method output_type
+	100, // [100:154] is the sub-list for method input_type
+	100, // [100:100] is the sub-list for extension type_name
+	100, // [100:100] is the sub-list for extension extendee
+	0,   // [0:100] is the sub-list for field type_name
 }
 
 func init() { file_portolan_v1_services_proto_init() }
@@ -6575,19 +7647,24 @@ func file_portolan_v1_services_proto_init() {
 	}
 	file_portolan_v1_resources_proto_init()
 	file_portolan_v1_types_proto_init()
-	file_portolan_v1_services_proto_msgTypes[63].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[59].OneofWrappers = []any{
+		(*PlanRequest_Workload)(nil),
+		(*PlanRequest_DeleteWorkload)(nil),
+		(*PlanRequest_Cluster)(nil),
+	}
+	file_portolan_v1_services_proto_msgTypes[73].OneofWrappers = []any{
 		(*WatchResponse_Established_)(nil),
 		(*WatchResponse_Change_)(nil),
 		(*WatchResponse_SnapshotEnd_)(nil),
 		(*WatchResponse_Bookmark_)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[76].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[86].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[78].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[88].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -6597,8 +7674,8 @@ func file_portolan_v1_services_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_v1_services_proto_rawDesc), len(file_portolan_v1_services_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   95,
+			NumEnums:      3,
+			NumMessages:   107,
 			NumExtensions: 0,
 			NumServices:   9,
 		},

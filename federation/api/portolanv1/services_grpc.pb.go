@@ -472,6 +472,8 @@ const (
 	ClusterService_CreateClusterJoinToken_FullMethodName = "/portolan.v1.ClusterService/CreateClusterJoinToken"
 	ClusterService_CreateNodeJoinToken_FullMethodName    = "/portolan.v1.ClusterService/CreateNodeJoinToken"
 	ClusterService_ListNodes_FullMethodName              = "/portolan.v1.ClusterService/ListNodes"
+	ClusterService_SetNodeMode_FullMethodName            = "/portolan.v1.ClusterService/SetNodeMode"
+	ClusterService_GetCapacity_FullMethodName            = "/portolan.v1.ClusterService/GetCapacity"
 )
 
 // ClusterServiceClient is the client API for ClusterService service.
@@ -489,6 +491,10 @@ type ClusterServiceClient interface {
 	CreateNodeJoinToken(ctx context.Context, in *CreateNodeJoinTokenRequest, opts ...grpc.CallOption) (*CreateNodeJoinTokenResponse, error)
 	// Nodes of a cluster, read through.
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// Cordons, drains or frees a node, or all nodes of a pool.
+	SetNodeMode(ctx context.Context, in *SetNodeModeRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// What clusters have, what is reserved, and what it costs. Fleet admins only.
+	GetCapacity(ctx context.Context, in *GetCapacityRequest, opts ...grpc.CallOption) (*GetCapacityResponse, error)
 }
 
 type clusterServiceClient struct {
@@ -579,6 +585,26 @@ func (c *clusterServiceClient) ListNodes(ctx context.Context, in *ListNodesReque
 	return out, nil
 }
 
+func (c *clusterServiceClient) SetNodeMode(ctx context.Context, in *SetNodeModeRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNodesResponse)
+	err := c.cc.Invoke(ctx, ClusterService_SetNodeMode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterServiceClient) GetCapacity(ctx context.Context, in *GetCapacityRequest, opts ...grpc.CallOption) (*GetCapacityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetCapacityResponse)
+	err := c.cc.Invoke(ctx, ClusterService_GetCapacity_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ClusterServiceServer is the server API for ClusterService service.
 // All implementations must embed UnimplementedClusterServiceServer
 // for forward compatibility.
@@ -594,6 +620,10 @@ type ClusterServiceServer interface {
 	CreateNodeJoinToken(context.Context, *CreateNodeJoinTokenRequest) (*CreateNodeJoinTokenResponse, error)
 	// Nodes of a cluster, read through.
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
+	// Cordons, drains or frees a node, or all nodes of a pool.
+	SetNodeMode(context.Context, *SetNodeModeRequest) (*ListNodesResponse, error)
+	// What clusters have, what is reserved, and what it costs. Fleet admins only.
+	GetCapacity(context.Context, *GetCapacityRequest) (*GetCapacityResponse, error)
 	mustEmbedUnimplementedClusterServiceServer()
 }
 
@@ -627,6 +657,12 @@ func (UnimplementedClusterServiceServer) CreateNodeJoinToken(context.Context, *C
 }
 func (UnimplementedClusterServiceServer) ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListNodes not implemented")
+}
+func (UnimplementedClusterServiceServer) SetNodeMode(context.Context, *SetNodeModeRequest) (*ListNodesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetNodeMode not implemented")
+}
+func (UnimplementedClusterServiceServer) GetCapacity(context.Context, *GetCapacityRequest) (*GetCapacityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetCapacity not implemented")
 }
 func (UnimplementedClusterServiceServer) mustEmbedUnimplementedClusterServiceServer() {}
 func (UnimplementedClusterServiceServer) testEmbeddedByValue()                        {}
@@ -793,6 +829,42 @@ func _ClusterService_ListNodes_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ClusterService_SetNodeMode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetNodeModeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServiceServer).SetNodeMode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ClusterService_SetNodeMode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServiceServer).SetNodeMode(ctx, req.(*SetNodeModeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ClusterService_GetCapacity_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetCapacityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServiceServer).GetCapacity(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ClusterService_GetCapacity_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServiceServer).GetCapacity(ctx, req.(*GetCapacityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ClusterService_ServiceDesc is the grpc.ServiceDesc for ClusterService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -832,6 +904,14 @@ var ClusterService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "ListNodes",
 			Handler:    _ClusterService_ListNodes_Handler,
 		},
+		{
+			MethodName: "SetNodeMode",
+			Handler:    _ClusterService_SetNodeMode_Handler,
+		},
+		{
+			MethodName: "GetCapacity",
+			Handler:    _ClusterService_GetCapacity_Handler,
+		},
 	},
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "portolan/v1/services.proto",
@@ -848,6 +928,7 @@ const (
 	WorkloadService_GetPlacement_FullMethodName          = "/portolan.v1.WorkloadService/GetPlacement"
 	WorkloadService_ListPlacements_FullMethodName        = "/portolan.v1.WorkloadService/ListPlacements"
 	WorkloadService_ExplainWorkload_FullMethodName       = "/portolan.v1.WorkloadService/ExplainWorkload"
+	WorkloadService_Plan_FullMethodName                  = "/portolan.v1.WorkloadService/Plan"
 )
 
 // WorkloadServiceClient is the client API for WorkloadService service.
@@ -866,6 +947,8 @@ type WorkloadServiceClient interface {
 	// Why it is where it is, and why not elsewhere: the deciding function, run
 	// again on the present snapshot, beside what was decided.
 	ExplainWorkload(ctx context.Context, in *ExplainWorkloadRequest, opts ...grpc.CallOption) (*ExplainWorkloadResponse, error)
+	// What a change would do: placements, cost, displaced workloads, admission.
+	Plan(ctx context.Context, in *PlanRequest, opts ...grpc.CallOption) (*PlanResponse, error)
 }
 
 type workloadServiceClient struct {
@@ -976,6 +1059,16 @@ func (c *workloadServiceClient) ExplainWorkload(ctx context.Context, in *Explain
 	return out, nil
 }
 
+func (c *workloadServiceClient) Plan(ctx context.Context, in *PlanRequest, opts ...grpc.CallOption) (*PlanResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PlanResponse)
+	err := c.cc.Invoke(ctx, WorkloadService_Plan_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // WorkloadServiceServer is the server API for WorkloadService service.
 // All implementations must embed UnimplementedWorkloadServiceServer
 // for forward compatibility.
@@ -992,6 +1085,8 @@ type WorkloadServiceServer interface {
 	// Why it is where it is, and why not elsewhere: the deciding function, run
 	// again on the present snapshot, beside what was decided.
 	ExplainWorkload(context.Context, *ExplainWorkloadRequest) (*ExplainWorkloadResponse, error)
+	// What a change would do: placements, cost, displaced workloads, admission.
+	Plan(context.Context, *PlanRequest) (*PlanResponse, error)
 	mustEmbedUnimplementedWorkloadServiceServer()
 }
 
@@ -1031,6 +1126,9 @@ func (UnimplementedWorkloadServiceServer) ListPlacements(context.Context, *ListP
 }
 func (UnimplementedWorkloadServiceServer) ExplainWorkload(context.Context, *ExplainWorkloadRequest) (*ExplainWorkloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ExplainWorkload not implemented")
+}
+func (UnimplementedWorkloadServiceServer) Plan(context.Context, *PlanRequest) (*PlanResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Plan not implemented")
 }
 func (UnimplementedWorkloadServiceServer) mustEmbedUnimplementedWorkloadServiceServer() {}
 func (UnimplementedWorkloadServiceServer) testEmbeddedByValue()                         {}
@@ -1233,6 +1331,24 @@ func _WorkloadService_ExplainWorkload_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _WorkloadService_Plan_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PlanRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkloadServiceServer).Plan(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: WorkloadService_Plan_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkloadServiceServer).Plan(ctx, req.(*PlanRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // WorkloadService_ServiceDesc is the grpc.ServiceDesc for WorkloadService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1279,6 +1395,10 @@ var WorkloadService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ExplainWorkload",
 			Handler:    _WorkloadService_ExplainWorkload_Handler,
+		},
+		{
+			MethodName: "Plan",
+			Handler:    _WorkloadService_Plan_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

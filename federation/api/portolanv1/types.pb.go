@@ -128,6 +128,69 @@ func (TaintEffect) EnumDescriptor() ([]byte, []int) {
 	return file_portolan_v1_types_proto_rawDescGZIP(), []int{1}
 }
 
+type RequirementOperator int32
+
+const (
+	RequirementOperator_REQUIREMENT_OPERATOR_UNSPECIFIED RequirementOperator = 0
+	RequirementOperator_REQUIREMENT_OPERATOR_IN          RequirementOperator = 1
+	// Also when the label is absent.
+	RequirementOperator_REQUIREMENT_OPERATOR_NOT_IN     RequirementOperator = 2
+	RequirementOperator_REQUIREMENT_OPERATOR_EXISTS     RequirementOperator = 3
+	RequirementOperator_REQUIREMENT_OPERATOR_NOT_EXISTS RequirementOperator = 4
+	// The label is an integer greater, or less, than the one value.
+	RequirementOperator_REQUIREMENT_OPERATOR_GREATER RequirementOperator = 5
+	RequirementOperator_REQUIREMENT_OPERATOR_LESS    RequirementOperator = 6
+)
+
+// Enum value maps for RequirementOperator.
+var (
+	RequirementOperator_name = map[int32]string{
+		0: "REQUIREMENT_OPERATOR_UNSPECIFIED",
+		1: "REQUIREMENT_OPERATOR_IN",
+		2: "REQUIREMENT_OPERATOR_NOT_IN",
+		3: "REQUIREMENT_OPERATOR_EXISTS",
+		4: "REQUIREMENT_OPERATOR_NOT_EXISTS",
+		5: "REQUIREMENT_OPERATOR_GREATER",
+		6: "REQUIREMENT_OPERATOR_LESS",
+	}
+	RequirementOperator_value = map[string]int32{
+		"REQUIREMENT_OPERATOR_UNSPECIFIED": 0,
+		"REQUIREMENT_OPERATOR_IN":          1,
+		"REQUIREMENT_OPERATOR_NOT_IN":      2,
+		"REQUIREMENT_OPERATOR_EXISTS":      3,
+		"REQUIREMENT_OPERATOR_NOT_EXISTS":  4,
+		"REQUIREMENT_OPERATOR_GREATER":     5,
+		"REQUIREMENT_OPERATOR_LESS":        6,
+	}
+)
+
+func (x RequirementOperator) Enum() *RequirementOperator {
+	p := new(RequirementOperator)
+	*p = x
+	return p
+}
+
+func (x RequirementOperator) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RequirementOperator) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_types_proto_enumTypes[2].Descriptor()
+}
+
+func (RequirementOperator) Type() protoreflect.EnumType {
+	return &file_portolan_v1_types_proto_enumTypes[2]
+}
+
+func (x RequirementOperator) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RequirementOperator.Descriptor instead.
+func (RequirementOperator) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{2}
+}
+
 type WorkloadKind int32
 
 const (
@@ -138,6 +201,11 @@ const (
 	WorkloadKind_WORKLOAD_KIND_JOB WorkloadKind = 2
 	// One replica on every eligible node of every eligible cluster.
 	WorkloadKind_WORKLOAD_KIND_DAEMON WorkloadKind = 3
+	// Long-running, each replica with a stable name "<workload>-<index>" in its
+	// cluster and volumes that stay with that name; started and stopped in order.
+	WorkloadKind_WORKLOAD_KIND_STATEFUL WorkloadKind = 4
+	// A job that runs at times.
+	WorkloadKind_WORKLOAD_KIND_CRON WorkloadKind = 5
 )
 
 // Enum value maps for WorkloadKind.
@@ -147,12 +215,16 @@ var (
 		1: "WORKLOAD_KIND_SERVICE",
 		2: "WORKLOAD_KIND_JOB",
 		3: "WORKLOAD_KIND_DAEMON",
+		4: "WORKLOAD_KIND_STATEFUL",
+		5: "WORKLOAD_KIND_CRON",
 	}
 	WorkloadKind_value = map[string]int32{
 		"WORKLOAD_KIND_UNSPECIFIED": 0,
 		"WORKLOAD_KIND_SERVICE":     1,
 		"WORKLOAD_KIND_JOB":         2,
 		"WORKLOAD_KIND_DAEMON":      3,
+		"WORKLOAD_KIND_STATEFUL":    4,
+		"WORKLOAD_KIND_CRON":        5,
 	}
 )
 
@@ -167,11 +239,11 @@ func (x WorkloadKind) String() string {
 }
 
 func (WorkloadKind) Descriptor() protoreflect.EnumDescriptor {
-	return file_portolan_v1_types_proto_enumTypes[2].Descriptor()
+	return file_portolan_v1_types_proto_enumTypes[3].Descriptor()
 }
 
 func (WorkloadKind) Type() protoreflect.EnumType {
-	return &file_portolan_v1_types_proto_enumTypes[2]
+	return &file_portolan_v1_types_proto_enumTypes[3]
 }
 
 func (x WorkloadKind) Number() protoreflect.EnumNumber {
@@ -180,7 +252,7 @@ func (x WorkloadKind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use WorkloadKind.Descriptor instead.
 func (WorkloadKind) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{2}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{3}
 }
 
 // GatewayKind marks daemon workloads of tenant "system" whose replica is an
@@ -218,11 +290,11 @@ func (x GatewayKind) String() string {
 }
 
 func (GatewayKind) Descriptor() protoreflect.EnumDescriptor {
-	return file_portolan_v1_types_proto_enumTypes[3].Descriptor()
+	return file_portolan_v1_types_proto_enumTypes[4].Descriptor()
 }
 
 func (GatewayKind) Type() protoreflect.EnumType {
-	return &file_portolan_v1_types_proto_enumTypes[3]
+	return &file_portolan_v1_types_proto_enumTypes[4]
 }
 
 func (x GatewayKind) Number() protoreflect.EnumNumber {
@@ -231,7 +303,342 @@ func (x GatewayKind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use GatewayKind.Descriptor instead.
 func (GatewayKind) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{3}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4}
+}
+
+type UpdateType int32
+
+const (
+	UpdateType_UPDATE_TYPE_UNSPECIFIED UpdateType = 0
+	// Replica by replica. The default.
+	UpdateType_UPDATE_TYPE_ROLLING    UpdateType = 1
+	UpdateType_UPDATE_TYPE_BLUE_GREEN UpdateType = 2
+)
+
+// Enum value maps for UpdateType.
+var (
+	UpdateType_name = map[int32]string{
+		0: "UPDATE_TYPE_UNSPECIFIED",
+		1: "UPDATE_TYPE_ROLLING",
+		2: "UPDATE_TYPE_BLUE_GREEN",
+	}
+	UpdateType_value = map[string]int32{
+		"UPDATE_TYPE_UNSPECIFIED": 0,
+		"UPDATE_TYPE_ROLLING":     1,
+		"UPDATE_TYPE_BLUE_GREEN":  2,
+	}
+)
+
+func (x UpdateType) Enum() *UpdateType {
+	p := new(UpdateType)
+	*p = x
+	return p
+}
+
+func (x UpdateType) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (UpdateType) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_types_proto_enumTypes[5].Descriptor()
+}
+
+func (UpdateType) Type() protoreflect.EnumType {
+	return &file_portolan_v1_types_proto_enumTypes[5]
+}
+
+func (x UpdateType) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use UpdateType.Descriptor instead.
+func (UpdateType) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{5}
+}
+
+type CronConcurrency int32
+
+const (
+	CronConcurrency_CRON_CONCURRENCY_UNSPECIFIED CronConcurrency = 0
+	// Runs may overlap. The default.
+	CronConcurrency_CRON_CONCURRENCY_ALLOW CronConcurrency = 1
+	// A run that is due while another runs is skipped.
+	CronConcurrency_CRON_CONCURRENCY_FORBID CronConcurrency = 2
+	// The running one is stopped.
+	CronConcurrency_CRON_CONCURRENCY_REPLACE CronConcurrency = 3
+)
+
+// Enum value maps for CronConcurrency.
+var (
+	CronConcurrency_name = map[int32]string{
+		0: "CRON_CONCURRENCY_UNSPECIFIED",
+		1: "CRON_CONCURRENCY_ALLOW",
+		2: "CRON_CONCURRENCY_FORBID",
+		3: "CRON_CONCURRENCY_REPLACE",
+	}
+	CronConcurrency_value = map[string]int32{
+		"CRON_CONCURRENCY_UNSPECIFIED": 0,
+		"CRON_CONCURRENCY_ALLOW":       1,
+		"CRON_CONCURRENCY_FORBID":      2,
+		"CRON_CONCURRENCY_REPLACE":     3,
+	}
+)
+
+func (x CronConcurrency) Enum() *CronConcurrency {
+	p := new(CronConcurrency)
+	*p = x
+	return p
+}
+
+func (x CronConcurrency) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CronConcurrency) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_types_proto_enumTypes[6].Descriptor()
+}
+
+func (CronConcurrency) Type() protoreflect.EnumType {
+	return &file_portolan_v1_types_proto_enumTypes[6]
+}
+
+func (x CronConcurrency) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CronConcurrency.Descriptor instead.
+func (CronConcurrency) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{6}
+}
+
+type Division int32
+
+const (
+	Division_DIVISION_UNSPECIFIED Division = 0
+	// As the objective says. The default.
+	Division_DIVISION_OBJECTIVE Division = 1
+	Division_DIVISION_WEIGHTED  Division = 2
+	// In proportion to what is free.
+	Division_DIVISION_FREE_CAPACITY Division = 3
+	// All replicas in every cluster that may have them.
+	Division_DIVISION_DUPLICATED Division = 4
+)
+
+// Enum value maps for Division.
+var (
+	Division_name = map[int32]string{
+		0: "DIVISION_UNSPECIFIED",
+		1: "DIVISION_OBJECTIVE",
+		2: "DIVISION_WEIGHTED",
+		3: "DIVISION_FREE_CAPACITY",
+		4: "DIVISION_DUPLICATED",
+	}
+	Division_value = map[string]int32{
+		"DIVISION_UNSPECIFIED":   0,
+		"DIVISION_OBJECTIVE":     1,
+		"DIVISION_WEIGHTED":      2,
+		"DIVISION_FREE_CAPACITY": 3,
+		"DIVISION_DUPLICATED":    4,
+	}
+)
+
+func (x Division) Enum() *Division {
+	p := new(Division)
+	*p = x
+	return p
+}
+
+func (x Division) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Division) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_types_proto_enumTypes[7].Descriptor()
+}
+
+func (Division) Type() protoreflect.EnumType {
+	return &file_portolan_v1_types_proto_enumTypes[7]
+}
+
+func (x Division) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Division.Descriptor instead.
+func (Division) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7}
+}
+
+type CapacityType int32
+
+const (
+	CapacityType_CAPACITY_TYPE_UNSPECIFIED CapacityType = 0
+	// Never on spot pools. The default.
+	CapacityType_CAPACITY_TYPE_ON_DEMAND CapacityType = 1
+	// Spot pools at their price, on demand where they are full.
+	CapacityType_CAPACITY_TYPE_SPOT_PREFERRED CapacityType = 2
+	CapacityType_CAPACITY_TYPE_SPOT_ONLY      CapacityType = 3
+)
+
+// Enum value maps for CapacityType.
+var (
+	CapacityType_name = map[int32]string{
+		0: "CAPACITY_TYPE_UNSPECIFIED",
+		1: "CAPACITY_TYPE_ON_DEMAND",
+		2: "CAPACITY_TYPE_SPOT_PREFERRED",
+		3: "CAPACITY_TYPE_SPOT_ONLY",
+	}
+	CapacityType_value = map[string]int32{
+		"CAPACITY_TYPE_UNSPECIFIED":    0,
+		"CAPACITY_TYPE_ON_DEMAND":      1,
+		"CAPACITY_TYPE_SPOT_PREFERRED": 2,
+		"CAPACITY_TYPE_SPOT_ONLY":      3,
+	}
+)
+
+func (x CapacityType) Enum() *CapacityType {
+	p := new(CapacityType)
+	*p = x
+	return p
+}
+
+func (x CapacityType) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CapacityType) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_types_proto_enumTypes[8].Descriptor()
+}
+
+func (CapacityType) Type() protoreflect.EnumType {
+	return &file_portolan_v1_types_proto_enumTypes[8]
+}
+
+func (x CapacityType) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CapacityType.Descriptor instead.
+func (CapacityType) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{8}
+}
+
+type ScaleMetricKind int32
+
+const (
+	ScaleMetricKind_SCALE_METRIC_KIND_UNSPECIFIED ScaleMetricKind = 0
+	// Percent of what the replicas request.
+	ScaleMetricKind_SCALE_METRIC_KIND_CPU    ScaleMetricKind = 1
+	ScaleMetricKind_SCALE_METRIC_KIND_MEMORY ScaleMetricKind = 2
+	// Per replica, at its proxy.
+	ScaleMetricKind_SCALE_METRIC_KIND_REQUESTS_PER_SECOND ScaleMetricKind = 3
+	// Per replica, from its own metrics page.
+	ScaleMetricKind_SCALE_METRIC_KIND_CUSTOM ScaleMetricKind = 4
+)
+
+// Enum value maps for ScaleMetricKind.
+var (
+	ScaleMetricKind_name = map[int32]string{
+		0: "SCALE_METRIC_KIND_UNSPECIFIED",
+		1: "SCALE_METRIC_KIND_CPU",
+		2: "SCALE_METRIC_KIND_MEMORY",
+		3: "SCALE_METRIC_KIND_REQUESTS_PER_SECOND",
+		4: "SCALE_METRIC_KIND_CUSTOM",
+	}
+	ScaleMetricKind_value = map[string]int32{
+		"SCALE_METRIC_KIND_UNSPECIFIED":         0,
+		"SCALE_METRIC_KIND_CPU":                 1,
+		"SCALE_METRIC_KIND_MEMORY":              2,
+		"SCALE_METRIC_KIND_REQUESTS_PER_SECOND": 3,
+		"SCALE_METRIC_KIND_CUSTOM":              4,
+	}
+)
+
+func (x ScaleMetricKind) Enum() *ScaleMetricKind {
+	p := new(ScaleMetricKind)
+	*p = x
+	return p
+}
+
+func (x ScaleMetricKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ScaleMetricKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_types_proto_enumTypes[9].Descriptor()
+}
+
+func (ScaleMetricKind) Type() protoreflect.EnumType {
+	return &file_portolan_v1_types_proto_enumTypes[9]
+}
+
+func (x ScaleMetricKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ScaleMetricKind.Descriptor instead.
+func (ScaleMetricKind) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{9}
+}
+
+// Scoring is how a pool's nodes are compared, among those that fit.
+type Scoring int32
+
+const (
+	Scoring_SCORING_UNSPECIFIED Scoring = 0
+	// Evenly full. The default.
+	Scoring_SCORING_SPREAD Scoring = 1
+	// Fullest first.
+	Scoring_SCORING_PACK Scoring = 2
+	// Cheapest first.
+	Scoring_SCORING_PRICE Scoring = 3
+	// Where least of what is free becomes useless for what is usually asked for.
+	Scoring_SCORING_LEAST_FRAGMENTATION Scoring = 4
+)
+
+// Enum value maps for Scoring.
+var (
+	Scoring_name = map[int32]string{
+		0: "SCORING_UNSPECIFIED",
+		1: "SCORING_SPREAD",
+		2: "SCORING_PACK",
+		3: "SCORING_PRICE",
+		4: "SCORING_LEAST_FRAGMENTATION",
+	}
+	Scoring_value = map[string]int32{
+		"SCORING_UNSPECIFIED":         0,
+		"SCORING_SPREAD":              1,
+		"SCORING_PACK":                2,
+		"SCORING_PRICE":               3,
+		"SCORING_LEAST_FRAGMENTATION": 4,
+	}
+)
+
+func (x Scoring) Enum() *Scoring {
+	p := new(Scoring)
+	*p = x
+	return p
+}
+
+func (x Scoring) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Scoring) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_types_proto_enumTypes[10].Descriptor()
+}
+
+func (Scoring) Type() protoreflect.EnumType {
+	return &file_portolan_v1_types_proto_enumTypes[10]
+}
+
+func (x Scoring) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Scoring.Descriptor instead.
+func (Scoring) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{10}
 }
 
 type SpreadDomain int32
@@ -241,6 +648,7 @@ const (
 	SpreadDomain_SPREAD_DOMAIN_REGION      SpreadDomain = 1
 	SpreadDomain_SPREAD_DOMAIN_ZONE        SpreadDomain = 2
 	SpreadDomain_SPREAD_DOMAIN_CLUSTER     SpreadDomain = 3
+	SpreadDomain_SPREAD_DOMAIN_PROVIDER    SpreadDomain = 4
 )
 
 // Enum value maps for SpreadDomain.
@@ -250,12 +658,14 @@ var (
 		1: "SPREAD_DOMAIN_REGION",
 		2: "SPREAD_DOMAIN_ZONE",
 		3: "SPREAD_DOMAIN_CLUSTER",
+		4: "SPREAD_DOMAIN_PROVIDER",
 	}
 	SpreadDomain_value = map[string]int32{
 		"SPREAD_DOMAIN_UNSPECIFIED": 0,
 		"SPREAD_DOMAIN_REGION":      1,
 		"SPREAD_DOMAIN_ZONE":        2,
 		"SPREAD_DOMAIN_CLUSTER":     3,
+		"SPREAD_DOMAIN_PROVIDER":    4,
 	}
 )
 
@@ -270,11 +680,11 @@ func (x SpreadDomain) String() string {
 }
 
 func (SpreadDomain) Descriptor() protoreflect.EnumDescriptor {
-	return file_portolan_v1_types_proto_enumTypes[4].Descriptor()
+	return file_portolan_v1_types_proto_enumTypes[11].Descriptor()
 }
 
 func (SpreadDomain) Type() protoreflect.EnumType {
-	return &file_portolan_v1_types_proto_enumTypes[4]
+	return &file_portolan_v1_types_proto_enumTypes[11]
 }
 
 func (x SpreadDomain) Number() protoreflect.EnumNumber {
@@ -283,7 +693,7 @@ func (x SpreadDomain) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use SpreadDomain.Descriptor instead.
 func (SpreadDomain) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{11}
 }
 
 type Objective int32
@@ -296,6 +706,8 @@ const (
 	Objective_OBJECTIVE_SPREAD Objective = 2
 	// As few clusters as possible.
 	Objective_OBJECTIVE_PACK Objective = 3
+	// Nearest to its callers first.
+	Objective_OBJECTIVE_LATENCY Objective = 4
 )
 
 // Enum value maps for Objective.
@@ -305,12 +717,14 @@ var (
 		1: "OBJECTIVE_COST",
 		2: "OBJECTIVE_SPREAD",
 		3: "OBJECTIVE_PACK",
+		4: "OBJECTIVE_LATENCY",
 	}
 	Objective_value = map[string]int32{
 		"OBJECTIVE_UNSPECIFIED": 0,
 		"OBJECTIVE_COST":        1,
 		"OBJECTIVE_SPREAD":      2,
 		"OBJECTIVE_PACK":        3,
+		"OBJECTIVE_LATENCY":     4,
 	}
 )
 
@@ -325,11 +739,11 @@ func (x Objective) String() string {
 }
 
 func (Objective) Descriptor() protoreflect.EnumDescriptor {
-	return file_portolan_v1_types_proto_enumTypes[5].Descriptor()
+	return file_portolan_v1_types_proto_enumTypes[12].Descriptor()
 }
 
 func (Objective) Type() protoreflect.EnumType {
-	return &file_portolan_v1_types_proto_enumTypes[5]
+	return &file_portolan_v1_types_proto_enumTypes[12]
 }
 
 func (x Objective) Number() protoreflect.EnumNumber {
@@ -338,7 +752,7 @@ func (x Objective) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Objective.Descriptor instead.
 func (Objective) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{5}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{12}
 }
 
 type PortProtocol int32
@@ -375,11 +789,11 @@ func (x PortProtocol) String() string {
 }
 
 func (PortProtocol) Descriptor() protoreflect.EnumDescriptor {
-	return file_portolan_v1_types_proto_enumTypes[6].Descriptor()
+	return file_portolan_v1_types_proto_enumTypes[13].Descriptor()
 }
 
 func (PortProtocol) Type() protoreflect.EnumType {
-	return &file_portolan_v1_types_proto_enumTypes[6]
+	return &file_portolan_v1_types_proto_enumTypes[13]
 }
 
 func (x PortProtocol) Number() protoreflect.EnumNumber {
@@ -388,7 +802,7 @@ func (x PortProtocol) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PortProtocol.Descriptor instead.
 func (PortProtocol) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{6}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{13}
 }
 
 type PolicyKind int32
@@ -426,11 +840,11 @@ func (x PolicyKind) String() string {
 }
 
 func (PolicyKind) Descriptor() protoreflect.EnumDescriptor {
-	return file_portolan_v1_types_proto_enumTypes[7].Descriptor()
+	return file_portolan_v1_types_proto_enumTypes[14].Descriptor()
 }
 
 func (PolicyKind) Type() protoreflect.EnumType {
-	return &file_portolan_v1_types_proto_enumTypes[7]
+	return &file_portolan_v1_types_proto_enumTypes[14]
 }
 
 func (x PolicyKind) Number() protoreflect.EnumNumber {
@@ -439,7 +853,58 @@ func (x PolicyKind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PolicyKind.Descriptor instead.
 func (PolicyKind) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{14}
+}
+
+type NodeMode int32
+
+const (
+	NodeMode_NODE_MODE_UNSPECIFIED NodeMode = 0
+	// Nothing new is bound to it.
+	NodeMode_NODE_MODE_CORDONED NodeMode = 1
+	// What runs there leaves, within its disruption budgets.
+	NodeMode_NODE_MODE_DRAINING NodeMode = 2
+)
+
+// Enum value maps for NodeMode.
+var (
+	NodeMode_name = map[int32]string{
+		0: "NODE_MODE_UNSPECIFIED",
+		1: "NODE_MODE_CORDONED",
+		2: "NODE_MODE_DRAINING",
+	}
+	NodeMode_value = map[string]int32{
+		"NODE_MODE_UNSPECIFIED": 0,
+		"NODE_MODE_CORDONED":    1,
+		"NODE_MODE_DRAINING":    2,
+	}
+)
+
+func (x NodeMode) Enum() *NodeMode {
+	p := new(NodeMode)
+	*p = x
+	return p
+}
+
+func (x NodeMode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (NodeMode) Descriptor() protoreflect.EnumDescriptor {
+	return file_portolan_v1_types_proto_enumTypes[15].Descriptor()
+}
+
+func (NodeMode) Type() protoreflect.EnumType {
+	return &file_portolan_v1_types_proto_enumTypes[15]
+}
+
+func (x NodeMode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use NodeMode.Descriptor instead.
+func (NodeMode) EnumDescriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{15}
 }
 
 // Condition is one typed fact about an object. Shape follows the field's
@@ -594,10 +1059,13 @@ func (x *Taint) GetEffect() TaintEffect {
 // Toleration accepts taints. An empty value tolerates any value of the key; an
 // unspecified effect tolerates every effect.
 type Toleration struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	Value         string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
-	Effect        TaintEffect            `protobuf:"varint,3,opt,name=effect,proto3,enum=portolan.v1.TaintEffect" json:"effect,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Key    string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Value  string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	Effect TaintEffect            `protobuf:"varint,3,opt,name=effect,proto3,enum=portolan.v1.TaintEffect" json:"effect,omitempty"`
+	// Of NO_EXECUTE: how long a replica stays after the taint came; for ever when
+	// absent.
+	Stay          *durationpb.Duration `protobuf:"bytes,4,opt,name=stay,proto3" json:"stay,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -653,14 +1121,24 @@ func (x *Toleration) GetEffect() TaintEffect {
 	return TaintEffect_TAINT_EFFECT_UNSPECIFIED
 }
 
+func (x *Toleration) GetStay() *durationpb.Duration {
+	if x != nil {
+		return x.Stay
+	}
+	return nil
+}
+
 // ResourceList holds quantities in the field's usual notation: cpu in cores or
 // millicores ("2", "250m"), memory in bytes with binary or decimal suffix
-// ("64Mi", "1G"), pids as a count.
+// ("64Mi", "1G"), pids as a count, storage like memory.
 type ResourceList struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Cpu           string                 `protobuf:"bytes,1,opt,name=cpu,proto3" json:"cpu,omitempty"`
-	Memory        string                 `protobuf:"bytes,2,opt,name=memory,proto3" json:"memory,omitempty"`
-	Pids          int32                  `protobuf:"varint,3,opt,name=pids,proto3" json:"pids,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Cpu    string                 `protobuf:"bytes,1,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	Memory string                 `protobuf:"bytes,2,opt,name=memory,proto3" json:"memory,omitempty"`
+	Pids   int32                  `protobuf:"varint,3,opt,name=pids,proto3" json:"pids,omitempty"`
+	// Scratch space on the node's disk: the writable layer and logs. Volumes are
+	// counted by their own size.
+	Storage       string `protobuf:"bytes,4,opt,name=storage,proto3" json:"storage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -716,6 +1194,191 @@ func (x *ResourceList) GetPids() int32 {
 	return 0
 }
 
+func (x *ResourceList) GetStorage() string {
+	if x != nil {
+		return x.Storage
+	}
+	return ""
+}
+
+// DeviceRequest asks for counted devices of a node, for one replica. Either whole
+// devices (count), or a share of one (share_milli, in thousandths, count absent).
+type DeviceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "gpu" when absent.
+	Kind       string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Count      int32  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	ShareMilli int32  `protobuf:"varint,3,opt,name=share_milli,json=shareMilli,proto3" json:"share_milli,omitempty"`
+	// Models that will do; any when empty.
+	Models        []string `protobuf:"bytes,4,rep,name=models,proto3" json:"models,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceRequest) Reset() {
+	*x = DeviceRequest{}
+	mi := &file_portolan_v1_types_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceRequest) ProtoMessage() {}
+
+func (x *DeviceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceRequest.ProtoReflect.Descriptor instead.
+func (*DeviceRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *DeviceRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *DeviceRequest) GetCount() int32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *DeviceRequest) GetShareMilli() int32 {
+	if x != nil {
+		return x.ShareMilli
+	}
+	return 0
+}
+
+func (x *DeviceRequest) GetModels() []string {
+	if x != nil {
+		return x.Models
+	}
+	return nil
+}
+
+// Requirement is one condition on a label.
+type Requirement struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Operator      RequirementOperator    `protobuf:"varint,2,opt,name=operator,proto3,enum=portolan.v1.RequirementOperator" json:"operator,omitempty"`
+	Values        []string               `protobuf:"bytes,3,rep,name=values,proto3" json:"values,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Requirement) Reset() {
+	*x = Requirement{}
+	mi := &file_portolan_v1_types_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Requirement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Requirement) ProtoMessage() {}
+
+func (x *Requirement) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Requirement.ProtoReflect.Descriptor instead.
+func (*Requirement) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Requirement) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Requirement) GetOperator() RequirementOperator {
+	if x != nil {
+		return x.Operator
+	}
+	return RequirementOperator_REQUIREMENT_OPERATOR_UNSPECIFIED
+}
+
+func (x *Requirement) GetValues() []string {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+// RequirementTerm holds when all of its requirements do.
+type RequirementTerm struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requirements  []*Requirement         `protobuf:"bytes,1,rep,name=requirements,proto3" json:"requirements,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RequirementTerm) Reset() {
+	*x = RequirementTerm{}
+	mi := &file_portolan_v1_types_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RequirementTerm) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RequirementTerm) ProtoMessage() {}
+
+func (x *RequirementTerm) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RequirementTerm.ProtoReflect.Descriptor instead.
+func (*RequirementTerm) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *RequirementTerm) GetRequirements() []*Requirement {
+	if x != nil {
+		return x.Requirements
+	}
+	return nil
+}
+
 type WorkloadSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Kind  WorkloadKind           `protobuf:"varint,1,opt,name=kind,proto3,enum=portolan.v1.WorkloadKind" json:"kind,omitempty"`
@@ -733,15 +1396,28 @@ type WorkloadSpec struct {
 	Update     *WorkloadSpec_UpdateStrategy `protobuf:"bytes,8,opt,name=update,proto3" json:"update,omitempty"`
 	Job        *WorkloadSpec_JobSpec        `protobuf:"bytes,9,opt,name=job,proto3" json:"job,omitempty"`
 	// Time between SIGTERM and SIGKILL; 30s when absent.
-	GracePeriod   *durationpb.Duration `protobuf:"bytes,10,opt,name=grace_period,json=gracePeriod,proto3" json:"grace_period,omitempty"`
-	Gateway       GatewayKind          `protobuf:"varint,11,opt,name=gateway,proto3,enum=portolan.v1.GatewayKind" json:"gateway,omitempty"`
+	GracePeriod *durationpb.Duration `protobuf:"bytes,10,opt,name=grace_period,json=gracePeriod,proto3" json:"grace_period,omitempty"`
+	Gateway     GatewayKind          `protobuf:"varint,11,opt,name=gateway,proto3,enum=portolan.v1.GatewayKind" json:"gateway,omitempty"`
+	// Of cron workloads; job says what each run does.
+	Cron *WorkloadSpec_CronSpec `protobuf:"bytes,12,opt,name=cron,proto3" json:"cron,omitempty"`
+	// Of services and stateful workloads. replicas is then only where it begins.
+	Autoscale  *Autoscale        `protobuf:"bytes,13,opt,name=autoscale,proto3" json:"autoscale,omitempty"`
+	Disruption *DisruptionBudget `protobuf:"bytes,14,opt,name=disruption,proto3" json:"disruption,omitempty"`
+	// Directories on the node's disk, one for each replica; only of stateful
+	// workloads. They keep their content while the workload exists.
+	Volumes []*Volume `protobuf:"bytes,15,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	// Higher is served first, over clusters and over nodes, and may displace lower
+	// where nothing else helps; bounded by the tenant's max_priority. 0 when absent.
+	Priority int32 `protobuf:"varint,16,opt,name=priority,proto3" json:"priority,omitempty"`
+	// Never displaces others, whatever its priority.
+	NeverPreempt  bool `protobuf:"varint,17,opt,name=never_preempt,json=neverPreempt,proto3" json:"never_preempt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WorkloadSpec) Reset() {
 	*x = WorkloadSpec{}
-	mi := &file_portolan_v1_types_proto_msgTypes[4]
+	mi := &file_portolan_v1_types_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +1429,7 @@ func (x *WorkloadSpec) String() string {
 func (*WorkloadSpec) ProtoMessage() {}
 
 func (x *WorkloadSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[4]
+	mi := &file_portolan_v1_types_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +1442,7 @@ func (x *WorkloadSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadSpec.ProtoReflect.Descriptor instead.
 func (*WorkloadSpec) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *WorkloadSpec) GetKind() WorkloadKind {
@@ -846,6 +1522,650 @@ func (x *WorkloadSpec) GetGateway() GatewayKind {
 	return GatewayKind_GATEWAY_KIND_UNSPECIFIED
 }
 
+func (x *WorkloadSpec) GetCron() *WorkloadSpec_CronSpec {
+	if x != nil {
+		return x.Cron
+	}
+	return nil
+}
+
+func (x *WorkloadSpec) GetAutoscale() *Autoscale {
+	if x != nil {
+		return x.Autoscale
+	}
+	return nil
+}
+
+func (x *WorkloadSpec) GetDisruption() *DisruptionBudget {
+	if x != nil {
+		return x.Disruption
+	}
+	return nil
+}
+
+func (x *WorkloadSpec) GetVolumes() []*Volume {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+func (x *WorkloadSpec) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *WorkloadSpec) GetNeverPreempt() bool {
+	if x != nil {
+		return x.NeverPreempt
+	}
+	return false
+}
+
+// Autoscale changes the number of replicas by
+// ceil(current × metric ÷ target), within min and max (Kubernetes'
+// HorizontalPodAutoscaler has the same formula). Each cluster scales inside its
+// share of min and max; max is what is reserved.
+type Autoscale struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 when absent. 0 needs a metric that is there without replicas.
+	Min *int32 `protobuf:"varint,1,opt,name=min,proto3,oneof" json:"min,omitempty"`
+	Max int32  `protobuf:"varint,2,opt,name=max,proto3" json:"max,omitempty"`
+	// The greatest answer counts.
+	Metrics []*ScaleMetric `protobuf:"bytes,3,rep,name=metrics,proto3" json:"metrics,omitempty"`
+	Up      *ScaleRule     `protobuf:"bytes,4,opt,name=up,proto3" json:"up,omitempty"`
+	// Stabilisation of 5m when absent.
+	Down *ScaleRule `protobuf:"bytes,5,opt,name=down,proto3" json:"down,omitempty"`
+	// Other bounds at times; where several hold, the greatest min and max.
+	Schedules []*ScaleSchedule `protobuf:"bytes,6,rep,name=schedules,proto3" json:"schedules,omitempty"`
+	// No change while metric ÷ target is this near to 1; 10 when absent.
+	TolerancePercent *int32 `protobuf:"varint,7,opt,name=tolerance_percent,json=tolerancePercent,proto3,oneof" json:"tolerance_percent,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *Autoscale) Reset() {
+	*x = Autoscale{}
+	mi := &file_portolan_v1_types_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Autoscale) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Autoscale) ProtoMessage() {}
+
+func (x *Autoscale) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Autoscale.ProtoReflect.Descriptor instead.
+func (*Autoscale) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Autoscale) GetMin() int32 {
+	if x != nil && x.Min != nil {
+		return *x.Min
+	}
+	return 0
+}
+
+func (x *Autoscale) GetMax() int32 {
+	if x != nil {
+		return x.Max
+	}
+	return 0
+}
+
+func (x *Autoscale) GetMetrics() []*ScaleMetric {
+	if x != nil {
+		return x.Metrics
+	}
+	return nil
+}
+
+func (x *Autoscale) GetUp() *ScaleRule {
+	if x != nil {
+		return x.Up
+	}
+	return nil
+}
+
+func (x *Autoscale) GetDown() *ScaleRule {
+	if x != nil {
+		return x.Down
+	}
+	return nil
+}
+
+func (x *Autoscale) GetSchedules() []*ScaleSchedule {
+	if x != nil {
+		return x.Schedules
+	}
+	return nil
+}
+
+func (x *Autoscale) GetTolerancePercent() int32 {
+	if x != nil && x.TolerancePercent != nil {
+		return *x.TolerancePercent
+	}
+	return 0
+}
+
+type ScaleMetric struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Kind  ScaleMetricKind        `protobuf:"varint,1,opt,name=kind,proto3,enum=portolan.v1.ScaleMetricKind" json:"kind,omitempty"`
+	// Of CUSTOM: the name of a gauge in the text format of Prometheus, and where.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Port int32  `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
+	// "/metrics" when absent.
+	Path          string  `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`
+	Target        float64 `protobuf:"fixed64,5,opt,name=target,proto3" json:"target,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScaleMetric) Reset() {
+	*x = ScaleMetric{}
+	mi := &file_portolan_v1_types_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScaleMetric) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScaleMetric) ProtoMessage() {}
+
+func (x *ScaleMetric) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScaleMetric.ProtoReflect.Descriptor instead.
+func (*ScaleMetric) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ScaleMetric) GetKind() ScaleMetricKind {
+	if x != nil {
+		return x.Kind
+	}
+	return ScaleMetricKind_SCALE_METRIC_KIND_UNSPECIFIED
+}
+
+func (x *ScaleMetric) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ScaleMetric) GetPort() int32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *ScaleMetric) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ScaleMetric) GetTarget() float64 {
+	if x != nil {
+		return x.Target
+	}
+	return 0
+}
+
+type ScaleRule struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The most cautious answer of this window counts.
+	Stabilization *durationpb.Duration `protobuf:"bytes,1,opt,name=stabilization,proto3" json:"stabilization,omitempty"`
+	// At most so many replicas, and so many percent of what there are, per period;
+	// where both are given, the greater. No bound when both are absent.
+	MaxReplicas int32 `protobuf:"varint,2,opt,name=max_replicas,json=maxReplicas,proto3" json:"max_replicas,omitempty"`
+	MaxPercent  int32 `protobuf:"varint,3,opt,name=max_percent,json=maxPercent,proto3" json:"max_percent,omitempty"`
+	// 1m when absent.
+	Period        *durationpb.Duration `protobuf:"bytes,4,opt,name=period,proto3" json:"period,omitempty"`
+	Disabled      bool                 `protobuf:"varint,5,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScaleRule) Reset() {
+	*x = ScaleRule{}
+	mi := &file_portolan_v1_types_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScaleRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScaleRule) ProtoMessage() {}
+
+func (x *ScaleRule) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScaleRule.ProtoReflect.Descriptor instead.
+func (*ScaleRule) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ScaleRule) GetStabilization() *durationpb.Duration {
+	if x != nil {
+		return x.Stabilization
+	}
+	return nil
+}
+
+func (x *ScaleRule) GetMaxReplicas() int32 {
+	if x != nil {
+		return x.MaxReplicas
+	}
+	return 0
+}
+
+func (x *ScaleRule) GetMaxPercent() int32 {
+	if x != nil {
+		return x.MaxPercent
+	}
+	return 0
+}
+
+func (x *ScaleRule) GetPeriod() *durationpb.Duration {
+	if x != nil {
+		return x.Period
+	}
+	return nil
+}
+
+func (x *ScaleRule) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
+type ScaleSchedule struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// When it begins: five fields, as for cron.
+	Schedule      string               `protobuf:"bytes,1,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	TimeZone      string               `protobuf:"bytes,2,opt,name=time_zone,json=timeZone,proto3" json:"time_zone,omitempty"`
+	Duration      *durationpb.Duration `protobuf:"bytes,3,opt,name=duration,proto3" json:"duration,omitempty"`
+	Min           int32                `protobuf:"varint,4,opt,name=min,proto3" json:"min,omitempty"`
+	Max           int32                `protobuf:"varint,5,opt,name=max,proto3" json:"max,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScaleSchedule) Reset() {
+	*x = ScaleSchedule{}
+	mi := &file_portolan_v1_types_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScaleSchedule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScaleSchedule) ProtoMessage() {}
+
+func (x *ScaleSchedule) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScaleSchedule.ProtoReflect.Descriptor instead.
+func (*ScaleSchedule) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ScaleSchedule) GetSchedule() string {
+	if x != nil {
+		return x.Schedule
+	}
+	return ""
+}
+
+func (x *ScaleSchedule) GetTimeZone() string {
+	if x != nil {
+		return x.TimeZone
+	}
+	return ""
+}
+
+func (x *ScaleSchedule) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *ScaleSchedule) GetMin() int32 {
+	if x != nil {
+		return x.Min
+	}
+	return 0
+}
+
+func (x *ScaleSchedule) GetMax() int32 {
+	if x != nil {
+		return x.Max
+	}
+	return 0
+}
+
+// DisruptionBudget bounds what is done to replicas on purpose, beside updates:
+// drains, moves, displacement. Every bound that is given holds. Without one, at
+// most one replica at a time, and none below half.
+type DisruptionBudget struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Replicas not available at a time, these disruptions included.
+	MaxUnavailable        *int32 `protobuf:"varint,1,opt,name=max_unavailable,json=maxUnavailable,proto3,oneof" json:"max_unavailable,omitempty"`
+	MaxUnavailablePercent *int32 `protobuf:"varint,2,opt,name=max_unavailable_percent,json=maxUnavailablePercent,proto3,oneof" json:"max_unavailable_percent,omitempty"`
+	MinAvailable          *int32 `protobuf:"varint,3,opt,name=min_available,json=minAvailable,proto3,oneof" json:"min_available,omitempty"`
+	// Replicas disrupted in any hour.
+	MaxPerHour *int32 `protobuf:"varint,4,opt,name=max_per_hour,json=maxPerHour,proto3,oneof" json:"max_per_hour,omitempty"`
+	// When it may be done; at any time when none.
+	Windows       []*TimeWindow `protobuf:"bytes,5,rep,name=windows,proto3" json:"windows,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisruptionBudget) Reset() {
+	*x = DisruptionBudget{}
+	mi := &file_portolan_v1_types_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisruptionBudget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisruptionBudget) ProtoMessage() {}
+
+func (x *DisruptionBudget) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisruptionBudget.ProtoReflect.Descriptor instead.
+func (*DisruptionBudget) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *DisruptionBudget) GetMaxUnavailable() int32 {
+	if x != nil && x.MaxUnavailable != nil {
+		return *x.MaxUnavailable
+	}
+	return 0
+}
+
+func (x *DisruptionBudget) GetMaxUnavailablePercent() int32 {
+	if x != nil && x.MaxUnavailablePercent != nil {
+		return *x.MaxUnavailablePercent
+	}
+	return 0
+}
+
+func (x *DisruptionBudget) GetMinAvailable() int32 {
+	if x != nil && x.MinAvailable != nil {
+		return *x.MinAvailable
+	}
+	return 0
+}
+
+func (x *DisruptionBudget) GetMaxPerHour() int32 {
+	if x != nil && x.MaxPerHour != nil {
+		return *x.MaxPerHour
+	}
+	return 0
+}
+
+func (x *DisruptionBudget) GetWindows() []*TimeWindow {
+	if x != nil {
+		return x.Windows
+	}
+	return nil
+}
+
+type TimeWindow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "mon" … "sun"; every day when none.
+	Days []string `protobuf:"bytes,1,rep,name=days,proto3" json:"days,omitempty"`
+	// "22:00"; an end before the start is on the next day.
+	Start         string `protobuf:"bytes,2,opt,name=start,proto3" json:"start,omitempty"`
+	End           string `protobuf:"bytes,3,opt,name=end,proto3" json:"end,omitempty"`
+	TimeZone      string `protobuf:"bytes,4,opt,name=time_zone,json=timeZone,proto3" json:"time_zone,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TimeWindow) Reset() {
+	*x = TimeWindow{}
+	mi := &file_portolan_v1_types_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TimeWindow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TimeWindow) ProtoMessage() {}
+
+func (x *TimeWindow) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TimeWindow.ProtoReflect.Descriptor instead.
+func (*TimeWindow) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *TimeWindow) GetDays() []string {
+	if x != nil {
+		return x.Days
+	}
+	return nil
+}
+
+func (x *TimeWindow) GetStart() string {
+	if x != nil {
+		return x.Start
+	}
+	return ""
+}
+
+func (x *TimeWindow) GetEnd() string {
+	if x != nil {
+		return x.End
+	}
+	return ""
+}
+
+func (x *TimeWindow) GetTimeZone() string {
+	if x != nil {
+		return x.TimeZone
+	}
+	return ""
+}
+
+type Volume struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// "10Gi". Counted on the node's disk.
+	Size          string `protobuf:"bytes,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Volume) Reset() {
+	*x = Volume{}
+	mi := &file_portolan_v1_types_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Volume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Volume) ProtoMessage() {}
+
+func (x *Volume) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Volume.ProtoReflect.Descriptor instead.
+func (*Volume) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Volume) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Volume) GetSize() string {
+	if x != nil {
+		return x.Size
+	}
+	return ""
+}
+
+type VolumeMount struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Volume string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	// Absolute.
+	Path          string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	ReadOnly      bool   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeMount) Reset() {
+	*x = VolumeMount{}
+	mi := &file_portolan_v1_types_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeMount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeMount) ProtoMessage() {}
+
+func (x *VolumeMount) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeMount.ProtoReflect.Descriptor instead.
+func (*VolumeMount) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *VolumeMount) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *VolumeMount) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *VolumeMount) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
 type Container struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "main" when absent; unique in the workload.
@@ -870,15 +2190,16 @@ type Container struct {
 	RunAsUser  int64 `protobuf:"varint,15,opt,name=run_as_user,json=runAsUser,proto3" json:"run_as_user,omitempty"`
 	RunAsGroup int64 `protobuf:"varint,16,opt,name=run_as_group,json=runAsGroup,proto3" json:"run_as_group,omitempty"`
 	// From the short list that admission allows, for example NET_BIND_SERVICE.
-	AddCapabilities []string `protobuf:"bytes,17,rep,name=add_capabilities,json=addCapabilities,proto3" json:"add_capabilities,omitempty"`
-	WorkingDir      string   `protobuf:"bytes,18,opt,name=working_dir,json=workingDir,proto3" json:"working_dir,omitempty"`
+	AddCapabilities []string       `protobuf:"bytes,17,rep,name=add_capabilities,json=addCapabilities,proto3" json:"add_capabilities,omitempty"`
+	WorkingDir      string         `protobuf:"bytes,18,opt,name=working_dir,json=workingDir,proto3" json:"working_dir,omitempty"`
+	Mounts          []*VolumeMount `protobuf:"bytes,19,rep,name=mounts,proto3" json:"mounts,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_portolan_v1_types_proto_msgTypes[5]
+	mi := &file_portolan_v1_types_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -890,7 +2211,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[5]
+	mi := &file_portolan_v1_types_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -903,7 +2224,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{5}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Container) GetName() string {
@@ -1032,6 +2353,13 @@ func (x *Container) GetWorkingDir() string {
 	return ""
 }
 
+func (x *Container) GetMounts() []*VolumeMount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
 type ContainerPort struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1042,7 +2370,7 @@ type ContainerPort struct {
 
 func (x *ContainerPort) Reset() {
 	*x = ContainerPort{}
-	mi := &file_portolan_v1_types_proto_msgTypes[6]
+	mi := &file_portolan_v1_types_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +2382,7 @@ func (x *ContainerPort) String() string {
 func (*ContainerPort) ProtoMessage() {}
 
 func (x *ContainerPort) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[6]
+	mi := &file_portolan_v1_types_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +2395,7 @@ func (x *ContainerPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerPort.ProtoReflect.Descriptor instead.
 func (*ContainerPort) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{6}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ContainerPort) GetName() string {
@@ -1107,7 +2435,7 @@ type Probe struct {
 
 func (x *Probe) Reset() {
 	*x = Probe{}
-	mi := &file_portolan_v1_types_proto_msgTypes[7]
+	mi := &file_portolan_v1_types_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1119,7 +2447,7 @@ func (x *Probe) String() string {
 func (*Probe) ProtoMessage() {}
 
 func (x *Probe) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[7]
+	mi := &file_portolan_v1_types_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1132,7 +2460,7 @@ func (x *Probe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Probe.ProtoReflect.Descriptor instead.
 func (*Probe) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Probe) GetCheck() isProbe_Check {
@@ -1241,7 +2569,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_portolan_v1_types_proto_msgTypes[8]
+	mi := &file_portolan_v1_types_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1253,7 +2581,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[8]
+	mi := &file_portolan_v1_types_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1266,7 +2594,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{8}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Hook) GetAction() isHook_Action {
@@ -1339,7 +2667,7 @@ type ServicePort struct {
 
 func (x *ServicePort) Reset() {
 	*x = ServicePort{}
-	mi := &file_portolan_v1_types_proto_msgTypes[9]
+	mi := &file_portolan_v1_types_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1351,7 +2679,7 @@ func (x *ServicePort) String() string {
 func (*ServicePort) ProtoMessage() {}
 
 func (x *ServicePort) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[9]
+	mi := &file_portolan_v1_types_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1364,7 +2692,7 @@ func (x *ServicePort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServicePort.ProtoReflect.Descriptor instead.
 func (*ServicePort) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{9}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ServicePort) GetName() string {
@@ -1407,7 +2735,7 @@ type ServiceSpec struct {
 
 func (x *ServiceSpec) Reset() {
 	*x = ServiceSpec{}
-	mi := &file_portolan_v1_types_proto_msgTypes[10]
+	mi := &file_portolan_v1_types_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +2747,7 @@ func (x *ServiceSpec) String() string {
 func (*ServiceSpec) ProtoMessage() {}
 
 func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[10]
+	mi := &file_portolan_v1_types_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +2760,7 @@ func (x *ServiceSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceSpec.ProtoReflect.Descriptor instead.
 func (*ServiceSpec) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{10}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ServiceSpec) GetWorkload() string {
@@ -1464,7 +2792,7 @@ type RouteSpec struct {
 
 func (x *RouteSpec) Reset() {
 	*x = RouteSpec{}
-	mi := &file_portolan_v1_types_proto_msgTypes[11]
+	mi := &file_portolan_v1_types_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1476,7 +2804,7 @@ func (x *RouteSpec) String() string {
 func (*RouteSpec) ProtoMessage() {}
 
 func (x *RouteSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[11]
+	mi := &file_portolan_v1_types_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1489,7 +2817,7 @@ func (x *RouteSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteSpec.ProtoReflect.Descriptor instead.
 func (*RouteSpec) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{11}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RouteSpec) GetService() string {
@@ -1528,7 +2856,7 @@ type RouteRule struct {
 
 func (x *RouteRule) Reset() {
 	*x = RouteRule{}
-	mi := &file_portolan_v1_types_proto_msgTypes[12]
+	mi := &file_portolan_v1_types_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1540,7 +2868,7 @@ func (x *RouteRule) String() string {
 func (*RouteRule) ProtoMessage() {}
 
 func (x *RouteRule) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[12]
+	mi := &file_portolan_v1_types_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1553,7 +2881,7 @@ func (x *RouteRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteRule.ProtoReflect.Descriptor instead.
 func (*RouteRule) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{12}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RouteRule) GetMatches() []*RouteMatch {
@@ -1597,7 +2925,7 @@ type RouteMatch struct {
 
 func (x *RouteMatch) Reset() {
 	*x = RouteMatch{}
-	mi := &file_portolan_v1_types_proto_msgTypes[13]
+	mi := &file_portolan_v1_types_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +2937,7 @@ func (x *RouteMatch) String() string {
 func (*RouteMatch) ProtoMessage() {}
 
 func (x *RouteMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[13]
+	mi := &file_portolan_v1_types_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +2950,7 @@ func (x *RouteMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteMatch.ProtoReflect.Descriptor instead.
 func (*RouteMatch) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{13}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RouteMatch) GetPathPrefix() string {
@@ -1664,7 +2992,7 @@ type HeaderMatch struct {
 
 func (x *HeaderMatch) Reset() {
 	*x = HeaderMatch{}
-	mi := &file_portolan_v1_types_proto_msgTypes[14]
+	mi := &file_portolan_v1_types_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +3004,7 @@ func (x *HeaderMatch) String() string {
 func (*HeaderMatch) ProtoMessage() {}
 
 func (x *HeaderMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[14]
+	mi := &file_portolan_v1_types_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +3017,7 @@ func (x *HeaderMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeaderMatch.ProtoReflect.Descriptor instead.
 func (*HeaderMatch) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{14}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HeaderMatch) GetName() string {
@@ -1721,7 +3049,7 @@ type RouteBackend struct {
 
 func (x *RouteBackend) Reset() {
 	*x = RouteBackend{}
-	mi := &file_portolan_v1_types_proto_msgTypes[15]
+	mi := &file_portolan_v1_types_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1733,7 +3061,7 @@ func (x *RouteBackend) String() string {
 func (*RouteBackend) ProtoMessage() {}
 
 func (x *RouteBackend) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[15]
+	mi := &file_portolan_v1_types_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1746,7 +3074,7 @@ func (x *RouteBackend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteBackend.ProtoReflect.Descriptor instead.
 func (*RouteBackend) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{15}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RouteBackend) GetService() string {
@@ -1790,7 +3118,7 @@ type RetryPolicy struct {
 
 func (x *RetryPolicy) Reset() {
 	*x = RetryPolicy{}
-	mi := &file_portolan_v1_types_proto_msgTypes[16]
+	mi := &file_portolan_v1_types_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1802,7 +3130,7 @@ func (x *RetryPolicy) String() string {
 func (*RetryPolicy) ProtoMessage() {}
 
 func (x *RetryPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[16]
+	mi := &file_portolan_v1_types_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1815,7 +3143,7 @@ func (x *RetryPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryPolicy.ProtoReflect.Descriptor instead.
 func (*RetryPolicy) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{16}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RetryPolicy) GetAttempts() int32 {
@@ -1850,7 +3178,7 @@ type PolicyBundleSpec struct {
 
 func (x *PolicyBundleSpec) Reset() {
 	*x = PolicyBundleSpec{}
-	mi := &file_portolan_v1_types_proto_msgTypes[17]
+	mi := &file_portolan_v1_types_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1862,7 +3190,7 @@ func (x *PolicyBundleSpec) String() string {
 func (*PolicyBundleSpec) ProtoMessage() {}
 
 func (x *PolicyBundleSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[17]
+	mi := &file_portolan_v1_types_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1875,7 +3203,7 @@ func (x *PolicyBundleSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundleSpec.ProtoReflect.Descriptor instead.
 func (*PolicyBundleSpec) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{17}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PolicyBundleSpec) GetKind() PolicyKind {
@@ -1898,18 +3226,37 @@ type WorkloadSpec_Placement struct {
 	AllowedRegions   []string               `protobuf:"bytes,1,rep,name=allowed_regions,json=allowedRegions,proto3" json:"allowed_regions,omitempty"`
 	ForbiddenRegions []string               `protobuf:"bytes,2,rep,name=forbidden_regions,json=forbiddenRegions,proto3" json:"forbidden_regions,omitempty"`
 	// Labels a cluster must have, all of them.
-	ClusterSelector map[string]string           `protobuf:"bytes,3,rep,name=cluster_selector,json=clusterSelector,proto3" json:"cluster_selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Tolerations     []*Toleration               `protobuf:"bytes,4,rep,name=tolerations,proto3" json:"tolerations,omitempty"`
-	Spread          *WorkloadSpec_ClusterSpread `protobuf:"bytes,5,opt,name=spread,proto3" json:"spread,omitempty"`
-	Objective       Objective                   `protobuf:"varint,6,opt,name=objective,proto3,enum=portolan.v1.Objective" json:"objective,omitempty"`
-	Failover        *WorkloadSpec_Failover      `protobuf:"bytes,7,opt,name=failover,proto3" json:"failover,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	ClusterSelector   map[string]string           `protobuf:"bytes,3,rep,name=cluster_selector,json=clusterSelector,proto3" json:"cluster_selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Tolerations       []*Toleration               `protobuf:"bytes,4,rep,name=tolerations,proto3" json:"tolerations,omitempty"`
+	Spread            *WorkloadSpec_ClusterSpread `protobuf:"bytes,5,opt,name=spread,proto3" json:"spread,omitempty"`
+	Objective         Objective                   `protobuf:"varint,6,opt,name=objective,proto3,enum=portolan.v1.Objective" json:"objective,omitempty"`
+	Failover          *WorkloadSpec_Failover      `protobuf:"bytes,7,opt,name=failover,proto3" json:"failover,omitempty"`
+	AllowedClusters   []string                    `protobuf:"bytes,8,rep,name=allowed_clusters,json=allowedClusters,proto3" json:"allowed_clusters,omitempty"`
+	ForbiddenClusters []string                    `protobuf:"bytes,9,rep,name=forbidden_clusters,json=forbiddenClusters,proto3" json:"forbidden_clusters,omitempty"`
+	// More domains to spread over; all hold, together with spread.
+	Spreads  []*WorkloadSpec_ClusterSpread `protobuf:"bytes,10,rep,name=spreads,proto3" json:"spreads,omitempty"`
+	Division Division                      `protobuf:"varint,11,opt,name=division,proto3,enum=portolan.v1.Division" json:"division,omitempty"`
+	// Of DIVISION_WEIGHTED: a cluster has the sum of the weights that match it.
+	Weights []*WorkloadSpec_ClusterWeight `protobuf:"bytes,12,rep,name=weights,proto3" json:"weights,omitempty"`
+	// Ordered: a later group gets only what earlier ones have no room for, and
+	// gives it back when they have. Clusters in no group are not used.
+	Fallbacks []*WorkloadSpec_ClusterGroup    `protobuf:"bytes,13,rep,name=fallbacks,proto3" json:"fallbacks,omitempty"`
+	Affinity  []*WorkloadSpec_ClusterAffinity `protobuf:"bytes,14,rep,name=affinity,proto3" json:"affinity,omitempty"`
+	// What is different in some clusters; later ones win.
+	Overrides []*WorkloadSpec_ClusterOverride `protobuf:"bytes,15,rep,name=overrides,proto3" json:"overrides,omitempty"`
+	// At most one replica in the world. It moves only when its cluster is known to
+	// have stopped it.
+	Exclusive bool `protobuf:"varint,16,opt,name=exclusive,proto3" json:"exclusive,omitempty"`
+	// Of OBJECTIVE_LATENCY: where its callers are.
+	Origins       []*WorkloadSpec_Origin `protobuf:"bytes,17,rep,name=origins,proto3" json:"origins,omitempty"`
+	Capacity      CapacityType           `protobuf:"varint,18,opt,name=capacity,proto3,enum=portolan.v1.CapacityType" json:"capacity,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WorkloadSpec_Placement) Reset() {
 	*x = WorkloadSpec_Placement{}
-	mi := &file_portolan_v1_types_proto_msgTypes[18]
+	mi := &file_portolan_v1_types_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1921,7 +3268,7 @@ func (x *WorkloadSpec_Placement) String() string {
 func (*WorkloadSpec_Placement) ProtoMessage() {}
 
 func (x *WorkloadSpec_Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[18]
+	mi := &file_portolan_v1_types_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1934,7 +3281,7 @@ func (x *WorkloadSpec_Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadSpec_Placement.ProtoReflect.Descriptor instead.
 func (*WorkloadSpec_Placement) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4, 0}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 0}
 }
 
 func (x *WorkloadSpec_Placement) GetAllowedRegions() []string {
@@ -1986,20 +3333,99 @@ func (x *WorkloadSpec_Placement) GetFailover() *WorkloadSpec_Failover {
 	return nil
 }
 
+func (x *WorkloadSpec_Placement) GetAllowedClusters() []string {
+	if x != nil {
+		return x.AllowedClusters
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Placement) GetForbiddenClusters() []string {
+	if x != nil {
+		return x.ForbiddenClusters
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Placement) GetSpreads() []*WorkloadSpec_ClusterSpread {
+	if x != nil {
+		return x.Spreads
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Placement) GetDivision() Division {
+	if x != nil {
+		return x.Division
+	}
+	return Division_DIVISION_UNSPECIFIED
+}
+
+func (x *WorkloadSpec_Placement) GetWeights() []*WorkloadSpec_ClusterWeight {
+	if x != nil {
+		return x.Weights
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Placement) GetFallbacks() []*WorkloadSpec_ClusterGroup {
+	if x != nil {
+		return x.Fallbacks
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Placement) GetAffinity() []*WorkloadSpec_ClusterAffinity {
+	if x != nil {
+		return x.Affinity
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Placement) GetOverrides() []*WorkloadSpec_ClusterOverride {
+	if x != nil {
+		return x.Overrides
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Placement) GetExclusive() bool {
+	if x != nil {
+		return x.Exclusive
+	}
+	return false
+}
+
+func (x *WorkloadSpec_Placement) GetOrigins() []*WorkloadSpec_Origin {
+	if x != nil {
+		return x.Origins
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Placement) GetCapacity() CapacityType {
+	if x != nil {
+		return x.Capacity
+	}
+	return CapacityType_CAPACITY_TYPE_UNSPECIFIED
+}
+
 type WorkloadSpec_ClusterSpread struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Over  SpreadDomain           `protobuf:"varint,1,opt,name=over,proto3,enum=portolan.v1.SpreadDomain" json:"over,omitempty"`
 	// Fewest different domains that must be used; 1 when absent.
 	MinGroups int32 `protobuf:"varint,2,opt,name=min_groups,json=minGroups,proto3" json:"min_groups,omitempty"`
 	// Greatest difference of replicas between two used domains; 0 is no bound.
-	MaxSkew       int32 `protobuf:"varint,3,opt,name=max_skew,json=maxSkew,proto3" json:"max_skew,omitempty"`
+	MaxSkew int32 `protobuf:"varint,3,opt,name=max_skew,json=maxSkew,proto3" json:"max_skew,omitempty"`
+	// As far as room allows; nothing stays unplaced for it.
+	Prefer        bool `protobuf:"varint,4,opt,name=prefer,proto3" json:"prefer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WorkloadSpec_ClusterSpread) Reset() {
 	*x = WorkloadSpec_ClusterSpread{}
-	mi := &file_portolan_v1_types_proto_msgTypes[19]
+	mi := &file_portolan_v1_types_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2011,7 +3437,7 @@ func (x *WorkloadSpec_ClusterSpread) String() string {
 func (*WorkloadSpec_ClusterSpread) ProtoMessage() {}
 
 func (x *WorkloadSpec_ClusterSpread) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[19]
+	mi := &file_portolan_v1_types_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2024,7 +3450,7 @@ func (x *WorkloadSpec_ClusterSpread) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadSpec_ClusterSpread.ProtoReflect.Descriptor instead.
 func (*WorkloadSpec_ClusterSpread) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4, 1}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 1}
 }
 
 func (x *WorkloadSpec_ClusterSpread) GetOver() SpreadDomain {
@@ -2048,6 +3474,452 @@ func (x *WorkloadSpec_ClusterSpread) GetMaxSkew() int32 {
 	return 0
 }
 
+func (x *WorkloadSpec_ClusterSpread) GetPrefer() bool {
+	if x != nil {
+		return x.Prefer
+	}
+	return false
+}
+
+// ClusterMatch holds when everything that is given does; empty matches all.
+type WorkloadSpec_ClusterMatch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Clusters      []string               `protobuf:"bytes,1,rep,name=clusters,proto3" json:"clusters,omitempty"`
+	Regions       []string               `protobuf:"bytes,2,rep,name=regions,proto3" json:"regions,omitempty"`
+	Providers     []string               `protobuf:"bytes,3,rep,name=providers,proto3" json:"providers,omitempty"`
+	Labels        map[string]string      `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_ClusterMatch) Reset() {
+	*x = WorkloadSpec_ClusterMatch{}
+	mi := &file_portolan_v1_types_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_ClusterMatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_ClusterMatch) ProtoMessage() {}
+
+func (x *WorkloadSpec_ClusterMatch) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_ClusterMatch.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_ClusterMatch) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 2}
+}
+
+func (x *WorkloadSpec_ClusterMatch) GetClusters() []string {
+	if x != nil {
+		return x.Clusters
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_ClusterMatch) GetRegions() []string {
+	if x != nil {
+		return x.Regions
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_ClusterMatch) GetProviders() []string {
+	if x != nil {
+		return x.Providers
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_ClusterMatch) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+type WorkloadSpec_ClusterWeight struct {
+	state         protoimpl.MessageState     `protogen:"open.v1"`
+	Match         *WorkloadSpec_ClusterMatch `protobuf:"bytes,1,opt,name=match,proto3" json:"match,omitempty"`
+	Weight        int32                      `protobuf:"varint,2,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_ClusterWeight) Reset() {
+	*x = WorkloadSpec_ClusterWeight{}
+	mi := &file_portolan_v1_types_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_ClusterWeight) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_ClusterWeight) ProtoMessage() {}
+
+func (x *WorkloadSpec_ClusterWeight) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_ClusterWeight.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_ClusterWeight) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 3}
+}
+
+func (x *WorkloadSpec_ClusterWeight) GetMatch() *WorkloadSpec_ClusterMatch {
+	if x != nil {
+		return x.Match
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_ClusterWeight) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+type WorkloadSpec_ClusterGroup struct {
+	state         protoimpl.MessageState     `protogen:"open.v1"`
+	Name          string                     `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Match         *WorkloadSpec_ClusterMatch `protobuf:"bytes,2,opt,name=match,proto3" json:"match,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_ClusterGroup) Reset() {
+	*x = WorkloadSpec_ClusterGroup{}
+	mi := &file_portolan_v1_types_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_ClusterGroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_ClusterGroup) ProtoMessage() {}
+
+func (x *WorkloadSpec_ClusterGroup) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_ClusterGroup.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_ClusterGroup) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 4}
+}
+
+func (x *WorkloadSpec_ClusterGroup) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_ClusterGroup) GetMatch() *WorkloadSpec_ClusterMatch {
+	if x != nil {
+		return x.Match
+	}
+	return nil
+}
+
+// ClusterAffinity relates two workloads of one tenant.
+type WorkloadSpec_ClusterAffinity struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// ID of the other workload; its own is allowed with anti.
+	Workload string `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	// Keep away from it instead of near it.
+	Anti bool         `protobuf:"varint,2,opt,name=anti,proto3" json:"anti,omitempty"`
+	Over SpreadDomain `protobuf:"varint,3,opt,name=over,proto3,enum=portolan.v1.SpreadDomain" json:"over,omitempty"`
+	// A wish with a weight; otherwise a must.
+	Prefer bool `protobuf:"varint,4,opt,name=prefer,proto3" json:"prefer,omitempty"`
+	// 1 when absent.
+	Weight        int32 `protobuf:"varint,5,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_ClusterAffinity) Reset() {
+	*x = WorkloadSpec_ClusterAffinity{}
+	mi := &file_portolan_v1_types_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_ClusterAffinity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_ClusterAffinity) ProtoMessage() {}
+
+func (x *WorkloadSpec_ClusterAffinity) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_ClusterAffinity.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_ClusterAffinity) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 5}
+}
+
+func (x *WorkloadSpec_ClusterAffinity) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_ClusterAffinity) GetAnti() bool {
+	if x != nil {
+		return x.Anti
+	}
+	return false
+}
+
+func (x *WorkloadSpec_ClusterAffinity) GetOver() SpreadDomain {
+	if x != nil {
+		return x.Over
+	}
+	return SpreadDomain_SPREAD_DOMAIN_UNSPECIFIED
+}
+
+func (x *WorkloadSpec_ClusterAffinity) GetPrefer() bool {
+	if x != nil {
+		return x.Prefer
+	}
+	return false
+}
+
+func (x *WorkloadSpec_ClusterAffinity) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+type WorkloadSpec_ClusterOverride struct {
+	state         protoimpl.MessageState            `protogen:"open.v1"`
+	Match         *WorkloadSpec_ClusterMatch        `protobuf:"bytes,1,opt,name=match,proto3" json:"match,omitempty"`
+	Containers    []*WorkloadSpec_ContainerOverride `protobuf:"bytes,2,rep,name=containers,proto3" json:"containers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_ClusterOverride) Reset() {
+	*x = WorkloadSpec_ClusterOverride{}
+	mi := &file_portolan_v1_types_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_ClusterOverride) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_ClusterOverride) ProtoMessage() {}
+
+func (x *WorkloadSpec_ClusterOverride) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_ClusterOverride.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_ClusterOverride) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 6}
+}
+
+func (x *WorkloadSpec_ClusterOverride) GetMatch() *WorkloadSpec_ClusterMatch {
+	if x != nil {
+		return x.Match
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_ClusterOverride) GetContainers() []*WorkloadSpec_ContainerOverride {
+	if x != nil {
+		return x.Containers
+	}
+	return nil
+}
+
+type WorkloadSpec_ContainerOverride struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the container, also of an init container.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Added to, and before, the template's.
+	Env map[string]string `protobuf:"bytes,2,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Instead of the template's, when given.
+	Args          []string      `protobuf:"bytes,3,rep,name=args,proto3" json:"args,omitempty"`
+	Requests      *ResourceList `protobuf:"bytes,4,opt,name=requests,proto3" json:"requests,omitempty"`
+	Limits        *ResourceList `protobuf:"bytes,5,opt,name=limits,proto3" json:"limits,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_ContainerOverride) Reset() {
+	*x = WorkloadSpec_ContainerOverride{}
+	mi := &file_portolan_v1_types_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_ContainerOverride) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_ContainerOverride) ProtoMessage() {}
+
+func (x *WorkloadSpec_ContainerOverride) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_ContainerOverride.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_ContainerOverride) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 7}
+}
+
+func (x *WorkloadSpec_ContainerOverride) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_ContainerOverride) GetEnv() map[string]string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_ContainerOverride) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_ContainerOverride) GetRequests() *ResourceList {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_ContainerOverride) GetLimits() *ResourceList {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+// Origin is a share of the callers.
+type WorkloadSpec_Origin struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Region string                 `protobuf:"bytes,1,opt,name=region,proto3" json:"region,omitempty"`
+	// 1 when absent.
+	Weight        int32 `protobuf:"varint,2,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_Origin) Reset() {
+	*x = WorkloadSpec_Origin{}
+	mi := &file_portolan_v1_types_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_Origin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_Origin) ProtoMessage() {}
+
+func (x *WorkloadSpec_Origin) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_Origin.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_Origin) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 8}
+}
+
+func (x *WorkloadSpec_Origin) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_Origin) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
 // Failover of stateless replicas out of a lost cluster. Absent: none.
 type WorkloadSpec_Failover struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2059,7 +3931,7 @@ type WorkloadSpec_Failover struct {
 
 func (x *WorkloadSpec_Failover) Reset() {
 	*x = WorkloadSpec_Failover{}
-	mi := &file_portolan_v1_types_proto_msgTypes[20]
+	mi := &file_portolan_v1_types_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2071,7 +3943,7 @@ func (x *WorkloadSpec_Failover) String() string {
 func (*WorkloadSpec_Failover) ProtoMessage() {}
 
 func (x *WorkloadSpec_Failover) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[20]
+	mi := &file_portolan_v1_types_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2084,7 +3956,7 @@ func (x *WorkloadSpec_Failover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadSpec_Failover.ProtoReflect.Descriptor instead.
 func (*WorkloadSpec_Failover) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4, 2}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 9}
 }
 
 func (x *WorkloadSpec_Failover) GetAfter() *durationpb.Duration {
@@ -2100,15 +3972,24 @@ type WorkloadSpec_Scheduling struct {
 	NodeSelector map[string]string      `protobuf:"bytes,1,rep,name=node_selector,json=nodeSelector,proto3" json:"node_selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Tolerations  []*Toleration          `protobuf:"bytes,2,rep,name=tolerations,proto3" json:"tolerations,omitempty"`
 	// Spread replicas over values of this node label ("zone", "node", …).
-	SpreadKey     string `protobuf:"bytes,3,opt,name=spread_key,json=spreadKey,proto3" json:"spread_key,omitempty"`
-	MaxSkew       int32  `protobuf:"varint,4,opt,name=max_skew,json=maxSkew,proto3" json:"max_skew,omitempty"`
+	SpreadKey string `protobuf:"bytes,3,opt,name=spread_key,json=spreadKey,proto3" json:"spread_key,omitempty"`
+	MaxSkew   int32  `protobuf:"varint,4,opt,name=max_skew,json=maxSkew,proto3" json:"max_skew,omitempty"`
+	// A node must meet one of these, when there are any.
+	NodeAffinity   []*RequirementTerm               `protobuf:"bytes,5,rep,name=node_affinity,json=nodeAffinity,proto3" json:"node_affinity,omitempty"`
+	PreferredNodes []*WorkloadSpec_PreferredNodes   `protobuf:"bytes,6,rep,name=preferred_nodes,json=preferredNodes,proto3" json:"preferred_nodes,omitempty"`
+	Affinity       []*WorkloadSpec_WorkloadAffinity `protobuf:"bytes,7,rep,name=affinity,proto3" json:"affinity,omitempty"`
+	// More keys to spread over; all hold, together with spread_key.
+	Spreads []*WorkloadSpec_TopologySpread `protobuf:"bytes,8,rep,name=spreads,proto3" json:"spreads,omitempty"`
+	// All replicas of a revision in a cluster at once, or none.
+	Gang          *WorkloadSpec_Gang `protobuf:"bytes,9,opt,name=gang,proto3" json:"gang,omitempty"`
+	Devices       []*DeviceRequest   `protobuf:"bytes,10,rep,name=devices,proto3" json:"devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WorkloadSpec_Scheduling) Reset() {
 	*x = WorkloadSpec_Scheduling{}
-	mi := &file_portolan_v1_types_proto_msgTypes[21]
+	mi := &file_portolan_v1_types_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2120,7 +4001,7 @@ func (x *WorkloadSpec_Scheduling) String() string {
 func (*WorkloadSpec_Scheduling) ProtoMessage() {}
 
 func (x *WorkloadSpec_Scheduling) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[21]
+	mi := &file_portolan_v1_types_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2133,7 +4014,7 @@ func (x *WorkloadSpec_Scheduling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadSpec_Scheduling.ProtoReflect.Descriptor instead.
 func (*WorkloadSpec_Scheduling) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4, 3}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 10}
 }
 
 func (x *WorkloadSpec_Scheduling) GetNodeSelector() map[string]string {
@@ -2164,6 +4045,291 @@ func (x *WorkloadSpec_Scheduling) GetMaxSkew() int32 {
 	return 0
 }
 
+func (x *WorkloadSpec_Scheduling) GetNodeAffinity() []*RequirementTerm {
+	if x != nil {
+		return x.NodeAffinity
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Scheduling) GetPreferredNodes() []*WorkloadSpec_PreferredNodes {
+	if x != nil {
+		return x.PreferredNodes
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Scheduling) GetAffinity() []*WorkloadSpec_WorkloadAffinity {
+	if x != nil {
+		return x.Affinity
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Scheduling) GetSpreads() []*WorkloadSpec_TopologySpread {
+	if x != nil {
+		return x.Spreads
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Scheduling) GetGang() *WorkloadSpec_Gang {
+	if x != nil {
+		return x.Gang
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_Scheduling) GetDevices() []*DeviceRequest {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+type WorkloadSpec_PreferredNodes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Weight        int32                  `protobuf:"varint,1,opt,name=weight,proto3" json:"weight,omitempty"`
+	Term          *RequirementTerm       `protobuf:"bytes,2,opt,name=term,proto3" json:"term,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_PreferredNodes) Reset() {
+	*x = WorkloadSpec_PreferredNodes{}
+	mi := &file_portolan_v1_types_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_PreferredNodes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_PreferredNodes) ProtoMessage() {}
+
+func (x *WorkloadSpec_PreferredNodes) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_PreferredNodes.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_PreferredNodes) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 11}
+}
+
+func (x *WorkloadSpec_PreferredNodes) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+func (x *WorkloadSpec_PreferredNodes) GetTerm() *RequirementTerm {
+	if x != nil {
+		return x.Term
+	}
+	return nil
+}
+
+// WorkloadAffinity relates replicas of workloads of one tenant on nodes that
+// share the value of a label.
+type WorkloadSpec_WorkloadAffinity struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// ID of the other workload, or its own.
+	Workload string `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	// Keep away from it instead of near it.
+	Anti bool `protobuf:"varint,2,opt,name=anti,proto3" json:"anti,omitempty"`
+	// Node label; "node" is each node by itself.
+	TopologyKey string `protobuf:"bytes,3,opt,name=topology_key,json=topologyKey,proto3" json:"topology_key,omitempty"`
+	// A wish with a weight; otherwise a must.
+	Prefer bool `protobuf:"varint,4,opt,name=prefer,proto3" json:"prefer,omitempty"`
+	// 1 when absent.
+	Weight        int32 `protobuf:"varint,5,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_WorkloadAffinity) Reset() {
+	*x = WorkloadSpec_WorkloadAffinity{}
+	mi := &file_portolan_v1_types_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_WorkloadAffinity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_WorkloadAffinity) ProtoMessage() {}
+
+func (x *WorkloadSpec_WorkloadAffinity) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_WorkloadAffinity.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_WorkloadAffinity) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 12}
+}
+
+func (x *WorkloadSpec_WorkloadAffinity) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_WorkloadAffinity) GetAnti() bool {
+	if x != nil {
+		return x.Anti
+	}
+	return false
+}
+
+func (x *WorkloadSpec_WorkloadAffinity) GetTopologyKey() string {
+	if x != nil {
+		return x.TopologyKey
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_WorkloadAffinity) GetPrefer() bool {
+	if x != nil {
+		return x.Prefer
+	}
+	return false
+}
+
+func (x *WorkloadSpec_WorkloadAffinity) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+type WorkloadSpec_TopologySpread struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	TopologyKey string                 `protobuf:"bytes,1,opt,name=topology_key,json=topologyKey,proto3" json:"topology_key,omitempty"`
+	// 1 when absent.
+	MaxSkew int32 `protobuf:"varint,2,opt,name=max_skew,json=maxSkew,proto3" json:"max_skew,omitempty"`
+	// As far as room allows; nothing stays pending for it.
+	Prefer        bool `protobuf:"varint,3,opt,name=prefer,proto3" json:"prefer,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_TopologySpread) Reset() {
+	*x = WorkloadSpec_TopologySpread{}
+	mi := &file_portolan_v1_types_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_TopologySpread) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_TopologySpread) ProtoMessage() {}
+
+func (x *WorkloadSpec_TopologySpread) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_TopologySpread.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_TopologySpread) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 13}
+}
+
+func (x *WorkloadSpec_TopologySpread) GetTopologyKey() string {
+	if x != nil {
+		return x.TopologyKey
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_TopologySpread) GetMaxSkew() int32 {
+	if x != nil {
+		return x.MaxSkew
+	}
+	return 0
+}
+
+func (x *WorkloadSpec_TopologySpread) GetPrefer() bool {
+	if x != nil {
+		return x.Prefer
+	}
+	return false
+}
+
+type WorkloadSpec_Gang struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How long it may wait for room before it is reported as failed; for ever when
+	// absent.
+	Deadline      *durationpb.Duration `protobuf:"bytes,1,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_Gang) Reset() {
+	*x = WorkloadSpec_Gang{}
+	mi := &file_portolan_v1_types_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_Gang) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_Gang) ProtoMessage() {}
+
+func (x *WorkloadSpec_Gang) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_Gang.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_Gang) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 14}
+}
+
+func (x *WorkloadSpec_Gang) GetDeadline() *durationpb.Duration {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
 type WorkloadSpec_UpdateStrategy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Both absent: surge 1, unavailable 0.
@@ -2173,13 +4339,22 @@ type WorkloadSpec_UpdateStrategy struct {
 	MinReady *durationpb.Duration `protobuf:"bytes,3,opt,name=min_ready,json=minReady,proto3" json:"min_ready,omitempty"`
 	// Without progress for this long the update is reported as halted; 10m.
 	ProgressDeadline *durationpb.Duration `protobuf:"bytes,4,opt,name=progress_deadline,json=progressDeadline,proto3" json:"progress_deadline,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	Type             UpdateType           `protobuf:"varint,5,opt,name=type,proto3,enum=portolan.v1.UpdateType" json:"type,omitempty"`
+	// Goes no further while set.
+	Paused bool `protobuf:"varint,6,opt,name=paused,proto3" json:"paused,omitempty"`
+	// An update that halts goes back to the last good revision; true when absent.
+	AutoRollback *bool                   `protobuf:"varint,7,opt,name=auto_rollback,json=autoRollback,proto3,oneof" json:"auto_rollback,omitempty"`
+	BlueGreen    *WorkloadSpec_BlueGreen `protobuf:"bytes,8,opt,name=blue_green,json=blueGreen,proto3" json:"blue_green,omitempty"`
+	// Replicas of the new revision that crash or fail liveness before they count as
+	// available; more halt the update. 3 when absent.
+	MaxFailures   *int32 `protobuf:"varint,9,opt,name=max_failures,json=maxFailures,proto3,oneof" json:"max_failures,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WorkloadSpec_UpdateStrategy) Reset() {
 	*x = WorkloadSpec_UpdateStrategy{}
-	mi := &file_portolan_v1_types_proto_msgTypes[22]
+	mi := &file_portolan_v1_types_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2191,7 +4366,7 @@ func (x *WorkloadSpec_UpdateStrategy) String() string {
 func (*WorkloadSpec_UpdateStrategy) ProtoMessage() {}
 
 func (x *WorkloadSpec_UpdateStrategy) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[22]
+	mi := &file_portolan_v1_types_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2204,7 +4379,7 @@ func (x *WorkloadSpec_UpdateStrategy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadSpec_UpdateStrategy.ProtoReflect.Descriptor instead.
 func (*WorkloadSpec_UpdateStrategy) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4, 4}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 15}
 }
 
 func (x *WorkloadSpec_UpdateStrategy) GetMaxSurge() int32 {
@@ -2235,6 +4410,108 @@ func (x *WorkloadSpec_UpdateStrategy) GetProgressDeadline() *durationpb.Duration
 	return nil
 }
 
+func (x *WorkloadSpec_UpdateStrategy) GetType() UpdateType {
+	if x != nil {
+		return x.Type
+	}
+	return UpdateType_UPDATE_TYPE_UNSPECIFIED
+}
+
+func (x *WorkloadSpec_UpdateStrategy) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *WorkloadSpec_UpdateStrategy) GetAutoRollback() bool {
+	if x != nil && x.AutoRollback != nil {
+		return *x.AutoRollback
+	}
+	return false
+}
+
+func (x *WorkloadSpec_UpdateStrategy) GetBlueGreen() *WorkloadSpec_BlueGreen {
+	if x != nil {
+		return x.BlueGreen
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_UpdateStrategy) GetMaxFailures() int32 {
+	if x != nil && x.MaxFailures != nil {
+		return *x.MaxFailures
+	}
+	return 0
+}
+
+// BlueGreen brings the new revision up whole beside the old one, which goes on
+// serving until the switch.
+type WorkloadSpec_BlueGreen struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Switch by itself when the new revision has been available for this long;
+	// absent: it waits for active.
+	SwitchAfter *durationpb.Duration `protobuf:"bytes,1,opt,name=switch_after,json=switchAfter,proto3" json:"switch_after,omitempty"`
+	// Revision that serves. Absent: the one that does now. Setting it is the switch,
+	// and setting it back the rollback, instant while the old one is kept.
+	Active string `protobuf:"bytes,2,opt,name=active,proto3" json:"active,omitempty"`
+	// How long the old revision is kept after the switch; 10m when absent.
+	KeepOld       *durationpb.Duration `protobuf:"bytes,3,opt,name=keep_old,json=keepOld,proto3" json:"keep_old,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_BlueGreen) Reset() {
+	*x = WorkloadSpec_BlueGreen{}
+	mi := &file_portolan_v1_types_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_BlueGreen) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_BlueGreen) ProtoMessage() {}
+
+func (x *WorkloadSpec_BlueGreen) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_BlueGreen.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_BlueGreen) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 16}
+}
+
+func (x *WorkloadSpec_BlueGreen) GetSwitchAfter() *durationpb.Duration {
+	if x != nil {
+		return x.SwitchAfter
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_BlueGreen) GetActive() string {
+	if x != nil {
+		return x.Active
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_BlueGreen) GetKeepOld() *durationpb.Duration {
+	if x != nil {
+		return x.KeepOld
+	}
+	return nil
+}
+
 type WorkloadSpec_JobSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Successful replicas that finish the job; 1 when absent.
@@ -2242,15 +4519,17 @@ type WorkloadSpec_JobSpec struct {
 	// Replicas that run at a time; 1 when absent.
 	Parallelism int32 `protobuf:"varint,2,opt,name=parallelism,proto3" json:"parallelism,omitempty"`
 	// Failed replicas before the job fails; 6 when absent.
-	MaxRetries    *int32               `protobuf:"varint,3,opt,name=max_retries,json=maxRetries,proto3,oneof" json:"max_retries,omitempty"`
-	Deadline      *durationpb.Duration `protobuf:"bytes,4,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	MaxRetries *int32               `protobuf:"varint,3,opt,name=max_retries,json=maxRetries,proto3,oneof" json:"max_retries,omitempty"`
+	Deadline   *durationpb.Duration `protobuf:"bytes,4,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// How long after its end its replicas and logs are kept; for ever when absent.
+	Ttl           *durationpb.Duration `protobuf:"bytes,5,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WorkloadSpec_JobSpec) Reset() {
 	*x = WorkloadSpec_JobSpec{}
-	mi := &file_portolan_v1_types_proto_msgTypes[23]
+	mi := &file_portolan_v1_types_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2262,7 +4541,7 @@ func (x *WorkloadSpec_JobSpec) String() string {
 func (*WorkloadSpec_JobSpec) ProtoMessage() {}
 
 func (x *WorkloadSpec_JobSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[23]
+	mi := &file_portolan_v1_types_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2275,7 +4554,7 @@ func (x *WorkloadSpec_JobSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadSpec_JobSpec.ProtoReflect.Descriptor instead.
 func (*WorkloadSpec_JobSpec) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{4, 5}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 17}
 }
 
 func (x *WorkloadSpec_JobSpec) GetCompletions() int32 {
@@ -2306,6 +4585,120 @@ func (x *WorkloadSpec_JobSpec) GetDeadline() *durationpb.Duration {
 	return nil
 }
 
+func (x *WorkloadSpec_JobSpec) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+type WorkloadSpec_CronSpec struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Five fields (minute, hour, day of month, month, day of week), or "@hourly",
+	// "@daily", "@weekly", "@monthly".
+	Schedule string `protobuf:"bytes,1,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	// IANA name; UTC when absent. A time that a clock change skips runs at the
+	// change; one that comes twice runs once.
+	TimeZone    string          `protobuf:"bytes,2,opt,name=time_zone,json=timeZone,proto3" json:"time_zone,omitempty"`
+	Concurrency CronConcurrency `protobuf:"varint,3,opt,name=concurrency,proto3,enum=portolan.v1.CronConcurrency" json:"concurrency,omitempty"`
+	// A run that could not begin within this is missed; 10m when absent.
+	StartingDeadline *durationpb.Duration `protobuf:"bytes,4,opt,name=starting_deadline,json=startingDeadline,proto3" json:"starting_deadline,omitempty"`
+	// Ended runs that are kept; 3 and 1 when absent.
+	KeepSucceeded *int32 `protobuf:"varint,5,opt,name=keep_succeeded,json=keepSucceeded,proto3,oneof" json:"keep_succeeded,omitempty"`
+	KeepFailed    *int32 `protobuf:"varint,6,opt,name=keep_failed,json=keepFailed,proto3,oneof" json:"keep_failed,omitempty"`
+	Suspended     bool   `protobuf:"varint,7,opt,name=suspended,proto3" json:"suspended,omitempty"`
+	// Each run begins up to this much later, always as much for one workload.
+	Jitter        *durationpb.Duration `protobuf:"bytes,8,opt,name=jitter,proto3" json:"jitter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadSpec_CronSpec) Reset() {
+	*x = WorkloadSpec_CronSpec{}
+	mi := &file_portolan_v1_types_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadSpec_CronSpec) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadSpec_CronSpec) ProtoMessage() {}
+
+func (x *WorkloadSpec_CronSpec) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_types_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadSpec_CronSpec.ProtoReflect.Descriptor instead.
+func (*WorkloadSpec_CronSpec) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 18}
+}
+
+func (x *WorkloadSpec_CronSpec) GetSchedule() string {
+	if x != nil {
+		return x.Schedule
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_CronSpec) GetTimeZone() string {
+	if x != nil {
+		return x.TimeZone
+	}
+	return ""
+}
+
+func (x *WorkloadSpec_CronSpec) GetConcurrency() CronConcurrency {
+	if x != nil {
+		return x.Concurrency
+	}
+	return CronConcurrency_CRON_CONCURRENCY_UNSPECIFIED
+}
+
+func (x *WorkloadSpec_CronSpec) GetStartingDeadline() *durationpb.Duration {
+	if x != nil {
+		return x.StartingDeadline
+	}
+	return nil
+}
+
+func (x *WorkloadSpec_CronSpec) GetKeepSucceeded() int32 {
+	if x != nil && x.KeepSucceeded != nil {
+		return *x.KeepSucceeded
+	}
+	return 0
+}
+
+func (x *WorkloadSpec_CronSpec) GetKeepFailed() int32 {
+	if x != nil && x.KeepFailed != nil {
+		return *x.KeepFailed
+	}
+	return 0
+}
+
+func (x *WorkloadSpec_CronSpec) GetSuspended() bool {
+	if x != nil {
+		return x.Suspended
+	}
+	return false
+}
+
+func (x *WorkloadSpec_CronSpec) GetJitter() *durationpb.Duration {
+	if x != nil {
+		return x.Jitter
+	}
+	return nil
+}
+
 type Probe_HttpCheck struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
@@ -2317,7 +4710,7 @@ type Probe_HttpCheck struct {
 
 func (x *Probe_HttpCheck) Reset() {
 	*x = Probe_HttpCheck{}
-	mi := &file_portolan_v1_types_proto_msgTypes[27]
+	mi := &file_portolan_v1_types_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2329,7 +4722,7 @@ func (x *Probe_HttpCheck) String() string {
 func (*Probe_HttpCheck) ProtoMessage() {}
 
 func (x *Probe_HttpCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[27]
+	mi := &file_portolan_v1_types_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2342,7 +4735,7 @@ func (x *Probe_HttpCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Probe_HttpCheck.ProtoReflect.Descriptor instead.
 func (*Probe_HttpCheck) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 0}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{18, 0}
 }
 
 func (x *Probe_HttpCheck) GetPath() string {
@@ -2375,7 +4768,7 @@ type Probe_TcpCheck struct {
 
 func (x *Probe_TcpCheck) Reset() {
 	*x = Probe_TcpCheck{}
-	mi := &file_portolan_v1_types_proto_msgTypes[28]
+	mi := &file_portolan_v1_types_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2387,7 +4780,7 @@ func (x *Probe_TcpCheck) String() string {
 func (*Probe_TcpCheck) ProtoMessage() {}
 
 func (x *Probe_TcpCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[28]
+	mi := &file_portolan_v1_types_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2400,7 +4793,7 @@ func (x *Probe_TcpCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Probe_TcpCheck.ProtoReflect.Descriptor instead.
 func (*Probe_TcpCheck) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 1}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{18, 1}
 }
 
 func (x *Probe_TcpCheck) GetPort() int32 {
@@ -2419,7 +4812,7 @@ type Probe_ExecCheck struct {
 
 func (x *Probe_ExecCheck) Reset() {
 	*x = Probe_ExecCheck{}
-	mi := &file_portolan_v1_types_proto_msgTypes[29]
+	mi := &file_portolan_v1_types_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2431,7 +4824,7 @@ func (x *Probe_ExecCheck) String() string {
 func (*Probe_ExecCheck) ProtoMessage() {}
 
 func (x *Probe_ExecCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_types_proto_msgTypes[29]
+	mi := &file_portolan_v1_types_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2444,7 +4837,7 @@ func (x *Probe_ExecCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Probe_ExecCheck.ProtoReflect.Descriptor instead.
 func (*Probe_ExecCheck) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_types_proto_rawDescGZIP(), []int{7, 2}
+	return file_portolan_v1_types_proto_rawDescGZIP(), []int{18, 2}
 }
 
 func (x *Probe_ExecCheck) GetCommand() []string {
@@ -2470,17 +4863,36 @@ const file_portolan_v1_types_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\xfd\x01R\x03key\x12\x1d\n" +
 	"\x05value\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18?R\x05value\x120\n" +
-	"\x06effect\x18\x03 \x01(\x0e2\x18.portolan.v1.TaintEffectR\x06effect\"{\n" +
+	"\x06effect\x18\x03 \x01(\x0e2\x18.portolan.v1.TaintEffectR\x06effect\"\xaa\x01\n" +
 	"\n" +
 	"Toleration\x12\x1c\n" +
 	"\x03key\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\xfd\x01R\x03key\x12\x1d\n" +
 	"\x05value\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18?R\x05value\x120\n" +
-	"\x06effect\x18\x03 \x01(\x0e2\x18.portolan.v1.TaintEffectR\x06effect\"k\n" +
+	"\x06effect\x18\x03 \x01(\x0e2\x18.portolan.v1.TaintEffectR\x06effect\x12-\n" +
+	"\x04stay\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04stay\"\x8e\x01\n" +
 	"\fResourceList\x12\x19\n" +
 	"\x03cpu\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x18 R\x03cpu\x12\x1f\n" +
 	"\x06memory\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18 R\x06memory\x12\x1f\n" +
-	"\x04pids\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xc0\x84=(\x00R\x04pids\"\x87\x12\n" +
+	"\x04pids\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xc0\x84=(\x00R\x04pids\x12!\n" +
+	"\astorage\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x18 R\astorage\"\xa4\x01\n" +
+	"\rDeviceRequest\x12\x1b\n" +
+	"\x04kind\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x18?R\x04kind\x12\x1f\n" +
+	"\x05count\x18\x02 \x01(\x05B\t\xbaH\x06\x1a\x04\x18@(\x00R\x05count\x12+\n" +
+	"\vshare_milli\x18\x03 \x01(\x05B\n" +
+	"\xbaH\a\x1a\x05\x18\xe7\a(\x00R\n" +
+	"shareMilli\x12(\n" +
+	"\x06models\x18\x04 \x03(\tB\x10\xbaH\r\x92\x01\n" +
+	"\x10\x10\"\x06r\x04\x10\x01\x18?R\x06models\"\x9d\x01\n" +
+	"\vRequirement\x12\x1c\n" +
+	"\x03key\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\xfd\x01R\x03key\x12H\n" +
+	"\boperator\x18\x02 \x01(\x0e2 .portolan.v1.RequirementOperatorB\n" +
+	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\boperator\x12&\n" +
+	"\x06values\x18\x03 \x03(\tB\x0e\xbaH\v\x92\x01\b\x10@\"\x04r\x02\x18?R\x06values\"[\n" +
+	"\x0fRequirementTerm\x12H\n" +
+	"\frequirements\x18\x01 \x03(\v2\x18.portolan.v1.RequirementB\n" +
+	"\xbaH\a\x92\x01\x04\b\x01\x10 R\frequirements\"\x8b3\n" +
 	"\fWorkloadSpec\x127\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x19.portolan.v1.WorkloadKindB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04kind\x12,\n" +
 	"\breplicas\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00H\x00R\breplicas\x88\x01\x01\x12@\n" +
@@ -2499,7 +4911,16 @@ const file_portolan_v1_types_proto_rawDesc = "" +
 	"\x03job\x18\t \x01(\v2!.portolan.v1.WorkloadSpec.JobSpecR\x03job\x12<\n" +
 	"\fgrace_period\x18\n" +
 	" \x01(\v2\x19.google.protobuf.DurationR\vgracePeriod\x12<\n" +
-	"\agateway\x18\v \x01(\x0e2\x18.portolan.v1.GatewayKindB\b\xbaH\x05\x82\x01\x02\x10\x01R\agateway\x1a\xae\x04\n" +
+	"\agateway\x18\v \x01(\x0e2\x18.portolan.v1.GatewayKindB\b\xbaH\x05\x82\x01\x02\x10\x01R\agateway\x126\n" +
+	"\x04cron\x18\f \x01(\v2\".portolan.v1.WorkloadSpec.CronSpecR\x04cron\x124\n" +
+	"\tautoscale\x18\r \x01(\v2\x16.portolan.v1.AutoscaleR\tautoscale\x12=\n" +
+	"\n" +
+	"disruption\x18\x0e \x01(\v2\x1d.portolan.v1.DisruptionBudgetR\n" +
+	"disruption\x127\n" +
+	"\avolumes\x18\x0f \x03(\v2\x13.portolan.v1.VolumeB\b\xbaH\x05\x92\x01\x02\x10\bR\avolumes\x12/\n" +
+	"\bpriority\x18\x10 \x01(\x05B\x13\xbaH\x10\x1a\x0e\x18\xe8\a(\x98\xf8\xff\xff\xff\xff\xff\xff\xff\x01R\bpriority\x12#\n" +
+	"\rnever_preempt\x18\x11 \x01(\bR\fneverPreempt\x1a\x8e\n" +
+	"\n" +
 	"\tPlacement\x121\n" +
 	"\x0fallowed_regions\x18\x01 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10@R\x0eallowedRegions\x125\n" +
 	"\x11forbidden_regions\x18\x02 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10@R\x10forbiddenRegions\x12m\n" +
@@ -2507,37 +4928,125 @@ const file_portolan_v1_types_proto_rawDesc = "" +
 	"\vtolerations\x18\x04 \x03(\v2\x17.portolan.v1.TolerationB\b\xbaH\x05\x92\x01\x02\x10 R\vtolerations\x12?\n" +
 	"\x06spread\x18\x05 \x01(\v2'.portolan.v1.WorkloadSpec.ClusterSpreadR\x06spread\x12>\n" +
 	"\tobjective\x18\x06 \x01(\x0e2\x16.portolan.v1.ObjectiveB\b\xbaH\x05\x82\x01\x02\x10\x01R\tobjective\x12>\n" +
-	"\bfailover\x18\a \x01(\v2\".portolan.v1.WorkloadSpec.FailoverR\bfailover\x1aB\n" +
+	"\bfailover\x18\a \x01(\v2\".portolan.v1.WorkloadSpec.FailoverR\bfailover\x124\n" +
+	"\x10allowed_clusters\x18\b \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x0fallowedClusters\x128\n" +
+	"\x12forbidden_clusters\x18\t \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x11forbiddenClusters\x12K\n" +
+	"\aspreads\x18\n" +
+	" \x03(\v2'.portolan.v1.WorkloadSpec.ClusterSpreadB\b\xbaH\x05\x92\x01\x02\x10\x04R\aspreads\x12;\n" +
+	"\bdivision\x18\v \x01(\x0e2\x15.portolan.v1.DivisionB\b\xbaH\x05\x82\x01\x02\x10\x01R\bdivision\x12K\n" +
+	"\aweights\x18\f \x03(\v2'.portolan.v1.WorkloadSpec.ClusterWeightB\b\xbaH\x05\x92\x01\x02\x10@R\aweights\x12N\n" +
+	"\tfallbacks\x18\r \x03(\v2&.portolan.v1.WorkloadSpec.ClusterGroupB\b\xbaH\x05\x92\x01\x02\x10\x10R\tfallbacks\x12O\n" +
+	"\baffinity\x18\x0e \x03(\v2).portolan.v1.WorkloadSpec.ClusterAffinityB\b\xbaH\x05\x92\x01\x02\x10\x10R\baffinity\x12Q\n" +
+	"\toverrides\x18\x0f \x03(\v2).portolan.v1.WorkloadSpec.ClusterOverrideB\b\xbaH\x05\x92\x01\x02\x10 R\toverrides\x12\x1c\n" +
+	"\texclusive\x18\x10 \x01(\bR\texclusive\x12D\n" +
+	"\aorigins\x18\x11 \x03(\v2 .portolan.v1.WorkloadSpec.OriginB\b\xbaH\x05\x92\x01\x02\x10@R\aorigins\x12?\n" +
+	"\bcapacity\x18\x12 \x01(\x0e2\x19.portolan.v1.CapacityTypeB\b\xbaH\x05\x82\x01\x02\x10\x01R\bcapacity\x1aB\n" +
 	"\x14ClusterSelectorEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a\x9a\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a\xb2\x01\n" +
 	"\rClusterSpread\x127\n" +
 	"\x04over\x18\x01 \x01(\x0e2\x19.portolan.v1.SpreadDomainB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04over\x12(\n" +
 	"\n" +
 	"min_groups\x18\x02 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\tminGroups\x12&\n" +
-	"\bmax_skew\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\amaxSkew\x1a;\n" +
+	"\bmax_skew\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\amaxSkew\x12\x16\n" +
+	"\x06prefer\x18\x04 \x01(\bR\x06prefer\x1a\x92\x02\n" +
+	"\fClusterMatch\x12%\n" +
+	"\bclusters\x18\x01 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\bclusters\x12\"\n" +
+	"\aregions\x18\x02 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10@R\aregions\x12&\n" +
+	"\tproviders\x18\x03 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10@R\tproviders\x12T\n" +
+	"\x06labels\x18\x04 \x03(\v22.portolan.v1.WorkloadSpec.ClusterMatch.LabelsEntryB\b\xbaH\x05\x9a\x01\x02\x10 R\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1ar\n" +
+	"\rClusterWeight\x12<\n" +
+	"\x05match\x18\x01 \x01(\v2&.portolan.v1.WorkloadSpec.ClusterMatchR\x05match\x12#\n" +
+	"\x06weight\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xc0\x84=(\x00R\x06weight\x1ak\n" +
+	"\fClusterGroup\x12\x1d\n" +
+	"\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x04name\x12<\n" +
+	"\x05match\x18\x02 \x01(\v2&.portolan.v1.WorkloadSpec.ClusterMatchR\x05match\x1a\xc0\x01\n" +
+	"\x0fClusterAffinity\x12%\n" +
+	"\bworkload\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\bworkload\x12\x12\n" +
+	"\x04anti\x18\x02 \x01(\bR\x04anti\x127\n" +
+	"\x04over\x18\x03 \x01(\x0e2\x19.portolan.v1.SpreadDomainB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04over\x12\x16\n" +
+	"\x06prefer\x18\x04 \x01(\bR\x06prefer\x12!\n" +
+	"\x06weight\x18\x05 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x06weight\x1a\xa8\x01\n" +
+	"\x0fClusterOverride\x12<\n" +
+	"\x05match\x18\x01 \x01(\v2&.portolan.v1.WorkloadSpec.ClusterMatchR\x05match\x12W\n" +
+	"\n" +
+	"containers\x18\x02 \x03(\v2+.portolan.v1.WorkloadSpec.ContainerOverrideB\n" +
+	"\xbaH\a\x92\x01\x04\b\x01\x10\x14R\n" +
+	"containers\x1a\xc3\x02\n" +
+	"\x11ContainerOverride\x12\x1b\n" +
+	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x18?R\x04name\x12P\n" +
+	"\x03env\x18\x02 \x03(\v24.portolan.v1.WorkloadSpec.ContainerOverride.EnvEntryB\b\xbaH\x05\x9a\x01\x02\x10@R\x03env\x12\x1d\n" +
+	"\x04args\x18\x03 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x04args\x125\n" +
+	"\brequests\x18\x04 \x01(\v2\x19.portolan.v1.ResourceListR\brequests\x121\n" +
+	"\x06limits\x18\x05 \x01(\v2\x19.portolan.v1.ResourceListR\x06limits\x1a6\n" +
+	"\bEnvEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aP\n" +
+	"\x06Origin\x12!\n" +
+	"\x06region\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x06region\x12#\n" +
+	"\x06weight\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xc0\x84=(\x00R\x06weight\x1a;\n" +
 	"\bFailover\x12/\n" +
-	"\x05after\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05after\x1a\xca\x02\n" +
+	"\x05after\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05after\x1a\x88\x06\n" +
 	"\n" +
 	"Scheduling\x12e\n" +
 	"\rnode_selector\x18\x01 \x03(\v26.portolan.v1.WorkloadSpec.Scheduling.NodeSelectorEntryB\b\xbaH\x05\x9a\x01\x02\x10 R\fnodeSelector\x12C\n" +
 	"\vtolerations\x18\x02 \x03(\v2\x17.portolan.v1.TolerationB\b\xbaH\x05\x92\x01\x02\x10 R\vtolerations\x12'\n" +
 	"\n" +
 	"spread_key\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\xfd\x01R\tspreadKey\x12&\n" +
-	"\bmax_skew\x18\x04 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\amaxSkew\x1a?\n" +
+	"\bmax_skew\x18\x04 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\amaxSkew\x12K\n" +
+	"\rnode_affinity\x18\x05 \x03(\v2\x1c.portolan.v1.RequirementTermB\b\xbaH\x05\x92\x01\x02\x10\x10R\fnodeAffinity\x12[\n" +
+	"\x0fpreferred_nodes\x18\x06 \x03(\v2(.portolan.v1.WorkloadSpec.PreferredNodesB\b\xbaH\x05\x92\x01\x02\x10\x10R\x0epreferredNodes\x12P\n" +
+	"\baffinity\x18\a \x03(\v2*.portolan.v1.WorkloadSpec.WorkloadAffinityB\b\xbaH\x05\x92\x01\x02\x10\x10R\baffinity\x12L\n" +
+	"\aspreads\x18\b \x03(\v2(.portolan.v1.WorkloadSpec.TopologySpreadB\b\xbaH\x05\x92\x01\x02\x10\x04R\aspreads\x122\n" +
+	"\x04gang\x18\t \x01(\v2\x1e.portolan.v1.WorkloadSpec.GangR\x04gang\x12>\n" +
+	"\adevices\x18\n" +
+	" \x03(\v2\x1a.portolan.v1.DeviceRequestB\b\xbaH\x05\x92\x01\x02\x10\x04R\adevices\x1a?\n" +
 	"\x11NodeSelectorEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a\x9a\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1am\n" +
+	"\x0ePreferredNodes\x12!\n" +
+	"\x06weight\x18\x01 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x01R\x06weight\x128\n" +
+	"\x04term\x18\x02 \x01(\v2\x1c.portolan.v1.RequirementTermB\x06\xbaH\x03\xc8\x01\x01R\x04term\x1a\xb7\x01\n" +
+	"\x10WorkloadAffinity\x12%\n" +
+	"\bworkload\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\bworkload\x12\x12\n" +
+	"\x04anti\x18\x02 \x01(\bR\x04anti\x12-\n" +
+	"\ftopology_key\x18\x03 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\xfd\x01R\vtopologyKey\x12\x16\n" +
+	"\x06prefer\x18\x04 \x01(\bR\x06prefer\x12!\n" +
+	"\x06weight\x18\x05 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x06weight\x1a\x7f\n" +
+	"\x0eTopologySpread\x12-\n" +
+	"\ftopology_key\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\xfd\x01R\vtopologyKey\x12&\n" +
+	"\bmax_skew\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\amaxSkew\x12\x16\n" +
+	"\x06prefer\x18\x03 \x01(\bR\x06prefer\x1a=\n" +
+	"\x04Gang\x125\n" +
+	"\bdeadline\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\bdeadline\x1a\xae\x04\n" +
 	"\x0eUpdateStrategy\x12,\n" +
 	"\tmax_surge\x18\x01 \x01(\x05B\n" +
 	"\xbaH\a\x1a\x05\x18\x90N(\x00H\x00R\bmaxSurge\x88\x01\x01\x128\n" +
 	"\x0fmax_unavailable\x18\x02 \x01(\x05B\n" +
 	"\xbaH\a\x1a\x05\x18\x90N(\x00H\x01R\x0emaxUnavailable\x88\x01\x01\x126\n" +
 	"\tmin_ready\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bminReady\x12F\n" +
-	"\x11progress_deadline\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x10progressDeadlineB\f\n" +
+	"\x11progress_deadline\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x10progressDeadline\x125\n" +
+	"\x04type\x18\x05 \x01(\x0e2\x17.portolan.v1.UpdateTypeB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04type\x12\x16\n" +
+	"\x06paused\x18\x06 \x01(\bR\x06paused\x12(\n" +
+	"\rauto_rollback\x18\a \x01(\bH\x02R\fautoRollback\x88\x01\x01\x12B\n" +
+	"\n" +
+	"blue_green\x18\b \x01(\v2#.portolan.v1.WorkloadSpec.BlueGreenR\tblueGreen\x122\n" +
+	"\fmax_failures\x18\t \x01(\x05B\n" +
+	"\xbaH\a\x1a\x05\x18\x90N(\x00H\x03R\vmaxFailures\x88\x01\x01B\f\n" +
 	"\n" +
 	"_max_surgeB\x12\n" +
-	"\x10_max_unavailable\x1a\xdf\x01\n" +
+	"\x10_max_unavailableB\x10\n" +
+	"\x0e_auto_rollbackB\x0f\n" +
+	"\r_max_failures\x1a\xa0\x01\n" +
+	"\tBlueGreen\x12<\n" +
+	"\fswitch_after\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\vswitchAfter\x12\x1f\n" +
+	"\x06active\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18 R\x06active\x124\n" +
+	"\bkeep_old\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\akeepOld\x1a\x8c\x02\n" +
 	"\aJobSpec\x12-\n" +
 	"\vcompletions\x18\x01 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\vcompletions\x12,\n" +
 	"\vparallelism\x18\x02 \x01(\x05B\n" +
@@ -2545,9 +5054,80 @@ const file_portolan_v1_types_proto_rawDesc = "" +
 	"\vmax_retries\x18\x03 \x01(\x05B\n" +
 	"\xbaH\a\x1a\x05\x18\xe8\a(\x00H\x00R\n" +
 	"maxRetries\x88\x01\x01\x125\n" +
-	"\bdeadline\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\bdeadlineB\x0e\n" +
-	"\f_max_retriesB\v\n" +
-	"\t_replicas\"\xf7\x06\n" +
+	"\bdeadline\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\bdeadline\x12+\n" +
+	"\x03ttl\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x03ttlB\x0e\n" +
+	"\f_max_retries\x1a\xc6\x03\n" +
+	"\bCronSpec\x12&\n" +
+	"\bschedule\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\bschedule\x12$\n" +
+	"\ttime_zone\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\btimeZone\x12H\n" +
+	"\vconcurrency\x18\x03 \x01(\x0e2\x1c.portolan.v1.CronConcurrencyB\b\xbaH\x05\x82\x01\x02\x10\x01R\vconcurrency\x12F\n" +
+	"\x11starting_deadline\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x10startingDeadline\x125\n" +
+	"\x0ekeep_succeeded\x18\x05 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00H\x00R\rkeepSucceeded\x88\x01\x01\x12/\n" +
+	"\vkeep_failed\x18\x06 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00H\x01R\n" +
+	"keepFailed\x88\x01\x01\x12\x1c\n" +
+	"\tsuspended\x18\a \x01(\bR\tsuspended\x121\n" +
+	"\x06jitter\x18\b \x01(\v2\x19.google.protobuf.DurationR\x06jitterB\x11\n" +
+	"\x0f_keep_succeededB\x0e\n" +
+	"\f_keep_failedB\v\n" +
+	"\t_replicas\"\xff\x02\n" +
+	"\tAutoscale\x12\"\n" +
+	"\x03min\x18\x01 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00H\x00R\x03min\x88\x01\x01\x12\x1d\n" +
+	"\x03max\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x01R\x03max\x12<\n" +
+	"\ametrics\x18\x03 \x03(\v2\x18.portolan.v1.ScaleMetricB\b\xbaH\x05\x92\x01\x02\x10\bR\ametrics\x12&\n" +
+	"\x02up\x18\x04 \x01(\v2\x16.portolan.v1.ScaleRuleR\x02up\x12*\n" +
+	"\x04down\x18\x05 \x01(\v2\x16.portolan.v1.ScaleRuleR\x04down\x12B\n" +
+	"\tschedules\x18\x06 \x03(\v2\x1a.portolan.v1.ScaleScheduleB\b\xbaH\x05\x92\x01\x02\x10\x10R\tschedules\x12;\n" +
+	"\x11tolerance_percent\x18\a \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00H\x01R\x10tolerancePercent\x88\x01\x01B\x06\n" +
+	"\x04_minB\x14\n" +
+	"\x12_tolerance_percent\"\xd9\x01\n" +
+	"\vScaleMetric\x12<\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x1c.portolan.v1.ScaleMetricKindB\n" +
+	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\x04kind\x12\x1c\n" +
+	"\x04name\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\x04name\x12\x1f\n" +
+	"\x04port\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xff\xff\x03(\x00R\x04port\x12\x1c\n" +
+	"\x04path\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x04path\x12/\n" +
+	"\x06target\x18\x05 \x01(\x01B\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\xa2\x94\x1amB!\x00\x00\x00\x00\x00\x00\x00\x00R\x06target\"\xf8\x01\n" +
+	"\tScaleRule\x12?\n" +
+	"\rstabilization\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\rstabilization\x12.\n" +
+	"\fmax_replicas\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\vmaxReplicas\x12+\n" +
+	"\vmax_percent\x18\x03 \x01(\x05B\n" +
+	"\xbaH\a\x1a\x05\x18\x90N(\x00R\n" +
+	"maxPercent\x121\n" +
+	"\x06period\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x06period\x12\x1a\n" +
+	"\bdisabled\x18\x05 \x01(\bR\bdisabled\"\xda\x01\n" +
+	"\rScaleSchedule\x12&\n" +
+	"\bschedule\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\bschedule\x12$\n" +
+	"\ttime_zone\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\btimeZone\x12=\n" +
+	"\bduration\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x06\xbaH\x03\xc8\x01\x01R\bduration\x12\x1d\n" +
+	"\x03min\x18\x04 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\x03min\x12\x1d\n" +
+	"\x03max\x18\x05 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00R\x03max\"\x90\x03\n" +
+	"\x10DisruptionBudget\x129\n" +
+	"\x0fmax_unavailable\x18\x01 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00H\x00R\x0emaxUnavailable\x88\x01\x01\x12F\n" +
+	"\x17max_unavailable_percent\x18\x02 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00H\x01R\x15maxUnavailablePercent\x88\x01\x01\x125\n" +
+	"\rmin_available\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00H\x02R\fminAvailable\x88\x01\x01\x122\n" +
+	"\fmax_per_hour\x18\x04 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xa0\x8d\x06(\x00H\x03R\n" +
+	"maxPerHour\x88\x01\x01\x12;\n" +
+	"\awindows\x18\x05 \x03(\v2\x17.portolan.v1.TimeWindowB\b\xbaH\x05\x92\x01\x02\x10\x10R\awindowsB\x12\n" +
+	"\x10_max_unavailableB\x1a\n" +
+	"\x18_max_unavailable_percentB\x10\n" +
+	"\x0e_min_availableB\x0f\n" +
+	"\r_max_per_hour\"\xb1\x01\n" +
+	"\n" +
+	"TimeWindow\x12C\n" +
+	"\x04days\x18\x01 \x03(\tB/\xbaH,\x92\x01)\x10\a\"%r#R\x03monR\x03tueR\x03wedR\x03thuR\x03friR\x03satR\x03sunR\x04days\x12\x1d\n" +
+	"\x05start\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18\x05R\x05start\x12\x19\n" +
+	"\x03end\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18\x05R\x03end\x12$\n" +
+	"\ttime_zone\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x18@R\btimeZone\"F\n" +
+	"\x06Volume\x12\x1d\n" +
+	"\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x04name\x12\x1d\n" +
+	"\x04size\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18 R\x04size\"m\n" +
+	"\vVolumeMount\x12!\n" +
+	"\x06volume\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x06volume\x12\x1e\n" +
+	"\x04path\x18\x02 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80 R\x04path\x12\x1b\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\"\xb3\a\n" +
 	"\tContainer\x12\x1b\n" +
 	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x18?R\x04name\x12\x1e\n" +
 	"\x05image\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x04R\x05image\x12/\n" +
@@ -2571,7 +5151,8 @@ const file_portolan_v1_types_proto_rawDesc = "" +
 	"runAsGroup\x123\n" +
 	"\x10add_capabilities\x18\x11 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10\bR\x0faddCapabilities\x12)\n" +
 	"\vworking_dir\x18\x12 \x01(\tB\b\xbaH\x05r\x03\x18\x80 R\n" +
-	"workingDir\x1a6\n" +
+	"workingDir\x12:\n" +
+	"\x06mounts\x18\x13 \x03(\v2\x18.portolan.v1.VolumeMountB\b\xbaH\x05\x92\x01\x02\x10\x10R\x06mounts\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"M\n" +
@@ -2667,26 +5248,71 @@ const file_portolan_v1_types_proto_rawDesc = "" +
 	"\x18TAINT_EFFECT_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18TAINT_EFFECT_NO_SCHEDULE\x10\x01\x12#\n" +
 	"\x1fTAINT_EFFECT_PREFER_NO_SCHEDULE\x10\x02\x12\x1b\n" +
-	"\x17TAINT_EFFECT_NO_EXECUTE\x10\x03*y\n" +
+	"\x17TAINT_EFFECT_NO_EXECUTE\x10\x03*\x80\x02\n" +
+	"\x13RequirementOperator\x12$\n" +
+	" REQUIREMENT_OPERATOR_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17REQUIREMENT_OPERATOR_IN\x10\x01\x12\x1f\n" +
+	"\x1bREQUIREMENT_OPERATOR_NOT_IN\x10\x02\x12\x1f\n" +
+	"\x1bREQUIREMENT_OPERATOR_EXISTS\x10\x03\x12#\n" +
+	"\x1fREQUIREMENT_OPERATOR_NOT_EXISTS\x10\x04\x12 \n" +
+	"\x1cREQUIREMENT_OPERATOR_GREATER\x10\x05\x12\x1d\n" +
+	"\x19REQUIREMENT_OPERATOR_LESS\x10\x06*\xad\x01\n" +
 	"\fWorkloadKind\x12\x1d\n" +
 	"\x19WORKLOAD_KIND_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15WORKLOAD_KIND_SERVICE\x10\x01\x12\x15\n" +
 	"\x11WORKLOAD_KIND_JOB\x10\x02\x12\x18\n" +
-	"\x14WORKLOAD_KIND_DAEMON\x10\x03*a\n" +
+	"\x14WORKLOAD_KIND_DAEMON\x10\x03\x12\x1a\n" +
+	"\x16WORKLOAD_KIND_STATEFUL\x10\x04\x12\x16\n" +
+	"\x12WORKLOAD_KIND_CRON\x10\x05*a\n" +
 	"\vGatewayKind\x12\x1c\n" +
 	"\x18GATEWAY_KIND_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14GATEWAY_KIND_INGRESS\x10\x01\x12\x1a\n" +
-	"\x16GATEWAY_KIND_EAST_WEST\x10\x02*z\n" +
+	"\x16GATEWAY_KIND_EAST_WEST\x10\x02*^\n" +
+	"\n" +
+	"UpdateType\x12\x1b\n" +
+	"\x17UPDATE_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13UPDATE_TYPE_ROLLING\x10\x01\x12\x1a\n" +
+	"\x16UPDATE_TYPE_BLUE_GREEN\x10\x02*\x8a\x01\n" +
+	"\x0fCronConcurrency\x12 \n" +
+	"\x1cCRON_CONCURRENCY_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16CRON_CONCURRENCY_ALLOW\x10\x01\x12\x1b\n" +
+	"\x17CRON_CONCURRENCY_FORBID\x10\x02\x12\x1c\n" +
+	"\x18CRON_CONCURRENCY_REPLACE\x10\x03*\x88\x01\n" +
+	"\bDivision\x12\x18\n" +
+	"\x14DIVISION_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12DIVISION_OBJECTIVE\x10\x01\x12\x15\n" +
+	"\x11DIVISION_WEIGHTED\x10\x02\x12\x1a\n" +
+	"\x16DIVISION_FREE_CAPACITY\x10\x03\x12\x17\n" +
+	"\x13DIVISION_DUPLICATED\x10\x04*\x89\x01\n" +
+	"\fCapacityType\x12\x1d\n" +
+	"\x19CAPACITY_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17CAPACITY_TYPE_ON_DEMAND\x10\x01\x12 \n" +
+	"\x1cCAPACITY_TYPE_SPOT_PREFERRED\x10\x02\x12\x1b\n" +
+	"\x17CAPACITY_TYPE_SPOT_ONLY\x10\x03*\xb6\x01\n" +
+	"\x0fScaleMetricKind\x12!\n" +
+	"\x1dSCALE_METRIC_KIND_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15SCALE_METRIC_KIND_CPU\x10\x01\x12\x1c\n" +
+	"\x18SCALE_METRIC_KIND_MEMORY\x10\x02\x12)\n" +
+	"%SCALE_METRIC_KIND_REQUESTS_PER_SECOND\x10\x03\x12\x1c\n" +
+	"\x18SCALE_METRIC_KIND_CUSTOM\x10\x04*|\n" +
+	"\aScoring\x12\x17\n" +
+	"\x13SCORING_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eSCORING_SPREAD\x10\x01\x12\x10\n" +
+	"\fSCORING_PACK\x10\x02\x12\x11\n" +
+	"\rSCORING_PRICE\x10\x03\x12\x1f\n" +
+	"\x1bSCORING_LEAST_FRAGMENTATION\x10\x04*\x96\x01\n" +
 	"\fSpreadDomain\x12\x1d\n" +
 	"\x19SPREAD_DOMAIN_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14SPREAD_DOMAIN_REGION\x10\x01\x12\x16\n" +
 	"\x12SPREAD_DOMAIN_ZONE\x10\x02\x12\x19\n" +
-	"\x15SPREAD_DOMAIN_CLUSTER\x10\x03*d\n" +
+	"\x15SPREAD_DOMAIN_CLUSTER\x10\x03\x12\x1a\n" +
+	"\x16SPREAD_DOMAIN_PROVIDER\x10\x04*{\n" +
 	"\tObjective\x12\x19\n" +
 	"\x15OBJECTIVE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eOBJECTIVE_COST\x10\x01\x12\x14\n" +
 	"\x10OBJECTIVE_SPREAD\x10\x02\x12\x12\n" +
-	"\x0eOBJECTIVE_PACK\x10\x03*\\\n" +
+	"\x0eOBJECTIVE_PACK\x10\x03\x12\x15\n" +
+	"\x11OBJECTIVE_LATENCY\x10\x04*\\\n" +
 	"\fPortProtocol\x12\x1d\n" +
 	"\x19PORT_PROTOCOL_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12PORT_PROTOCOL_HTTP\x10\x01\x12\x15\n" +
@@ -2695,7 +5321,11 @@ const file_portolan_v1_types_proto_rawDesc = "" +
 	"PolicyKind\x12\x1b\n" +
 	"\x17POLICY_KIND_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15POLICY_KIND_ADMISSION\x10\x01\x12\x17\n" +
-	"\x13POLICY_KIND_NETWORK\x10\x02BFZDgithub.com/portolan-io/portolan/federation/api/portolanv1;portolanv1b\x06proto3"
+	"\x13POLICY_KIND_NETWORK\x10\x02*U\n" +
+	"\bNodeMode\x12\x19\n" +
+	"\x15NODE_MODE_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12NODE_MODE_CORDONED\x10\x01\x12\x16\n" +
+	"\x12NODE_MODE_DRAINING\x10\x02BFZDgithub.com/portolan-io/portolan/federation/api/portolanv1;portolanv1b\x06proto3"
 
 var (
 	file_portolan_v1_types_proto_rawDescOnce sync.Once
@@ -2709,112 +5339,196 @@ func file_portolan_v1_types_proto_rawDescGZIP() []byte {
 	return file_portolan_v1_types_proto_rawDescData
 }
 
-var file_portolan_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
-var file_portolan_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_portolan_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 16)
+var file_portolan_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_portolan_v1_types_proto_goTypes = []any{
-	(ConditionState)(0),                 // 0: portolan.v1.ConditionState
-	(TaintEffect)(0),                    // 1: portolan.v1.TaintEffect
-	(WorkloadKind)(0),                   // 2: portolan.v1.WorkloadKind
-	(GatewayKind)(0),                    // 3: portolan.v1.GatewayKind
-	(SpreadDomain)(0),                   // 4: portolan.v1.SpreadDomain
-	(Objective)(0),                      // 5: portolan.v1.Objective
-	(PortProtocol)(0),                   // 6: portolan.v1.PortProtocol
-	(PolicyKind)(0),                     // 7: portolan.v1.PolicyKind
-	(*Condition)(nil),                   // 8: portolan.v1.Condition
-	(*Taint)(nil),                       // 9: portolan.v1.Taint
-	(*Toleration)(nil),                  // 10: portolan.v1.Toleration
-	(*ResourceList)(nil),                // 11: portolan.v1.ResourceList
-	(*WorkloadSpec)(nil),                // 12: portolan.v1.WorkloadSpec
-	(*Container)(nil),                   // 13: portolan.v1.Container
-	(*ContainerPort)(nil),               // 14: portolan.v1.ContainerPort
-	(*Probe)(nil),                       // 15: portolan.v1.Probe
-	(*Hook)(nil),                        // 16: portolan.v1.Hook
-	(*ServicePort)(nil),                 // 17: portolan.v1.ServicePort
-	(*ServiceSpec)(nil),                 // 18: portolan.v1.ServiceSpec
-	(*RouteSpec)(nil),                   // 19: portolan.v1.RouteSpec
-	(*RouteRule)(nil),                   // 20: portolan.v1.RouteRule
-	(*RouteMatch)(nil),                  // 21: portolan.v1.RouteMatch
-	(*HeaderMatch)(nil),                 // 22: portolan.v1.HeaderMatch
-	(*RouteBackend)(nil),                // 23: portolan.v1.RouteBackend
-	(*RetryPolicy)(nil),                 // 24: portolan.v1.RetryPolicy
-	(*PolicyBundleSpec)(nil),            // 25: portolan.v1.PolicyBundleSpec
-	(*WorkloadSpec_Placement)(nil),      // 26: portolan.v1.WorkloadSpec.Placement
-	(*WorkloadSpec_ClusterSpread)(nil),  // 27: portolan.v1.WorkloadSpec.ClusterSpread
-	(*WorkloadSpec_Failover)(nil),       // 28: portolan.v1.WorkloadSpec.Failover
-	(*WorkloadSpec_Scheduling)(nil),     // 29: portolan.v1.WorkloadSpec.Scheduling
-	(*WorkloadSpec_UpdateStrategy)(nil), // 30: portolan.v1.WorkloadSpec.UpdateStrategy
-	(*WorkloadSpec_JobSpec)(nil),        // 31: portolan.v1.WorkloadSpec.JobSpec
-	nil,                                 // 32: portolan.v1.WorkloadSpec.Placement.ClusterSelectorEntry
-	nil,                                 // 33: portolan.v1.WorkloadSpec.Scheduling.NodeSelectorEntry
-	nil,                                 // 34: portolan.v1.Container.EnvEntry
-	(*Probe_HttpCheck)(nil),             // 35: portolan.v1.Probe.HttpCheck
-	(*Probe_TcpCheck)(nil),              // 36: portolan.v1.Probe.TcpCheck
-	(*Probe_ExecCheck)(nil),             // 37: portolan.v1.Probe.ExecCheck
-	nil,                                 // 38: portolan.v1.Probe.HttpCheck.HeadersEntry
-	nil,                                 // 39: portolan.v1.PolicyBundleSpec.FilesEntry
-	(*timestamppb.Timestamp)(nil),       // 40: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 41: google.protobuf.Duration
+	(ConditionState)(0),                    // 0: portolan.v1.ConditionState
+	(TaintEffect)(0),                       // 1: portolan.v1.TaintEffect
+	(RequirementOperator)(0),               // 2: portolan.v1.RequirementOperator
+	(WorkloadKind)(0),                      // 3: portolan.v1.WorkloadKind
+	(GatewayKind)(0),                       // 4: portolan.v1.GatewayKind
+	(UpdateType)(0),                        // 5: portolan.v1.UpdateType
+	(CronConcurrency)(0),                   // 6: portolan.v1.CronConcurrency
+	(Division)(0),                          // 7: portolan.v1.Division
+	(CapacityType)(0),                      // 8: portolan.v1.CapacityType
+	(ScaleMetricKind)(0),                   // 9: portolan.v1.ScaleMetricKind
+	(Scoring)(0),                           // 10: portolan.v1.Scoring
+	(SpreadDomain)(0),                      // 11: portolan.v1.SpreadDomain
+	(Objective)(0),                         // 12: portolan.v1.Objective
+	(PortProtocol)(0),                      // 13: portolan.v1.PortProtocol
+	(PolicyKind)(0),                        // 14: portolan.v1.PolicyKind
+	(NodeMode)(0),                          // 15: portolan.v1.NodeMode
+	(*Condition)(nil),                      // 16: portolan.v1.Condition
+	(*Taint)(nil),                          // 17: portolan.v1.Taint
+	(*Toleration)(nil),                     // 18: portolan.v1.Toleration
+	(*ResourceList)(nil),                   // 19: portolan.v1.ResourceList
+	(*DeviceRequest)(nil),                  // 20: portolan.v1.DeviceRequest
+	(*Requirement)(nil),                    // 21: portolan.v1.Requirement
+	(*RequirementTerm)(nil),                // 22: portolan.v1.RequirementTerm
+	(*WorkloadSpec)(nil),                   // 23: portolan.v1.WorkloadSpec
+	(*Autoscale)(nil),                      // 24: portolan.v1.Autoscale
+	(*ScaleMetric)(nil),                    // 25: portolan.v1.ScaleMetric
+	(*ScaleRule)(nil),                      // 26: portolan.v1.ScaleRule
+	(*ScaleSchedule)(nil),                  // 27: portolan.v1.ScaleSchedule
+	(*DisruptionBudget)(nil),               // 28: portolan.v1.DisruptionBudget
+	(*TimeWindow)(nil),                     // 29: portolan.v1.TimeWindow
+	(*Volume)(nil),                         // 30: portolan.v1.Volume
+	(*VolumeMount)(nil),                    // 31: portolan.v1.VolumeMount
+	(*Container)(nil),                      // 32: portolan.v1.Container
+	(*ContainerPort)(nil),                  // 33: portolan.v1.ContainerPort
+	(*Probe)(nil),                          // 34: portolan.v1.Probe
+	(*Hook)(nil),                           // 35: portolan.v1.Hook
+	(*ServicePort)(nil),                    // 36: portolan.v1.ServicePort
+	(*ServiceSpec)(nil),                    // 37: portolan.v1.ServiceSpec
+	(*RouteSpec)(nil),                      // 38: portolan.v1.RouteSpec
+	(*RouteRule)(nil),                      // 39: portolan.v1.RouteRule
+	(*RouteMatch)(nil),                     // 40: portolan.v1.RouteMatch
+	(*HeaderMatch)(nil),                    // 41: portolan.v1.HeaderMatch
+	(*RouteBackend)(nil),                   // 42: portolan.v1.RouteBackend
+	(*RetryPolicy)(nil),                    // 43: portolan.v1.RetryPolicy
+	(*PolicyBundleSpec)(nil),               // 44: portolan.v1.PolicyBundleSpec
+	(*WorkloadSpec_Placement)(nil),         // 45: portolan.v1.WorkloadSpec.Placement
+	(*WorkloadSpec_ClusterSpread)(nil),     // 46: portolan.v1.WorkloadSpec.ClusterSpread
+	(*WorkloadSpec_ClusterMatch)(nil),      // 47: portolan.v1.WorkloadSpec.ClusterMatch
+	(*WorkloadSpec_ClusterWeight)(nil),     // 48: portolan.v1.WorkloadSpec.ClusterWeight
+	(*WorkloadSpec_ClusterGroup)(nil),      // 49: portolan.v1.WorkloadSpec.ClusterGroup
+	(*WorkloadSpec_ClusterAffinity)(nil),   // 50: portolan.v1.WorkloadSpec.ClusterAffinity
+	(*WorkloadSpec_ClusterOverride)(nil),   // 51: portolan.v1.WorkloadSpec.ClusterOverride
+	(*WorkloadSpec_ContainerOverride)(nil), // 52: portolan.v1.WorkloadSpec.ContainerOverride
+	(*WorkloadSpec_Origin)(nil),            // 53: portolan.v1.WorkloadSpec.Origin
+	(*WorkloadSpec_Failover)(nil),          // 54: portolan.v1.WorkloadSpec.Failover
+	(*WorkloadSpec_Scheduling)(nil),        // 55: portolan.v1.WorkloadSpec.Scheduling
+	(*WorkloadSpec_PreferredNodes)(nil),    // 56: portolan.v1.WorkloadSpec.PreferredNodes
+	(*WorkloadSpec_WorkloadAffinity)(nil),  // 57: portolan.v1.WorkloadSpec.WorkloadAffinity
+	(*WorkloadSpec_TopologySpread)(nil),    // 58: portolan.v1.WorkloadSpec.TopologySpread
+	(*WorkloadSpec_Gang)(nil),              // 59: portolan.v1.WorkloadSpec.Gang
+	(*WorkloadSpec_UpdateStrategy)(nil),    // 60: portolan.v1.WorkloadSpec.UpdateStrategy
+	(*WorkloadSpec_BlueGreen)(nil),         // 61: portolan.v1.WorkloadSpec.BlueGreen
+	(*WorkloadSpec_JobSpec)(nil),           // 62: portolan.v1.WorkloadSpec.JobSpec
+	(*WorkloadSpec_CronSpec)(nil),          // 63: portolan.v1.WorkloadSpec.CronSpec
+	nil,                                    // 64: portolan.v1.WorkloadSpec.Placement.ClusterSelectorEntry
+	nil,                                    // 65: portolan.v1.WorkloadSpec.ClusterMatch.LabelsEntry
+	nil,                                    // 66: portolan.v1.WorkloadSpec.ContainerOverride.EnvEntry
+	nil,                                    // 67: portolan.v1.WorkloadSpec.Scheduling.NodeSelectorEntry
+	nil,                                    // 68: portolan.v1.Container.EnvEntry
+	(*Probe_HttpCheck)(nil),                // 69: portolan.v1.Probe.HttpCheck
+	(*Probe_TcpCheck)(nil),                 // 70: portolan.v1.Probe.TcpCheck
+	(*Probe_ExecCheck)(nil),                // 71: portolan.v1.Probe.ExecCheck
+	nil,                                    // 72: portolan.v1.Probe.HttpCheck.HeadersEntry
+	nil,                                    // 73: portolan.v1.PolicyBundleSpec.FilesEntry
+	(*timestamppb.Timestamp)(nil),          // 74: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),            // 75: google.protobuf.Duration
 }
 var file_portolan_v1_types_proto_depIdxs = []int32{
-	0,  // 0: portolan.v1.Condition.state:type_name -> portolan.v1.ConditionState
-	40, // 1: portolan.v1.Condition.last_transition_time:type_name -> google.protobuf.Timestamp
-	1,  // 2: portolan.v1.Taint.effect:type_name -> portolan.v1.TaintEffect
-	1,  // 3: portolan.v1.Toleration.effect:type_name -> portolan.v1.TaintEffect
-	2,  // 4: portolan.v1.WorkloadSpec.kind:type_name -> portolan.v1.WorkloadKind
-	13, // 5: portolan.v1.WorkloadSpec.containers:type_name -> portolan.v1.Container
-	13, // 6: portolan.v1.WorkloadSpec.init_containers:type_name -> portolan.v1.Container
-	26, // 7: portolan.v1.WorkloadSpec.placement:type_name -> portolan.v1.WorkloadSpec.Placement
-	29, // 8: portolan.v1.WorkloadSpec.scheduling:type_name -> portolan.v1.WorkloadSpec.Scheduling
-	30, // 9: portolan.v1.WorkloadSpec.update:type_name -> portolan.v1.WorkloadSpec.UpdateStrategy
-	31, // 10: portolan.v1.WorkloadSpec.job:type_name -> portolan.v1.WorkloadSpec.JobSpec
-	41, // 11: portolan.v1.WorkloadSpec.grace_period:type_name -> google.protobuf.Duration
-	3,  // 12: portolan.v1.WorkloadSpec.gateway:type_name -> portolan.v1.GatewayKind
-	34, // 13: portolan.v1.Container.env:type_name -> portolan.v1.Container.EnvEntry
-	14, // 14: portolan.v1.Container.ports:type_name -> portolan.v1.ContainerPort
-	11, // 15: portolan.v1.Container.requests:type_name -> portolan.v1.ResourceList
-	11, // 16: portolan.v1.Container.limits:type_name -> portolan.v1.ResourceList
-	15, // 17: portolan.v1.Container.startup:type_name -> portolan.v1.Probe
-	15, // 18: portolan.v1.Container.liveness:type_name -> portolan.v1.Probe
-	15, // 19: portolan.v1.Container.readiness:type_name -> portolan.v1.Probe
-	16, // 20: portolan.v1.Container.pre_stop:type_name -> portolan.v1.Hook
-	35, // 21: portolan.v1.Probe.http:type_name -> portolan.v1.Probe.HttpCheck
-	36, // 22: portolan.v1.Probe.tcp:type_name -> portolan.v1.Probe.TcpCheck
-	37, // 23: portolan.v1.Probe.exec:type_name -> portolan.v1.Probe.ExecCheck
-	41, // 24: portolan.v1.Probe.initial_delay:type_name -> google.protobuf.Duration
-	41, // 25: portolan.v1.Probe.period:type_name -> google.protobuf.Duration
-	41, // 26: portolan.v1.Probe.timeout:type_name -> google.protobuf.Duration
-	37, // 27: portolan.v1.Hook.exec:type_name -> portolan.v1.Probe.ExecCheck
-	35, // 28: portolan.v1.Hook.http:type_name -> portolan.v1.Probe.HttpCheck
-	41, // 29: portolan.v1.Hook.sleep:type_name -> google.protobuf.Duration
-	6,  // 30: portolan.v1.ServicePort.protocol:type_name -> portolan.v1.PortProtocol
-	17, // 31: portolan.v1.ServiceSpec.ports:type_name -> portolan.v1.ServicePort
-	20, // 32: portolan.v1.RouteSpec.rules:type_name -> portolan.v1.RouteRule
-	21, // 33: portolan.v1.RouteRule.matches:type_name -> portolan.v1.RouteMatch
-	23, // 34: portolan.v1.RouteRule.backends:type_name -> portolan.v1.RouteBackend
-	41, // 35: portolan.v1.RouteRule.timeout:type_name -> google.protobuf.Duration
-	24, // 36: portolan.v1.RouteRule.retry:type_name -> portolan.v1.RetryPolicy
-	22, // 37: portolan.v1.RouteMatch.headers:type_name -> portolan.v1.HeaderMatch
-	41, // 38: portolan.v1.RetryPolicy.per_try_timeout:type_name -> google.protobuf.Duration
-	7,  // 39: portolan.v1.PolicyBundleSpec.kind:type_name -> portolan.v1.PolicyKind
-	39, // 40: portolan.v1.PolicyBundleSpec.files:type_name -> portolan.v1.PolicyBundleSpec.FilesEntry
-	32, // 41: portolan.v1.WorkloadSpec.Placement.cluster_selector:type_name -> portolan.v1.WorkloadSpec.Placement.ClusterSelectorEntry
-	10, // 42: portolan.v1.WorkloadSpec.Placement.tolerations:type_name -> portolan.v1.Toleration
-	27, // 43: portolan.v1.WorkloadSpec.Placement.spread:type_name -> portolan.v1.WorkloadSpec.ClusterSpread
-	5,  // 44: portolan.v1.WorkloadSpec.Placement.objective:type_name -> portolan.v1.Objective
-	28, // 45: portolan.v1.WorkloadSpec.Placement.failover:type_name -> portolan.v1.WorkloadSpec.Failover
-	4,  // 46: portolan.v1.WorkloadSpec.ClusterSpread.over:type_name -> portolan.v1.SpreadDomain
-	41, // 47: portolan.v1.WorkloadSpec.Failover.after:type_name -> google.protobuf.Duration
-	33, // 48: portolan.v1.WorkloadSpec.Scheduling.node_selector:type_name -> portolan.v1.WorkloadSpec.Scheduling.NodeSelectorEntry
-	10, // 49: portolan.v1.WorkloadSpec.Scheduling.tolerations:type_name -> portolan.v1.Toleration
-	41, // 50: portolan.v1.WorkloadSpec.UpdateStrategy.min_ready:type_name -> google.protobuf.Duration
-	41, // 51: portolan.v1.WorkloadSpec.UpdateStrategy.progress_deadline:type_name -> google.protobuf.Duration
-	41, // 52: portolan.v1.WorkloadSpec.JobSpec.deadline:type_name -> google.protobuf.Duration
-	38, // 53: portolan.v1.Probe.HttpCheck.headers:type_name -> portolan.v1.Probe.HttpCheck.HeadersEntry
-	54, // [54:54] is the sub-list for method output_type
-	54, // [54:54] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	0,   // 0: portolan.v1.Condition.state:type_name -> portolan.v1.ConditionState
+	74,  // 1: portolan.v1.Condition.last_transition_time:type_name -> google.protobuf.Timestamp
+	1,   // 2: portolan.v1.Taint.effect:type_name -> portolan.v1.TaintEffect
+	1,   // 3: portolan.v1.Toleration.effect:type_name -> portolan.v1.TaintEffect
+	75,  // 4: portolan.v1.Toleration.stay:type_name -> google.protobuf.Duration
+	2,   // 5: portolan.v1.Requirement.operator:type_name -> portolan.v1.RequirementOperator
+	21,  // 6: portolan.v1.RequirementTerm.requirements:type_name -> portolan.v1.Requirement
+	3,   // 7: portolan.v1.WorkloadSpec.kind:type_name -> portolan.v1.WorkloadKind
+	32,  // 8: portolan.v1.WorkloadSpec.containers:type_name -> portolan.v1.Container
+	32,  // 9: portolan.v1.WorkloadSpec.init_containers:type_name -> portolan.v1.Container
+	45,  // 10: portolan.v1.WorkloadSpec.placement:type_name -> portolan.v1.WorkloadSpec.Placement
+	55,  // 11: portolan.v1.WorkloadSpec.scheduling:type_name -> portolan.v1.WorkloadSpec.Scheduling
+	60,  // 12: portolan.v1.WorkloadSpec.update:type_name -> portolan.v1.WorkloadSpec.UpdateStrategy
+	62,  // 13: portolan.v1.WorkloadSpec.job:type_name -> portolan.v1.WorkloadSpec.JobSpec
+	75,  // 14: portolan.v1.WorkloadSpec.grace_period:type_name -> google.protobuf.Duration
+	4,   // 15: portolan.v1.WorkloadSpec.gateway:type_name -> portolan.v1.GatewayKind
+	63,  // 16: portolan.v1.WorkloadSpec.cron:type_name -> portolan.v1.WorkloadSpec.CronSpec
+	24,  // 17: portolan.v1.WorkloadSpec.autoscale:type_name -> portolan.v1.Autoscale
+	28,  // 18: portolan.v1.WorkloadSpec.disruption:type_name -> portolan.v1.DisruptionBudget
+	30,  // 19: portolan.v1.WorkloadSpec.volumes:type_name -> portolan.v1.Volume
+	25,  // 20: portolan.v1.Autoscale.metrics:type_name -> portolan.v1.ScaleMetric
+	26,  // 21: portolan.v1.Autoscale.up:type_name -> portolan.v1.ScaleRule
+	26,  // 22: portolan.v1.Autoscale.down:type_name -> portolan.v1.ScaleRule
+	27,  // 23: portolan.v1.Autoscale.schedules:type_name -> portolan.v1.ScaleSchedule
+	9,   // 24: portolan.v1.ScaleMetric.kind:type_name -> portolan.v1.ScaleMetricKind
+	75,  // 25: portolan.v1.ScaleRule.stabilization:type_name -> google.protobuf.Duration
+	75,  // 26: portolan.v1.ScaleRule.period:type_name -> google.protobuf.Duration
+	75,  // 27: portolan.v1.ScaleSchedule.duration:type_name -> google.protobuf.Duration
+	29,  // 28: portolan.v1.DisruptionBudget.windows:type_name -> portolan.v1.TimeWindow
+	68,  // 29: portolan.v1.Container.env:type_name -> portolan.v1.Container.EnvEntry
+	33,  // 30: portolan.v1.Container.ports:type_name -> portolan.v1.ContainerPort
+	19,  // 31: portolan.v1.Container.requests:type_name -> portolan.v1.ResourceList
+	19,  // 32: portolan.v1.Container.limits:type_name -> portolan.v1.ResourceList
+	34,  // 33: portolan.v1.Container.startup:type_name -> portolan.v1.Probe
+	34,  // 34: portolan.v1.Container.liveness:type_name -> portolan.v1.Probe
+	34,  // 35: portolan.v1.Container.readiness:type_name -> portolan.v1.Probe
+	35,  // 36: portolan.v1.Container.pre_stop:type_name -> portolan.v1.Hook
+	31,  // 37: portolan.v1.Container.mounts:type_name -> portolan.v1.VolumeMount
+	69,  // 38: portolan.v1.Probe.http:type_name -> portolan.v1.Probe.HttpCheck
+	70,  // 39: portolan.v1.Probe.tcp:type_name -> portolan.v1.Probe.TcpCheck
+	71,  // 40: portolan.v1.Probe.exec:type_name -> portolan.v1.Probe.ExecCheck
+	75,  // 41: portolan.v1.Probe.initial_delay:type_name -> google.protobuf.Duration
+	75,  // 42: portolan.v1.Probe.period:type_name -> google.protobuf.Duration
+	75,  // 43: portolan.v1.Probe.timeout:type_name -> google.protobuf.Duration
+	71,  // 44: portolan.v1.Hook.exec:type_name -> portolan.v1.Probe.ExecCheck
+	69,  // 45: portolan.v1.Hook.http:type_name -> portolan.v1.Probe.HttpCheck
+	75,  // 46: portolan.v1.Hook.sleep:type_name -> google.protobuf.Duration
+	13,  // 47: portolan.v1.ServicePort.protocol:type_name -> portolan.v1.PortProtocol
+	36,  // 48: portolan.v1.ServiceSpec.ports:type_name -> portolan.v1.ServicePort
+	39,  // 49: portolan.v1.RouteSpec.rules:type_name -> portolan.v1.RouteRule
+	40,  // 50: portolan.v1.RouteRule.matches:type_name -> portolan.v1.RouteMatch
+	42,  // 51: portolan.v1.RouteRule.backends:type_name -> portolan.v1.RouteBackend
+	75,  // 52: portolan.v1.RouteRule.timeout:type_name -> google.protobuf.Duration
+	43,  // 53: portolan.v1.RouteRule.retry:type_name -> portolan.v1.RetryPolicy
+	41,  // 54: portolan.v1.RouteMatch.headers:type_name -> portolan.v1.HeaderMatch
+	75,  // 55: portolan.v1.RetryPolicy.per_try_timeout:type_name -> google.protobuf.Duration
+	14,  // 56: portolan.v1.PolicyBundleSpec.kind:type_name -> portolan.v1.PolicyKind
+	73,  // 57: portolan.v1.PolicyBundleSpec.files:type_name -> portolan.v1.PolicyBundleSpec.FilesEntry
+	64,  // 58: portolan.v1.WorkloadSpec.Placement.cluster_selector:type_name -> portolan.v1.WorkloadSpec.Placement.ClusterSelectorEntry
+	18,  // 59: portolan.v1.WorkloadSpec.Placement.tolerations:type_name -> portolan.v1.Toleration
+	46,  // 60: portolan.v1.WorkloadSpec.Placement.spread:type_name -> portolan.v1.WorkloadSpec.ClusterSpread
+	12,  // 61: portolan.v1.WorkloadSpec.Placement.objective:type_name -> portolan.v1.Objective
+	54,  // 62: portolan.v1.WorkloadSpec.Placement.failover:type_name -> portolan.v1.WorkloadSpec.Failover
+	46,  // 63: portolan.v1.WorkloadSpec.Placement.spreads:type_name -> portolan.v1.WorkloadSpec.ClusterSpread
+	7,   // 64: portolan.v1.WorkloadSpec.Placement.division:type_name -> portolan.v1.Division
+	48,  // 65: portolan.v1.WorkloadSpec.Placement.weights:type_name -> portolan.v1.WorkloadSpec.ClusterWeight
+	49,  // 66: portolan.v1.WorkloadSpec.Placement.fallbacks:type_name -> portolan.v1.WorkloadSpec.ClusterGroup
+	50,  // 67: portolan.v1.WorkloadSpec.Placement.affinity:type_name -> portolan.v1.WorkloadSpec.ClusterAffinity
+	51,  // 68: portolan.v1.WorkloadSpec.Placement.overrides:type_name -> portolan.v1.WorkloadSpec.ClusterOverride
+	53,  // 69: portolan.v1.WorkloadSpec.Placement.origins:type_name -> portolan.v1.WorkloadSpec.Origin
+	8,   // 70: portolan.v1.WorkloadSpec.Placement.capacity:type_name -> portolan.v1.CapacityType
+	11,  // 71: portolan.v1.WorkloadSpec.ClusterSpread.over:type_name -> portolan.v1.SpreadDomain
+	65,  // 72: portolan.v1.WorkloadSpec.ClusterMatch.labels:type_name -> portolan.v1.WorkloadSpec.ClusterMatch.LabelsEntry
+	47,  // 73: portolan.v1.WorkloadSpec.ClusterWeight.match:type_name -> portolan.v1.WorkloadSpec.ClusterMatch
+	47,  // 74: portolan.v1.WorkloadSpec.ClusterGroup.match:type_name -> portolan.v1.WorkloadSpec.ClusterMatch
+	11,  // 75: portolan.v1.WorkloadSpec.ClusterAffinity.over:type_name -> portolan.v1.SpreadDomain
+	47,  // 76: portolan.v1.WorkloadSpec.ClusterOverride.match:type_name -> portolan.v1.WorkloadSpec.ClusterMatch
+	52,  // 77: portolan.v1.WorkloadSpec.ClusterOverride.containers:type_name -> portolan.v1.WorkloadSpec.ContainerOverride
+	66,  // 78: portolan.v1.WorkloadSpec.ContainerOverride.env:type_name -> portolan.v1.WorkloadSpec.ContainerOverride.EnvEntry
+	19,  // 79: portolan.v1.WorkloadSpec.ContainerOverride.requests:type_name -> portolan.v1.ResourceList
+	19,  // 80: portolan.v1.WorkloadSpec.ContainerOverride.limits:type_name -> portolan.v1.ResourceList
+	75,  // 81: portolan.v1.WorkloadSpec.Failover.after:type_name -> google.protobuf.Duration
+	67,  // 82: portolan.v1.WorkloadSpec.Scheduling.node_selector:type_name -> portolan.v1.WorkloadSpec.Scheduling.NodeSelectorEntry
+	18,  // 83: portolan.v1.WorkloadSpec.Scheduling.tolerations:type_name -> portolan.v1.Toleration
+	22,  // 84: portolan.v1.WorkloadSpec.Scheduling.node_affinity:type_name -> portolan.v1.RequirementTerm
+	56,  // 85: portolan.v1.WorkloadSpec.Scheduling.preferred_nodes:type_name -> portolan.v1.WorkloadSpec.PreferredNodes
+	57,  // 86: portolan.v1.WorkloadSpec.Scheduling.affinity:type_name -> portolan.v1.WorkloadSpec.WorkloadAffinity
+	58,  // 87: portolan.v1.WorkloadSpec.Scheduling.spreads:type_name -> portolan.v1.WorkloadSpec.TopologySpread
+	59,  // 88: portolan.v1.WorkloadSpec.Scheduling.gang:type_name -> portolan.v1.WorkloadSpec.Gang
+	20,  // 89: portolan.v1.WorkloadSpec.Scheduling.devices:type_name -> portolan.v1.DeviceRequest
+	22,  // 90: portolan.v1.WorkloadSpec.PreferredNodes.term:type_name -> portolan.v1.RequirementTerm
+	75,  // 91: portolan.v1.WorkloadSpec.Gang.deadline:type_name -> google.protobuf.Duration
+	75,  // 92: portolan.v1.WorkloadSpec.UpdateStrategy.min_ready:type_name -> google.protobuf.Duration
+	75,  // 93: portolan.v1.WorkloadSpec.UpdateStrategy.progress_deadline:type_name -> google.protobuf.Duration
+	5,   // 94: portolan.v1.WorkloadSpec.UpdateStrategy.type:type_name -> portolan.v1.UpdateType
+	61,  // 95: portolan.v1.WorkloadSpec.UpdateStrategy.blue_green:type_name -> portolan.v1.WorkloadSpec.BlueGreen
+	75,  // 96: portolan.v1.WorkloadSpec.BlueGreen.switch_after:type_name -> google.protobuf.Duration
+	75,  // 97: portolan.v1.WorkloadSpec.BlueGreen.keep_old:type_name -> google.protobuf.Duration
+	75,  // 98: portolan.v1.WorkloadSpec.JobSpec.deadline:type_name -> google.protobuf.Duration
+	75,  // 99: portolan.v1.WorkloadSpec.JobSpec.ttl:type_name -> google.protobuf.Duration
+	6,   // 100: portolan.v1.WorkloadSpec.CronSpec.concurrency:type_name -> portolan.v1.CronConcurrency
+	75,  // 101: portolan.v1.WorkloadSpec.CronSpec.starting_deadline:type_name -> google.protobuf.Duration
+	75,  // 102: portolan.v1.WorkloadSpec.CronSpec.jitter:type_name -> google.protobuf.Duration
+	72,  // 103: portolan.v1.Probe.HttpCheck.headers:type_name -> portolan.v1.Probe.HttpCheck.HeadersEntry
+	104, // [104:104] is the sub-list for method output_type
+	104, // [104:104] is the sub-list for method input_type
+	104, // [104:104] is the sub-list for extension type_name
+	104, // [104:104] is the sub-list for extension extendee
+	0,   // [0:104] is the sub-list for field type_name
 }
 
 func init() { file_portolan_v1_types_proto_init() }
@@ -2822,26 +5536,29 @@ func file_portolan_v1_types_proto_init() {
 	if File_portolan_v1_types_proto != nil {
 		return
 	}
-	file_portolan_v1_types_proto_msgTypes[4].OneofWrappers = []any{}
-	file_portolan_v1_types_proto_msgTypes[7].OneofWrappers = []any{
+	file_portolan_v1_types_proto_msgTypes[7].OneofWrappers = []any{}
+	file_portolan_v1_types_proto_msgTypes[8].OneofWrappers = []any{}
+	file_portolan_v1_types_proto_msgTypes[12].OneofWrappers = []any{}
+	file_portolan_v1_types_proto_msgTypes[18].OneofWrappers = []any{
 		(*Probe_Http)(nil),
 		(*Probe_Tcp)(nil),
 		(*Probe_Exec)(nil),
 	}
-	file_portolan_v1_types_proto_msgTypes[8].OneofWrappers = []any{
+	file_portolan_v1_types_proto_msgTypes[19].OneofWrappers = []any{
 		(*Hook_Exec)(nil),
 		(*Hook_Http)(nil),
 		(*Hook_Sleep)(nil),
 	}
-	file_portolan_v1_types_proto_msgTypes[22].OneofWrappers = []any{}
-	file_portolan_v1_types_proto_msgTypes[23].OneofWrappers = []any{}
+	file_portolan_v1_types_proto_msgTypes[44].OneofWrappers = []any{}
+	file_portolan_v1_types_proto_msgTypes[46].OneofWrappers = []any{}
+	file_portolan_v1_types_proto_msgTypes[47].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_v1_types_proto_rawDesc), len(file_portolan_v1_types_proto_rawDesc)),
-			NumEnums:      8,
-			NumMessages:   32,
+			NumEnums:      16,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

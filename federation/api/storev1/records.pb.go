@@ -409,6 +409,105 @@ func (x *VirtualIP) GetReleaseTime() *timestamppb.Timestamp {
 	return nil
 }
 
+// Rollout is how the change to a workload's newest template goes. Written by
+// federation/control, read by server and fleet. Key: the workload's name.
+type Rollout struct {
+	state  protoimpl.MessageState    `protogen:"open.v1"`
+	Status *portolanv1.RolloutStatus `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
+	// Unique ID of the workload.
+	Uid string `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`
+	// Generation of the spec whose template is the target.
+	Generation int64 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	// Lease epoch of the control loop that wrote it.
+	WriterEpoch int64 `protobuf:"varint,4,opt,name=writer_epoch,json=writerEpoch,proto3" json:"writer_epoch,omitempty"`
+	// Blue-green: what is kept after a switch, until when.
+	Keep      string                 `protobuf:"bytes,5,opt,name=keep,proto3" json:"keep,omitempty"`
+	KeepUntil *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=keep_until,json=keepUntil,proto3" json:"keep_until,omitempty"`
+	// spec.update.blue_green.active when it was last looked at.
+	AskedActive   string `protobuf:"bytes,7,opt,name=asked_active,json=askedActive,proto3" json:"asked_active,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rollout) Reset() {
+	*x = Rollout{}
+	mi := &file_portolan_store_v1_records_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rollout) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rollout) ProtoMessage() {}
+
+func (x *Rollout) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_store_v1_records_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rollout.ProtoReflect.Descriptor instead.
+func (*Rollout) Descriptor() ([]byte, []int) {
+	return file_portolan_store_v1_records_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Rollout) GetStatus() *portolanv1.RolloutStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *Rollout) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *Rollout) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *Rollout) GetWriterEpoch() int64 {
+	if x != nil {
+		return x.WriterEpoch
+	}
+	return 0
+}
+
+func (x *Rollout) GetKeep() string {
+	if x != nil {
+		return x.Keep
+	}
+	return ""
+}
+
+func (x *Rollout) GetKeepUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.KeepUntil
+	}
+	return nil
+}
+
+func (x *Rollout) GetAskedActive() string {
+	if x != nil {
+		return x.AskedActive
+	}
+	return ""
+}
+
 var File_portolan_store_v1_records_proto protoreflect.FileDescriptor
 
 const file_portolan_store_v1_records_proto_rawDesc = "" +
@@ -443,7 +542,18 @@ const file_portolan_store_v1_records_proto_rawDesc = "" +
 	"expireTime\"d\n" +
 	"\tVirtualIP\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12=\n" +
-	"\frelease_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\vreleaseTimeB@Z>github.com/portolan-io/portolan/federation/api/storev1;storev1b\x06proto3"
+	"\frelease_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\vreleaseTime\"\x84\x02\n" +
+	"\aRollout\x122\n" +
+	"\x06status\x18\x01 \x01(\v2\x1a.portolan.v1.RolloutStatusR\x06status\x12\x10\n" +
+	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x03R\n" +
+	"generation\x12!\n" +
+	"\fwriter_epoch\x18\x04 \x01(\x03R\vwriterEpoch\x12\x12\n" +
+	"\x04keep\x18\x05 \x01(\tR\x04keep\x129\n" +
+	"\n" +
+	"keep_until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tkeepUntil\x12!\n" +
+	"\fasked_active\x18\a \x01(\tR\vaskedActiveB@Z>github.com/portolan-io/portolan/federation/api/storev1;storev1b\x06proto3"
 
 var (
 	file_portolan_store_v1_records_proto_rawDescOnce sync.Once
@@ -457,7 +567,7 @@ func file_portolan_store_v1_records_proto_rawDescGZIP() []byte {
 	return file_portolan_store_v1_records_proto_rawDescData
 }
 
-var file_portolan_store_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_portolan_store_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_portolan_store_v1_records_proto_goTypes = []any{
 	(*JoinToken)(nil),                  // 0: portolan.store.v1.JoinToken
 	(*ClusterStatusRecord)(nil),        // 1: portolan.store.v1.ClusterStatusRecord
@@ -465,23 +575,27 @@ var file_portolan_store_v1_records_proto_goTypes = []any{
 	(*NackRecord)(nil),                 // 3: portolan.store.v1.NackRecord
 	(*RequestResult)(nil),              // 4: portolan.store.v1.RequestResult
 	(*VirtualIP)(nil),                  // 5: portolan.store.v1.VirtualIP
-	(*timestamppb.Timestamp)(nil),      // 6: google.protobuf.Timestamp
-	(*portolanv1.ClusterStatus)(nil),   // 7: portolan.v1.ClusterStatus
-	(*portolanv1.PlacementStatus)(nil), // 8: portolan.v1.PlacementStatus
-	(*anypb.Any)(nil),                  // 9: google.protobuf.Any
+	(*Rollout)(nil),                    // 6: portolan.store.v1.Rollout
+	(*timestamppb.Timestamp)(nil),      // 7: google.protobuf.Timestamp
+	(*portolanv1.ClusterStatus)(nil),   // 8: portolan.v1.ClusterStatus
+	(*portolanv1.PlacementStatus)(nil), // 9: portolan.v1.PlacementStatus
+	(*anypb.Any)(nil),                  // 10: google.protobuf.Any
+	(*portolanv1.RolloutStatus)(nil),   // 11: portolan.v1.RolloutStatus
 }
 var file_portolan_store_v1_records_proto_depIdxs = []int32{
-	6, // 0: portolan.store.v1.JoinToken.expire_time:type_name -> google.protobuf.Timestamp
-	7, // 1: portolan.store.v1.ClusterStatusRecord.status:type_name -> portolan.v1.ClusterStatus
-	8, // 2: portolan.store.v1.PlacementStatusRecord.status:type_name -> portolan.v1.PlacementStatus
-	9, // 3: portolan.store.v1.RequestResult.response:type_name -> google.protobuf.Any
-	6, // 4: portolan.store.v1.RequestResult.expire_time:type_name -> google.protobuf.Timestamp
-	6, // 5: portolan.store.v1.VirtualIP.release_time:type_name -> google.protobuf.Timestamp
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	7,  // 0: portolan.store.v1.JoinToken.expire_time:type_name -> google.protobuf.Timestamp
+	8,  // 1: portolan.store.v1.ClusterStatusRecord.status:type_name -> portolan.v1.ClusterStatus
+	9,  // 2: portolan.store.v1.PlacementStatusRecord.status:type_name -> portolan.v1.PlacementStatus
+	10, // 3: portolan.store.v1.RequestResult.response:type_name -> google.protobuf.Any
+	7,  // 4: portolan.store.v1.RequestResult.expire_time:type_name -> google.protobuf.Timestamp
+	7,  // 5: portolan.store.v1.VirtualIP.release_time:type_name -> google.protobuf.Timestamp
+	11, // 6: portolan.store.v1.Rollout.status:type_name -> portolan.v1.RolloutStatus
+	7,  // 7: portolan.store.v1.Rollout.keep_until:type_name -> google.protobuf.Timestamp
+	8,  // [8:8] is the sub-list for method output_type
+	8,  // [8:8] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_portolan_store_v1_records_proto_init() }
@@ -495,7 +609,7 @@ func file_portolan_store_v1_records_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_store_v1_records_proto_rawDesc), len(file_portolan_store_v1_records_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

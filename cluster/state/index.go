@@ -11,6 +11,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/nodev1"
 )
 
 // maxTombstones bounds how many deleted keys are remembered for the check of a
@@ -32,6 +33,8 @@ type Index struct {
 	handed *Snapshot // of the present state; nil when it changed since
 
 	nodeGen    map[string]int64
+	volumeGen  map[string]int64
+	stateGen   map[string]int64
 	tombstones []tombstone // oldest first
 	dead       map[string]int64
 	// forgotten is the generation of the newest deletion that is remembered no
@@ -55,6 +58,8 @@ const (
 	secNodes
 	secAllocations
 	secModified
+	secVolumes
+	secStates
 	secStatus
 )
 
@@ -68,6 +73,8 @@ type Loaded struct {
 	Degraded       string
 	Nodes          map[string]*clusterv1.Node
 	Allocations    map[string]*clusterv1.Allocation
+	Volumes        map[string]*clusterv1.Volume
+	States         map[string]*clusterv1.WorkloadState
 	Settled        int64
 }
 
@@ -77,16 +84,24 @@ func NewIndex(l Loaded) *Index {
 		now: Snapshot{
 			Generation: max(l.Generation, 1), IntentRevision: l.IntentRevision, Intents: orEmpty(l.Intents), IntentTimes: orEmpty(l.IntentTimes),
 			Degraded: l.Degraded, Nodes: orEmpty(l.Nodes), Allocations: orEmpty(l.Allocations),
+			Volumes: orEmpty(l.Volumes), States: orEmpty(l.States),
 			Settled: min(l.Settled, l.IntentRevision), Modified: make(map[string]int64, len(l.Allocations)),
 			NodeStatus: map[string]*NodeStatus{}, Pending: map[string][]PendingReason{},
 		},
-		shared: map[section]bool{}, nodeGen: make(map[string]int64, len(l.Nodes)), dead: map[string]int64{}, wake: make(chan struct{}),
+		shared: map[section]bool{}, nodeGen: make(map[string]int64, len(l.Nodes)),
+		volumeGen: make(map[string]int64, len(l.Volumes)), stateGen: make(map[string]int64, len(l.States)), dead: map[string]int64{}, wake: make(chan struct{}),
 	}
 	for id := range x.now.Allocations {
 		x.now.Modified[id] = x.now.Generation
 	}
 	for id := range x.now.Nodes {
 		x.nodeGen[id] = x.now.Generation
+	}
+	for id := range x.now.Volumes {
+		x.volumeGen[id] = x.now.Generation
+	}
+	for key := range x.now.States {
+		x.stateGen[key] = x.now.Generation
 	}
 	return x
 }
@@ -228,45 +243,35 @@ func (x *Index) Check(c Change) error {
 	if c.Settled > x.now.IntentRevision {
 		return api.E(api.Invalid, doing, "settled %d is beyond the intents' revision %d", c.Settled, x.now.IntentRevision)
 	}
-	fail := func(what, id string, gen int64) error {
-		return api.E(api.Conflict, doing, "%s %s changed at generation %d, after %d", what, id, gen, c.Base)
-	}
-	for _, id := range touchedAllocations(c) {
-		if g := x.lastTouched("a/"+id, x.now.Modified[id]); g > c.Base {
-			return fail("allocation", id, g)
-		}
-	}
-	for _, id := range touchedNodes(c) {
-		if g := x.lastTouched("n/"+id, x.nodeGen[id]); g > c.Base {
-			return fail("node", id, g)
+	for _, k := range c.touched() {
+		if g := x.lastTouched(k); g > c.Base {
+			return api.E(api.Conflict, doing, "%s %s changed at generation %d, after %d", k.kind, k.id, g, c.Base)
 		}
 	}
 	return nil
 }
 
-// lastTouched is the generation of a key's last change, deletions included; an
+// lastTouched is the generation of a record's last change, deletions included; an
 // absent one may have been deleted as late as the newest forgotten deletion.
-func (x *Index) lastTouched(key string, gen int64) int64 {
-	if gen > 0 {
+func (x *Index) lastTouched(k recordKey) int64 {
+	if gen := x.generations(k.kind)[k.id]; gen > 0 {
 		return gen
 	}
-	return max(x.dead[key], x.forgotten)
+	return max(x.dead[k.String()], x.forgotten)
 }
 
-func touchedAllocations(c Change) []string {
-	out := make([]string, 0, len(c.PutAllocations)+len(c.DeleteAllocations))
-	for _, a := range c.PutAllocations {
-		out = append(out, a.GetAllocation())
+// generations says at which one each record of a kind changed last.
+func (x *Index) generations(kind recordKind) map[string]int64 {
+	switch kind {
+	case kindAllocation:
+		return x.now.Modified
+	case kindNode:
+		return x.nodeGen
+	case kindVolume:
+		return x.volumeGen
+	default:
+		return x.stateGen
 	}
-	return append(out, c.DeleteAllocations...)
-}
-
-func touchedNodes(c Change) []string {
-	out := make([]string, 0, len(c.PutNodes)+len(c.DeleteNodes))
-	for _, n := range c.PutNodes {
-		out = append(out, n.GetNode())
-	}
-	return append(out, c.DeleteNodes...)
 }
 
 // Apply makes a checked change visible. A change that says nothing new leaves
@@ -274,14 +279,15 @@ func touchedNodes(c Change) []string {
 func (x *Index) Apply(c Change) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	touched := len(c.PutAllocations) + len(c.DeleteAllocations) + len(c.PutNodes) + len(c.DeleteNodes)
-	if touched == 0 && c.Settled <= x.now.Settled {
+	if c.Empty() && c.Settled <= x.now.Settled {
 		return
 	}
 	x.checkChange(c)
 	gen := x.now.Generation + 1
 	x.applyAllocations(c, gen)
 	x.applyNodes(c, gen)
+	x.applyVolumes(c, gen)
+	x.applyStates(c, gen)
 	x.now.Settled = max(x.now.Settled, c.Settled)
 	x.changed()
 }
@@ -293,12 +299,12 @@ func (x *Index) applyAllocations(c Change, gen int64) {
 	allocs, mod := own(x, secAllocations, &x.now.Allocations), own(x, secModified, &x.now.Modified)
 	for _, a := range c.PutAllocations {
 		allocs[a.GetAllocation()], mod[a.GetAllocation()] = a, gen
-		delete(x.dead, "a/"+a.GetAllocation())
+		delete(x.dead, recordKey{kindAllocation, a.GetAllocation()}.String())
 	}
 	for _, id := range c.DeleteAllocations {
 		delete(allocs, id)
 		delete(mod, id)
-		x.bury("a/"+id, gen)
+		x.bury(recordKey{kindAllocation, id}, gen)
 	}
 }
 
@@ -309,19 +315,53 @@ func (x *Index) applyNodes(c Change, gen int64) {
 	nodes := own(x, secNodes, &x.now.Nodes)
 	for _, n := range c.PutNodes {
 		nodes[n.GetNode()], x.nodeGen[n.GetNode()] = n, gen
-		delete(x.dead, "n/"+n.GetNode())
+		delete(x.dead, recordKey{kindNode, n.GetNode()}.String())
 	}
 	for _, id := range c.DeleteNodes {
 		delete(nodes, id)
 		delete(x.nodeGen, id)
-		x.bury("n/"+id, gen)
+		x.bury(recordKey{kindNode, id}, gen)
 		if _, ok := x.now.NodeStatus[id]; ok {
 			delete(own(x, secStatus, &x.now.NodeStatus), id)
 		}
 	}
 }
 
-func (x *Index) bury(key string, gen int64) {
+func (x *Index) applyVolumes(c Change, gen int64) {
+	if len(c.PutVolumes)+len(c.DeleteVolumes) == 0 {
+		return
+	}
+	volumes := own(x, secVolumes, &x.now.Volumes)
+	for _, v := range c.PutVolumes {
+		volumes[v.GetVolume()], x.volumeGen[v.GetVolume()] = v, gen
+		delete(x.dead, recordKey{kindVolume, v.GetVolume()}.String())
+	}
+	for _, id := range c.DeleteVolumes {
+		delete(volumes, id)
+		delete(x.volumeGen, id)
+		x.bury(recordKey{kindVolume, id}, gen)
+	}
+}
+
+func (x *Index) applyStates(c Change, gen int64) {
+	if len(c.PutStates)+len(c.DeleteStates) == 0 {
+		return
+	}
+	states := own(x, secStates, &x.now.States)
+	for _, w := range c.PutStates {
+		key := StateKey(w)
+		states[key], x.stateGen[key] = w, gen
+		delete(x.dead, recordKey{kindState, key}.String())
+	}
+	for _, key := range c.DeleteStates {
+		delete(states, key)
+		delete(x.stateGen, key)
+		x.bury(recordKey{kindState, key}, gen)
+	}
+}
+
+func (x *Index) bury(k recordKey, gen int64) {
+	key := k.String()
 	x.dead[key] = gen
 	x.tombstones = append(x.tombstones, tombstone{key, gen})
 	for len(x.tombstones) > maxTombstones {
@@ -358,11 +398,30 @@ func (x *Index) Observe(node string, s *NodeStatus) error {
 	return nil
 }
 
-// sameStatus says that two observations differ in LastSeen at most.
+// sameStatus says that two observations differ in LastSeen and in what replicas
+// use at most.
 func sameStatus(a, b *NodeStatus) bool {
 	return a.Connected == b.Connected && a.Session == b.Session &&
 		(a.Facts == b.Facts || proto.Equal(a.Facts, b.Facts)) && (a.Applied == b.Applied || proto.Equal(a.Applied, b.Applied)) &&
-		maps.EqualFunc(a.Allocations, b.Allocations, sameMessage) && maps.EqualFunc(a.Proxies, b.Proxies, sameMessage)
+		maps.EqualFunc(a.Allocations, b.Allocations, sameAllocation) && maps.EqualFunc(a.Proxies, b.Proxies, sameMessage) &&
+		maps.Equal(a.RemovedVolumes, b.RemovedVolumes)
+}
+
+// sameAllocation says that two observations of a replica differ in its usage at
+// most.
+func sameAllocation(a, b *nodev1.AllocationStatus) bool {
+	return a == b || proto.Equal(withoutUsage(a), withoutUsage(b))
+}
+
+// withoutUsage shares the messages of what it copies.
+func withoutUsage(s *nodev1.AllocationStatus) *nodev1.AllocationStatus {
+	if s.GetUsage() == nil {
+		return s
+	}
+	return &nodev1.AllocationStatus{
+		Allocation: s.GetAllocation(), Epoch: s.GetEpoch(), State: s.GetState(), Ready: s.GetReady(), Reason: s.GetReason(),
+		Containers: s.GetContainers(), Timeline: s.GetTimeline(), Address: s.GetAddress(),
+	}
 }
 
 func sameMessage[M interface {
@@ -388,7 +447,7 @@ func equalReasons(a, b []PendingReason) bool {
 		return false
 	}
 	for i := range a {
-		if a[i] != b[i] {
+		if !a[i].Equal(b[i]) {
 			return false
 		}
 	}

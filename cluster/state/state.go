@@ -10,6 +10,7 @@ package state
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -34,6 +35,9 @@ type Snapshot struct {
 	Allocations map[string]*clusterv1.Allocation
 	// Modified is the generation at which each allocation changed last.
 	Modified map[string]int64
+	// Volumes by ID, and States of workloads by "tenant/workload".
+	Volumes map[string]*clusterv1.Volume
+	States  map[string]*clusterv1.WorkloadState
 	// Settled is the IntentRevision that the manager has fully looked past: all
 	// that follows from it is in Allocations. Written by manager.
 	Settled int64
@@ -52,6 +56,19 @@ type PendingReason struct {
 	Code    string
 	Message string
 	Count   int
+	// Of the first reason of a revision: the node that comes nearest, and the
+	// smallest changes that would make it fit, each enough by itself.
+	Nearest  string
+	Remedies []Remedy
+}
+
+// Remedy is a change that would make a replica fit.
+type Remedy struct{ Code, Message string }
+
+// Equal compares all of it.
+func (p PendingReason) Equal(o PendingReason) bool {
+	return p.Replica == o.Replica && p.Code == o.Code && p.Message == o.Message && p.Count == o.Count &&
+		p.Nearest == o.Nearest && slices.Equal(p.Remedies, o.Remedies)
 }
 
 // NodeStatus is the observed side of a node.
@@ -65,21 +82,8 @@ type NodeStatus struct {
 	Applied     *nodev1.Watermark
 	Allocations map[string]*nodev1.AllocationStatus
 	Proxies     map[string]*nodev1.ProxyStatus
-}
-
-// Change is what the manager writes at once. A reader may see the part of it
-// that concerns one node before the rest; Settled comes last. What is durable is
-// visible, and the other way round.
-type Change struct {
-	// Base is the generation of the snapshot it was decided on; fails with
-	// api.Conflict when an allocation or node that it touches changed since.
-	Base              int64
-	PutAllocations    []*clusterv1.Allocation
-	DeleteAllocations []string
-	PutNodes          []*clusterv1.Node
-	DeleteNodes       []string
-	// Settled, when > 0, becomes Snapshot.Settled with the same generation.
-	Settled int64
+	// RemovedVolumes were told to go and are gone from the node.
+	RemovedVolumes map[string]bool
 }
 
 // Store is the port.
@@ -97,7 +101,7 @@ type Store interface {
 	// api.NotFound. Allocations must be complete: dispatch calls it first when the
 	// session's full report is in, because a stopped allocation that is absent is
 	// believed to be gone. s may not be changed afterwards. An observation that
-	// says nothing new but LastSeen leaves the generation alone, unless the node is
+	// says nothing new but LastSeen and the usage of replicas leaves the generation alone, unless the node is
 	// marked as lost. Written by dispatch.
 	Observe(node string, s *NodeStatus) error
 	// SetPending replaces Pending. Written by manager.

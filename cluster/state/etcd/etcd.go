@@ -5,7 +5,7 @@
 // Layout, under the prefix: "owner" names the process that may write;
 // "gen/<sequence>" are the generations of intents, whole or as the change to the
 // one before; "node/<id>" is a Node; "alloc/<node>" packs the allocations of a
-// node; "settled" is a number; "token/<hash>" and "blob/<key>" are what they say.
+// node; "volume/<id>" is a Volume, "state/<tenant>/<workload>" a WorkloadState; "settled" is a number; "token/<hash>" and "blob/<key>" are what they say.
 // A record that is too big for one request lies in "chunk/<key>/<version>/<i>".
 //
 // Concurrency: safe for concurrent use. Writes run one after the other; reads of
@@ -296,14 +296,7 @@ func (s *Store) Commit(ctx context.Context, c state.Change) error {
 // write persists a change part by part, each visible once it is durable.
 func (s *Store) write(ctx context.Context, c state.Change) error {
 	for _, part := range s.parts(c) {
-		recs := make([]record, 0, len(part.nodes)+len(part.packs))
-		for _, n := range part.nodes {
-			r := record{key: s.key("node", n.id)}
-			if n.node != nil {
-				r.data = marshal(n.node)
-			}
-			recs = append(recs, r)
-		}
+		recs := part.records
 		for _, p := range part.packs {
 			recs = append(recs, record{key: s.key("alloc", p.node), data: p.data})
 		}

@@ -20,7 +20,10 @@ import (
 // allocations a cluster would begin anew over replicas that run.
 func (s *Store) load(ctx context.Context) (state.Loaded, error) {
 	const doing = "load the cluster's state"
-	l := state.Loaded{Nodes: map[string]*clusterv1.Node{}, Allocations: map[string]*clusterv1.Allocation{}}
+	l := state.Loaded{
+		Nodes: map[string]*clusterv1.Node{}, Allocations: map[string]*clusterv1.Allocation{},
+		Volumes: map[string]*clusterv1.Volume{}, States: map[string]*clusterv1.WorkloadState{},
+	}
 	wctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout)
 	defer cancel()
 	r, err := s.client.Put(wctx, s.key("owner"), s.owner)
@@ -33,7 +36,7 @@ func (s *Store) load(ctx context.Context) (state.Loaded, error) {
 	if err := s.loadGenerations(ctx, &l); err != nil {
 		return l, api.E(api.Internal, doing, "%w", err)
 	}
-	if err := s.loadNodes(ctx, &l); err != nil {
+	if err := s.loadRecords(ctx, &l); err != nil {
 		return l, api.E(api.Internal, doing, "%w", err)
 	}
 	b, err := s.getRaw(ctx, s.key("settled"))
@@ -62,55 +65,59 @@ func (s *Store) getRaw(ctx context.Context, key string) ([]byte, error) {
 	return r.Kvs[0].Value, nil
 }
 
-func (s *Store) loadNodes(ctx context.Context, l *state.Loaded) error {
-	prefix := s.key("node", "")
+func (s *Store) loadRecords(ctx context.Context, l *state.Loaded) error {
+	if err := loadAll(ctx, s, "node", l.Nodes); err != nil {
+		return err
+	}
+	if err := loadAll(ctx, s, "volume", l.Volumes); err != nil {
+		return err
+	}
+	if err := loadAll(ctx, s, "state", l.States); err != nil {
+		return err
+	}
+	packs := map[string]*clusterv1.NodeAllocations{}
+	if err := loadAll(ctx, s, "alloc", packs); err != nil {
+		return err
+	}
+	for node, p := range packs {
+		of := make(map[string]*clusterv1.Allocation, len(p.GetAllocations()))
+		for _, a := range p.GetAllocations() {
+			of[a.GetAllocation()], l.Allocations[a.GetAllocation()] = a, a
+		}
+		s.byNode[node] = of
+	}
+	return nil
+}
+
+// loadAll reads all records of a kind, by what follows the kind in their keys.
+func loadAll[T any, M interface {
+	*T
+	proto.Message
+}](ctx context.Context, s *Store, kind string, into map[string]M) error {
+	prefix := s.key(kind, "")
 	kvs, err := s.list(ctx, prefix)
 	if err != nil {
 		return err
 	}
 	for _, kv := range kvs {
-		n := &clusterv1.Node{}
+		m := M(new(T))
 		b, err := s.read(ctx, kv)
 		if err == nil {
-			err = proto.Unmarshal(b, n)
+			err = proto.Unmarshal(b, m)
 		}
 		if err != nil {
-			return fmt.Errorf("node %q: %w", kv.Key, err)
+			return fmt.Errorf("%s %q: %w", kind, kv.Key, err)
 		}
-		l.Nodes[strings.TrimPrefix(string(kv.Key), prefix)] = n
-	}
-	prefix = s.key("alloc", "")
-	if kvs, err = s.list(ctx, prefix); err != nil {
-		return err
-	}
-	for _, kv := range kvs {
-		pack := &clusterv1.NodeAllocations{}
-		b, err := s.read(ctx, kv)
-		if err == nil {
-			err = proto.Unmarshal(b, pack)
-		}
-		if err != nil {
-			return fmt.Errorf("allocations %q: %w", kv.Key, err)
-		}
-		of := make(map[string]*clusterv1.Allocation, len(pack.GetAllocations()))
-		for _, a := range pack.GetAllocations() {
-			of[a.GetAllocation()], l.Allocations[a.GetAllocation()] = a, a
-		}
-		s.byNode[strings.TrimPrefix(string(kv.Key), prefix)] = of
+		into[strings.TrimPrefix(string(kv.Key), prefix)] = m
 	}
 	return nil
 }
 
 // part of a change that is written before the next.
 type part struct {
-	nodes  []nodeWrite
-	packs  []pack
-	change state.Change
-}
-
-type nodeWrite struct {
-	id   string
-	node *clusterv1.Node // nil deletes
+	records []record
+	packs   []pack
+	change  state.Change
 }
 
 // pack is the new content of a node's allocations; nil data when there are none.
@@ -120,7 +127,9 @@ type pack struct {
 	data        []byte
 }
 
-// parts cuts a change by node. An allocation never moves between nodes.
+// parts cuts a change by node. An allocation never moves between nodes. What
+// allocations refer to comes before them; the states of workloads, which say that
+// something was dealt with, come after them.
 func (s *Store) parts(c state.Change) []part {
 	all := s.Snapshot().Allocations
 	by := map[string]*state.Change{}
@@ -140,18 +149,29 @@ func (s *Store) parts(c state.Change) []part {
 			ch.DeleteAllocations = append(ch.DeleteAllocations, id)
 		}
 	}
-	var out []part
-	nodes := part{change: state.Change{Base: c.Base, PutNodes: c.PutNodes, DeleteNodes: c.DeleteNodes}}
-	for _, n := range c.PutNodes {
-		nodes.nodes = append(nodes.nodes, nodeWrite{n.GetNode(), n})
+	first := part{change: state.Change{
+		Base: c.Base, PutNodes: c.PutNodes, DeleteNodes: c.DeleteNodes, PutVolumes: c.PutVolumes, DeleteVolumes: c.DeleteVolumes,
+	}}
+	first.records = append(recordsOf(s, "node", c.PutNodes, (*clusterv1.Node).GetNode, c.DeleteNodes),
+		recordsOf(s, "volume", c.PutVolumes, (*clusterv1.Volume).GetVolume, c.DeleteVolumes)...)
+	last := part{
+		change:  state.Change{Base: c.Base, PutStates: c.PutStates, DeleteStates: c.DeleteStates},
+		records: recordsOf(s, "state", c.PutStates, state.StateKey, c.DeleteStates),
 	}
-	for _, id := range c.DeleteNodes {
-		nodes.nodes = append(nodes.nodes, nodeWrite{id: id})
+	out := append([]part{first}, append(s.packParts(by), last)...)
+	return slices.DeleteFunc(out, func(p part) bool { return p.change.Empty() })
+}
+
+// recordsOf gives the records that write and delete messages of a kind.
+func recordsOf[M proto.Message](s *Store, kind string, put []M, id func(M) string, del []string) []record {
+	out := make([]record, 0, len(put)+len(del))
+	for _, m := range put {
+		out = append(out, record{key: s.key(kind, id(m)), data: marshal(m)})
 	}
-	if len(nodes.nodes) > 0 {
-		out = append(out, nodes)
+	for _, d := range del {
+		out = append(out, record{key: s.key(kind, d)})
 	}
-	return append(out, s.packParts(by)...)
+	return out
 }
 
 // packParts puts the packs of several nodes together, up to the limits of a

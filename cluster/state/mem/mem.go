@@ -52,11 +52,14 @@ func (s *Store) Reopen() *Store {
 		Generation: old.Generation + 1, IntentRevision: old.IntentRevision, Settled: old.Settled,
 		Intents: map[string]*linkv1.Intent{}, IntentTimes: map[string]time.Time{},
 		Nodes: map[string]*clusterv1.Node{}, Allocations: map[string]*clusterv1.Allocation{},
+		Volumes: map[string]*clusterv1.Volume{}, States: map[string]*clusterv1.WorkloadState{},
 	}
 	copyInto(l.Intents, old.Intents)
 	copyInto(l.IntentTimes, old.IntentTimes)
 	copyInto(l.Nodes, old.Nodes)
 	copyInto(l.Allocations, old.Allocations)
+	copyInto(l.Volumes, old.Volumes)
+	copyInto(l.States, old.States)
 	return &Store{Index: state.NewIndex(l), tokens: s.tokens, blobs: s.blobs}
 }
 

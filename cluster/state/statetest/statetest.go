@@ -45,6 +45,7 @@ func Run(t *testing.T, open func(t *testing.T) Opened) {
 		{"intents", testIntents},
 		{"older intents are refused", testOlderIntents},
 		{"commit and restart", testCommitRestart},
+		{"volumes and states", testVolumesStates},
 		{"a changed base is a conflict", testConflict},
 		{"snapshots never change", testImmutable},
 		{"wait", testWait},
@@ -160,6 +161,49 @@ func testCommitRestart(t *testing.T, o Opened) {
 	wantKind(t, o.Store.Commit(ctx, state.Change{Settled: 9, Base: want.Generation}), api.Unavailable)
 }
 
+func volume(id, node string) *clusterv1.Volume {
+	return &clusterv1.Volume{Volume: id, Tenant: "t", Workload: "w", Name: "data", Node: node, SizeBytes: 1 << 30, CreateTime: timestamppb.New(t0)}
+}
+
+func workloadState(workload string, replicas int32) *clusterv1.WorkloadState {
+	return &clusterv1.WorkloadState{Tenant: "t", Workload: workload, Scale: &clusterv1.Scale{Replicas: replicas, Time: timestamppb.New(t0)}}
+}
+
+func testVolumesStates(t *testing.T, o Opened) {
+	ctx, s := t.Context(), o.Store
+	first := s.Snapshot()
+	ok(t, s.Commit(ctx, state.Change{
+		Base: first.Generation, PutVolumes: []*clusterv1.Volume{volume("t.w-0.data", "n1"), volume("t.w-1.data", "n2")},
+		PutStates: []*clusterv1.WorkloadState{workloadState("w", 3), workloadState("x", 1)}, PutAllocations: []*clusterv1.Allocation{alloc("w-0", "n1")},
+	}))
+	base := s.Snapshot()
+	going := volume("t.w-0.data", "n1")
+	going.Delete = true
+	ok(t, s.Commit(ctx, state.Change{
+		Base: base.Generation, PutVolumes: []*clusterv1.Volume{going}, DeleteVolumes: []string{"t.w-1.data"},
+		PutStates: []*clusterv1.WorkloadState{workloadState("w", 5)}, DeleteStates: []string{"t/x"},
+	}))
+	if len(first.Volumes)+len(first.States) != 0 || len(base.Volumes) != 2 || base.States["t/w"].GetScale().GetReplicas() != 3 || base.States["t/x"] == nil {
+		t.Errorf("a snapshot changed after it was handed out: %v, %v", base.Volumes, base.States)
+	}
+	for what, c := range map[string]state.Change{
+		"a changed volume":   {PutVolumes: []*clusterv1.Volume{going}},
+		"a deleted volume":   {PutVolumes: []*clusterv1.Volume{volume("t.w-1.data", "n2")}},
+		"a volume to delete": {DeleteVolumes: []string{"t.w-0.data"}},
+		"a changed state":    {PutStates: []*clusterv1.WorkloadState{workloadState("w", 4)}},
+		"a deleted state":    {PutStates: []*clusterv1.WorkloadState{workloadState("x", 4)}},
+	} {
+		c.Base = base.Generation
+		if err := s.Commit(ctx, c); api.KindOf(err) != api.Conflict {
+			t.Errorf("%s on an old base: %v, want a conflict", what, err)
+		}
+	}
+	got := o.Restart().Snapshot()
+	if len(got.Volumes) != 1 || !proto.Equal(got.Volumes["t.w-0.data"], going) || len(got.States) != 1 || !proto.Equal(got.States["t/w"], workloadState("w", 5)) {
+		t.Fatalf("after a restart: volumes %v, states %v", got.Volumes, got.States)
+	}
+}
+
 func testConflict(t *testing.T, o Opened) {
 	ctx, s := t.Context(), o.Store
 	ok(t, s.Commit(ctx, state.Change{Base: s.Snapshot().Generation, PutNodes: []*clusterv1.Node{node("n")}, PutAllocations: []*clusterv1.Allocation{alloc("w-1", "n"), alloc("w-2", "n")}}))
@@ -230,6 +274,18 @@ func testObserve(t *testing.T, o Opened) {
 	if got := s.Snapshot(); got.Generation != gen || !got.NodeStatus["n"].LastSeen.Equal(t0.Add(time.Second)) {
 		t.Errorf("a sign of life gave generation %d after %d, last seen %v", got.Generation, gen, got.NodeStatus["n"].LastSeen)
 	}
+	used := status(2, t0.Add(time.Second), "w-1")
+	used.Allocations["w-1"].Usage = &nodev1.Usage{CpuMilli: 250, MemoryBytes: 1 << 20}
+	ok(t, s.Observe("n", used))
+	if got := s.Snapshot(); got.Generation != gen || got.NodeStatus["n"].Allocations["w-1"].GetUsage().GetCpuMilli() != 250 {
+		t.Errorf("usage alone gave generation %d after %d, and is %v", got.Generation, gen, got.NodeStatus["n"].Allocations["w-1"].GetUsage())
+	}
+	gone := status(2, t0.Add(time.Second), "w-1")
+	gone.RemovedVolumes = map[string]bool{"t.w-0.data": true}
+	ok(t, s.Observe("n", gone))
+	if s.Snapshot().Generation <= gen {
+		t.Error("a volume that is gone woke nobody")
+	}
 	ok(t, s.Observe("n", status(2, t0.Add(2*time.Second))))
 	if got := s.Snapshot(); got.Generation <= gen || len(got.NodeStatus["n"].Allocations) != 0 {
 		t.Errorf("an allocation that went left %+v at generation %d", got.NodeStatus["n"], got.Generation)
@@ -253,10 +309,10 @@ func testObserve(t *testing.T, o Opened) {
 }
 
 func testPending(t *testing.T, o Opened) {
-	p := map[string][]state.PendingReason{"t/w": {{Replica: "r1/0", Code: "InsufficientCPU", Message: "m", Count: 3}}}
+	p := map[string][]state.PendingReason{"t/w": {{Replica: "r1/0", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n", Remedies: []state.Remedy{{Code: "FreeCPU", Message: "r"}}}}}
 	o.Store.SetPending(p)
 	gen := o.Store.Snapshot().Generation
-	o.Store.SetPending(map[string][]state.PendingReason{"t/w": {{Replica: "r1/0", Code: "InsufficientCPU", Message: "m", Count: 3}}})
+	o.Store.SetPending(map[string][]state.PendingReason{"t/w": {{Replica: "r1/0", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n", Remedies: []state.Remedy{{Code: "FreeCPU", Message: "r"}}}}})
 	if got := o.Store.Snapshot(); got.Generation != gen || len(got.Pending["t/w"]) != 1 {
 		t.Errorf("equal reasons gave generation %d after %d, %v", got.Generation, gen, got.Pending)
 	}

@@ -51,6 +51,7 @@ type world struct {
 	permits   map[string][]item                  // by tenant
 	bundles   []item
 	peers     []item
+	removals  map[string][]item // by node: volumes that are to go
 	// ingress are the routes with host names at the ingress, and the services that
 	// they lead to.
 	ingress         []item
@@ -70,12 +71,19 @@ func newWorld(s *state.Snapshot, f Facts) *world {
 		s: s, facts: f, onNode: map[string][]*clusterv1.Allocation{}, workloads: map[string][]*clusterv1.Allocation{},
 		remote: map[string][]*linkv1.ServiceExport{}, services: map[string]service{}, routes: map[string][]item{},
 		policies: map[string][]item{}, permits: map[string][]item{}, ingressServices: map[string]bool{},
+		removals: map[string][]item{},
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.Allocations)) {
 		a := s.Allocations[id]
 		w.onNode[a.GetNode()] = append(w.onNode[a.GetNode()], a)
 		k := a.GetTenant() + "/" + a.GetWorkload()
 		w.workloads[k] = append(w.workloads[k], a)
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.Volumes)) {
+		if v := s.Volumes[id]; v.GetDelete() {
+			d := &nodev1.Directive{Body: &nodev1.Directive_VolumeRemoval{VolumeRemoval: &nodev1.VolumeRemoval{Volume: id}}}
+			w.removals[v.GetNode()] = append(w.removals[v.GetNode()], item{"volume/" + id, v, d})
+		}
 	}
 	names := slices.Sorted(maps.Keys(s.Intents))
 	for _, name := range names {
@@ -128,6 +136,7 @@ func (w *world) addService(i *linkv1.ServiceIntent, it item) {
 	k := i.GetTenant() + "/" + i.GetService()
 	e := &nodev1.MeshEndpoints{Tenant: i.GetTenant(), Service: i.GetService(), Remote: w.remote[k]}
 	e.Endpoints = w.endpoints(i.GetTenant()+"/"+workload, e.Remote)
+	standby(e.Endpoints, w.s.Intents["workload/"+i.GetTenant()+"/"+workload].GetWorkload().GetActiveRevision())
 	w.services[k] = service{
 		tenant: i.GetTenant(), service: it, local: len(w.workloads[i.GetTenant()+"/"+workload]) > 0,
 		endpoints: item{"endpoints/" + k, nil, &nodev1.Directive{Revision: it.directive.GetRevision(), Body: &nodev1.Directive_Endpoints{Endpoints: e}}},
@@ -185,6 +194,18 @@ func (w *world) endpoints(workload string, remote []*linkv1.ServiceExport) []*no
 		slices.SortFunc(live, func(a, b *nodev1.Endpoint) int { return cmp.Compare(a.GetAllocation(), b.GetAllocation()) })
 	}
 	return live
+}
+
+// standby marks the replicas of revisions that do not serve. While none of the
+// active one can answer, all do: a switch never empties the set.
+func standby(all []*nodev1.Endpoint, active string) {
+	serves := func(e *nodev1.Endpoint) bool { return e.GetRevision() == active && !e.GetDraining() }
+	if active == "" || !slices.ContainsFunc(all, serves) {
+		return
+	}
+	for _, e := range all {
+		e.Standby = e.GetRevision() != active
+	}
 }
 
 // within says whether the address lies in the range.
@@ -246,9 +267,9 @@ func (w *world) of(node string) []item {
 		}
 	}
 	for _, a := range w.onNode[node] {
-		out = append(out, assignment(a))
+		out = append(out, w.assignment(a))
 	}
-	return out
+	return append(out, w.removals[node]...)
 }
 
 // concerns says whose mesh a node takes part in: tenants with allocations there,
@@ -268,10 +289,16 @@ func (w *world) concerns(node string) (tenants []string, ingress, eastWest bool)
 	return slices.Sorted(maps.Keys(seen)), ingress, eastWest
 }
 
-func assignment(a *clusterv1.Allocation) item {
+func (w *world) assignment(a *clusterv1.Allocation) item {
+	var volumes []*nodev1.AssignedVolume
+	for _, id := range a.GetVolumes() {
+		v := w.s.Volumes[id]
+		volumes = append(volumes, &nodev1.AssignedVolume{Volume: id, Name: v.GetName(), SizeBytes: v.GetSizeBytes()})
+	}
 	return item{"assignment/" + a.GetAllocation(), a, &nodev1.Directive{Revision: a.GetFederationRevision(), Body: &nodev1.Directive_Assignment{Assignment: &nodev1.Assignment{
 		Allocation: a.GetAllocation(), Tenant: a.GetTenant(), Workload: a.GetWorkload(), Revision: a.GetRevision(), Epoch: a.GetEpoch(),
 		Spec: a.GetSpec(), Address: a.GetAddress(), Stop: a.GetStop(), StopReason: a.GetStopReason(), AtCluster: a.GetAtCluster(), Bound: a.GetBound(),
+		Index: a.GetIndex(), Volumes: volumes, Devices: a.GetDevices(),
 	}}}}
 }
 

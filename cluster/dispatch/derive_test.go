@@ -27,13 +27,13 @@ var testFacts = Facts{Cluster: "eu", Fleet: "portolan.internal", VirtualIPs: "10
 func emptySnapshot() *state.Snapshot {
 	return &state.Snapshot{
 		Intents: map[string]*linkv1.Intent{}, Nodes: map[string]*clusterv1.Node{}, Allocations: map[string]*clusterv1.Allocation{},
-		NodeStatus: map[string]*state.NodeStatus{},
+		NodeStatus: map[string]*state.NodeStatus{}, Volumes: map[string]*clusterv1.Volume{},
 	}
 }
 
 // TestDirectives runs scripted scenarios: "set" changes the snapshot by lines
 // ("intent NAME JSON", "node NAME JSON", "alloc JSON", "drop NAME", "status NODE
-// ALLOCATION STATE [ready]", "lost NODE", "back NODE", "settled N"), "derive"
+// ALLOCATION STATE [ready]", "volume JSON", "lost NODE", "back NODE", "settled N"), "derive"
 // prints what a node is told.
 func TestDirectives(t *testing.T) {
 	datadriven.Walk(t, "testdata/derive", func(t *testing.T, path string) {
@@ -76,6 +76,11 @@ func set(s *state.Snapshot, line string) error {
 		a := &clusterv1.Allocation{}
 		err := protojson.Unmarshal([]byte(rest), a)
 		s.Allocations[a.GetAllocation()] = a
+		return err
+	case "volume":
+		v := &clusterv1.Volume{}
+		err := protojson.Unmarshal([]byte(rest), v)
+		s.Volumes[v.GetVolume()] = v
 		return err
 	case "drop":
 		delete(s.Allocations, name)

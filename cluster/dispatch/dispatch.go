@@ -54,6 +54,9 @@ type Authority interface {
 type Manager interface {
 	// RegisterNode cuts the node's range and writes its record.
 	RegisterNode(ctx context.Context, node string, facts *nodev1.NodeFacts, keyHash []byte) (*clusterv1.Node, error)
+	// SetMode changes the mode of a node, or of a pool's nodes when node is empty; a
+	// deadline of zero is none.
+	SetMode(ctx context.Context, node, pool string, mode portolanv1.NodeMode, deadline time.Time) error
 	AddEvents(events ...*portolanv1.Event)
 	// Events gives the newest events, oldest first.
 	Events() []*portolanv1.Event

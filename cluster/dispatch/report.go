@@ -191,7 +191,7 @@ func (s *session) take(m *nodev1.NodeReport) (*linkv1.ReportAck, error) {
 
 // says tells whether a delta says anything but that the node lives.
 func says(m *nodev1.NodeReport) bool {
-	return len(m.GetAllocations())+len(m.GetRemoved())+len(m.GetProxies())+len(m.GetRemovedProxies()) > 0 || m.GetFacts() != nil || m.GetApplied() != nil
+	return len(m.GetAllocations())+len(m.GetRemoved())+len(m.GetProxies())+len(m.GetRemovedProxies())+len(m.GetRemovedVolumes()) > 0 || m.GetFacts() != nil || m.GetApplied() != nil
 }
 
 // touch notes a sign of life that says nothing else; with mu held.
@@ -229,11 +229,11 @@ func (d *Dispatch) acknowledged(view string) {
 func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 	next := &state.NodeStatus{
 		Connected: true, LastSeen: now, Session: s.number,
-		Allocations: map[string]*nodev1.AllocationStatus{}, Proxies: map[string]*nodev1.ProxyStatus{},
+		Allocations: map[string]*nodev1.AllocationStatus{}, Proxies: map[string]*nodev1.ProxyStatus{}, RemovedVolumes: map[string]bool{},
 	}
 	if !m.GetFull() {
 		next.Facts, next.Applied = s.st.Facts, s.st.Applied
-		next.Allocations, next.Proxies = maps.Clone(s.st.Allocations), maps.Clone(s.st.Proxies)
+		next.Allocations, next.Proxies, next.RemovedVolumes = maps.Clone(s.st.Allocations), maps.Clone(s.st.Proxies), maps.Clone(s.st.RemovedVolumes)
 	}
 	if m.GetFacts() != nil {
 		next.Facts = m.GetFacts()
@@ -265,7 +265,25 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 	for _, id := range m.GetRemovedProxies() {
 		delete(next.Proxies, id)
 	}
+	s.mergeRemovals(next, m.GetRemovedVolumes(), snapshot)
 	return next
+}
+
+// mergeRemovals believes a node about volumes of its own that it was told to
+// delete, and forgets those whose record is gone.
+func (s *session) mergeRemovals(next *state.NodeStatus, removed []string, snapshot *state.Snapshot) {
+	for id := range next.RemovedVolumes {
+		if snapshot.Volumes[id] == nil {
+			delete(next.RemovedVolumes, id)
+		}
+	}
+	for _, id := range removed {
+		if v := snapshot.Volumes[id]; v.GetNode() == s.node && v.GetDelete() {
+			next.RemovedVolumes[id] = true
+		} else if v != nil {
+			s.alarm("volume "+id, "it is not one that the node was to delete")
+		}
+	}
 }
 
 // bounded cuts a proxy's refusals to what is kept.

@@ -48,6 +48,19 @@ func (m *fakeManager) RegisterNode(ctx context.Context, node string, facts *node
 	return n, m.store.Commit(ctx, state.Change{Base: m.store.Snapshot().Generation, PutNodes: []*clusterv1.Node{n}})
 }
 
+func (m *fakeManager) SetMode(ctx context.Context, node, pool string, mode portolanv1.NodeMode, deadline time.Time) error {
+	s := m.store.Snapshot()
+	c := state.Change{Base: s.Generation}
+	for id, n := range s.Nodes {
+		if id == node || node == "" && state.PoolOf(n) == pool {
+			n = proto.CloneOf(n)
+			n.Mode, n.DrainDeadline = mode, timestamppb.New(deadline)
+			c.PutNodes = append(c.PutNodes, n)
+		}
+	}
+	return m.store.Commit(ctx, c)
+}
+
 func (m *fakeManager) AddEvents(events ...*portolanv1.Event) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

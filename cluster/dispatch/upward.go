@@ -8,16 +8,13 @@ import (
 	"maps"
 	"slices"
 	"strings"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
-	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/tunnel"
 )
@@ -171,81 +168,4 @@ func (r *runtimeServer) Exec(s grpc.BidiStreamingServer[portolanv1.ExecRequest, 
 		_ = node.CloseSend()
 	}()
 	return tunnel.Relay(node.Recv, s.Send)
-}
-
-// adminServer is what an operator asks of a cluster.
-type adminServer struct {
-	linkv1.UnimplementedClusterAdminServiceServer
-	d *Dispatch
-}
-
-// CreateNodeJoinToken implements linkv1.ClusterAdminServiceServer.
-func (a *adminServer) CreateNodeJoinToken(ctx context.Context, req *linkv1.CreateNodeJoinTokenRequest) (*linkv1.CreateNodeJoinTokenResponse, error) {
-	if _, err := api.ParseID(req.GetNode()); err != nil {
-		return nil, api.E(api.Invalid, "create a join token", "node: %w", err)
-	}
-	token, hash := a.d.cfg.CA.NewToken()
-	t := &clusterv1.NodeToken{Node: req.GetNode(), ExpireTime: timestamppb.New(time.Now().Add(DefaultTokenTTL))}
-	if err := a.d.cfg.State.PutToken(ctx, hash, t); err != nil {
-		return nil, err
-	}
-	return &linkv1.CreateNodeJoinTokenResponse{Token: token, ExpireTime: t.GetExpireTime()}, nil
-}
-
-// ListNodes implements linkv1.ClusterAdminServiceServer.
-func (a *adminServer) ListNodes(context.Context, *linkv1.ListNodesRequest) (*linkv1.ListNodesResponse, error) {
-	s := a.d.cfg.State.Snapshot()
-	used := map[string]api.Resources{}
-	count := map[string]int32{}
-	for _, al := range s.Allocations {
-		if al.GetFinal() != nil {
-			continue
-		}
-		count[al.GetNode()]++
-		if r, err := api.RequestsOf(al.GetSpec()); err == nil {
-			used[al.GetNode()] = used[al.GetNode()].Add(r)
-		}
-	}
-	out := &linkv1.ListNodesResponse{}
-	for _, id := range slices.Sorted(maps.Keys(s.Nodes)) {
-		n := s.Nodes[id]
-		info := &portolanv1.NodeInfo{
-			Name: api.ClusterName(a.d.cfg.Facts.Cluster) + "/nodes/" + id, Labels: n.GetFacts().GetLabels(), Taints: n.GetFacts().GetTaints(),
-			Address: n.GetFacts().GetAddress(), ReplicaCidr: n.GetReplicaCidr(), CpuMilli: n.GetFacts().GetCpuMilli(), MemoryBytes: n.GetFacts().GetMemoryBytes(),
-			AllocatedCpuMilli: used[id].CPUMilli, AllocatedMemoryBytes: used[id].MemoryBytes, Replicas: count[id],
-		}
-		if st := s.NodeStatus[id]; st != nil {
-			info.Ready = n.GetLostTime() == nil && st.Connected
-			info.AppliedRevision = st.Applied.GetRevision()
-			info.LastSeenTime = timestamppb.New(st.LastSeen)
-		}
-		out.Nodes = append(out.Nodes, info)
-	}
-	return out, nil
-}
-
-// ExplainPending implements linkv1.ClusterAdminServiceServer.
-func (a *adminServer) ExplainPending(_ context.Context, req *linkv1.ExplainPendingRequest) (*linkv1.ExplainPendingResponse, error) {
-	ids, err := api.ParseName(req.GetWorkload(), api.WorkloadPattern)
-	if err != nil {
-		return nil, api.E(api.Invalid, "explain pending replicas", "workload: %w", err)
-	}
-	byReplica := map[string]*portolanv1.NodeVerdict{}
-	out := &linkv1.ExplainPendingResponse{}
-	for _, p := range a.d.cfg.State.Snapshot().Pending[ids[0]+"/"+ids[1]] {
-		v := byReplica[p.Replica]
-		if v == nil {
-			v = &portolanv1.NodeVerdict{Cluster: a.d.cfg.Facts.Cluster, Replica: p.Replica}
-			byReplica[p.Replica] = v
-			out.Verdicts = append(out.Verdicts, v)
-		}
-		v.Reasons = append(v.Reasons, &portolanv1.Reason{Code: p.Code, Message: p.Message, Count: int32(p.Count)})
-	}
-	return out, nil
-}
-
-// ListLaggards implements linkv1.ClusterAdminServiceServer.
-func (a *adminServer) ListLaggards(_ context.Context, req *linkv1.ListLaggardsRequest) (*linkv1.ListLaggardsResponse, error) {
-	s := a.d.cfg.State.Snapshot()
-	return &linkv1.ListLaggardsResponse{Laggards: s.Laggards(a.d.cfg.Facts.Cluster, req.GetRevision()), AppliedRevision: s.Applied()}, nil
 }

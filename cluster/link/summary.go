@@ -47,11 +47,11 @@ func summarize(s *state.Snapshot, cluster string, nacks []*linkv1.Nack, now time
 
 func clusterSummary(s *state.Snapshot) *linkv1.ClusterSummary {
 	out := &linkv1.ClusterSummary{Nodes: int32(len(s.Nodes)), AppliedRevision: s.Applied()}
-	for _, id := range s.Live() {
-		n := s.Nodes[id]
-		out.NodesReady++
-		out.CpuMilli += n.GetFacts().GetCpuMilli()
-		out.MemoryBytes += n.GetFacts().GetMemoryBytes()
+	out.Pools = s.PoolStatuses()
+	for _, p := range out.GetPools() {
+		out.NodesReady += p.GetNodesReady()
+		out.CpuMilli += p.GetCpuMilli()
+		out.MemoryBytes += p.GetMemoryBytes()
 	}
 	out.GatewayAddresses = gateways(s, portolanv1.GatewayKind_GATEWAY_KIND_EAST_WEST, eastWestPort)
 	out.IngressAddresses = gateways(s, portolanv1.GatewayKind_GATEWAY_KIND_INGRESS, ingressPort)
@@ -113,9 +113,14 @@ func exports(s *state.Snapshot, cluster string, gateways []string) map[string]*l
 			continue
 		}
 		e := &linkv1.ServiceExport{Cluster: cluster, Tenant: svc.GetTenant(), Service: svc.GetService(), Region: region, Gateways: gateways}
-		var all int32
-		for _, n := range byRevision {
-			all += n
+		// A revision that does not serve is only reached by back ends that name it.
+		active := s.Intents["workload/"+workload].GetWorkload().GetActiveRevision()
+		all := byRevision[active]
+		if active == "" || all == 0 {
+			all = 0
+			for _, n := range byRevision {
+				all += n
+			}
 		}
 		for _, p := range svc.GetSpec().GetPorts() {
 			name := cmp.Or(p.GetName(), "http")

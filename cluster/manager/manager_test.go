@@ -575,6 +575,14 @@ func TestCopyAllocation(t *testing.T) {
 	fields := a.ProtoReflect().Descriptor().Fields()
 	for i := range fields.Len() {
 		f := fields.Get(i)
+		switch {
+		case f.IsList() && f.Kind() == protoreflect.StringKind:
+			a.ProtoReflect().Mutable(f).List().Append(protoreflect.ValueOfString(string(f.Name())))
+			continue
+		case f.IsList():
+			a.ProtoReflect().Mutable(f).List().AppendMutable()
+			continue
+		}
 		switch f.Kind() {
 		case protoreflect.StringKind:
 			a.ProtoReflect().Set(f, protoreflect.ValueOfString(string(f.Name())))
@@ -611,4 +619,52 @@ func TestClustersDrawDifferentNames(t *testing.T) {
 	if first, again := draw("eu"), draw("eu"); first != again {
 		t.Error("names are not repeatable")
 	}
+}
+
+func TestModes(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		r.addNode("n1", "pool=gpu")
+		r.addNode("n2", "pool=gpu")
+		r.addNode("n3")
+		ctx := t.Context()
+		for name, err := range map[string]error{
+			"neither": r.m.SetMode(ctx, "", "", portolanv1.NodeMode_NODE_MODE_CORDONED, time.Time{}),
+			"both":    r.m.SetMode(ctx, "n1", "gpu", portolanv1.NodeMode_NODE_MODE_CORDONED, time.Time{}),
+		} {
+			if api.KindOf(err) != api.Invalid {
+				t.Errorf("%s: %v, want invalid", name, err)
+			}
+		}
+		if err := r.m.SetMode(ctx, "n9", "", portolanv1.NodeMode_NODE_MODE_CORDONED, time.Time{}); api.KindOf(err) != api.NotFound {
+			t.Errorf("an unknown node: %v, want not found", err)
+		}
+		modes := func() string {
+			out := ""
+			for _, id := range []string{"n1", "n2", "n3"} {
+				n := r.store.Snapshot().Nodes[id]
+				out += fmt.Sprintf("%s %d %t; ", id, n.GetMode(), n.GetDrainDeadline() != nil)
+			}
+			return out
+		}
+		for _, c := range []struct {
+			node, pool string
+			mode       portolanv1.NodeMode
+			deadline   time.Time
+			want       string
+		}{
+			{"", "gpu", portolanv1.NodeMode_NODE_MODE_CORDONED, time.Time{}, "n1 1 false; n2 1 false; n3 0 false; "},
+			{"n3", "", portolanv1.NodeMode_NODE_MODE_DRAINING, time.Now().Add(time.Minute), "n1 1 false; n2 1 false; n3 2 true; "},
+			{"", "default", portolanv1.NodeMode_NODE_MODE_UNSPECIFIED, time.Time{}, "n1 1 false; n2 1 false; n3 0 false; "},
+		} {
+			if err := r.m.SetMode(ctx, c.node, c.pool, c.mode, c.deadline); err != nil {
+				t.Fatal(err)
+			}
+			if got := modes(); got != c.want {
+				t.Errorf("after %v: %s, want %s", c, got, c.want)
+			}
+		}
+		if r.events("NodeCordoned") != 2 || r.events("NodeDraining") != 1 || r.events("NodeFreed") != 1 {
+			t.Errorf("events: %v", r.m.Events())
+		}
+	})
 }

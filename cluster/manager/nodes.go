@@ -62,6 +62,101 @@ func (m *Manager) RegisterNode(ctx context.Context, node string, facts *nodev1.N
 	return nil, err
 }
 
+// SetMode changes the mode of a node, or of all nodes of a pool when node is empty.
+// deadline is of a drain; zero: never. api.NotFound when there is no such node,
+// api.Invalid unless exactly one of node and pool is given.
+func (m *Manager) SetMode(ctx context.Context, node, pool string, mode portolanv1.NodeMode, deadline time.Time) error {
+	const doing = "set the mode of nodes"
+	if (node == "") == (pool == "") {
+		return api.E(api.Invalid, doing, "name a node or a pool, and not both")
+	}
+	m.register.Lock()
+	defer m.register.Unlock()
+	var err error
+	for range maxRegisterTries {
+		s := m.cfg.Store.Snapshot()
+		c := state.Change{Base: s.Generation}
+		found := false
+		for _, id := range slices.Sorted(maps.Keys(s.Nodes)) {
+			n := s.Nodes[id]
+			if id != node && (node != "" || state.PoolOf(n) != pool) {
+				continue
+			}
+			found = true
+			if up := inMode(n, mode, deadline); up != nil {
+				c.PutNodes = append(c.PutNodes, up)
+			}
+		}
+		if !found {
+			return api.E(api.NotFound, doing, "there is no node %q, or no node in pool %q", node, pool)
+		}
+		if err = m.cfg.Store.Commit(ctx, c); err == nil {
+			for _, n := range c.PutNodes {
+				m.AddEvents(m.nodeEvent(n.GetNode(), modeEvents[mode], modeSentence(mode, deadline), m.cfg.Now()))
+			}
+			return nil
+		}
+		if api.KindOf(err) != api.Conflict {
+			return err
+		}
+	}
+	return err
+}
+
+// modeEvents are the types of the events that a mode makes.
+var modeEvents = map[portolanv1.NodeMode]string{
+	portolanv1.NodeMode_NODE_MODE_UNSPECIFIED: "NodeFreed",
+	portolanv1.NodeMode_NODE_MODE_CORDONED:    "NodeCordoned",
+	portolanv1.NodeMode_NODE_MODE_DRAINING:    "NodeDraining",
+}
+
+func modeSentence(mode portolanv1.NodeMode, deadline time.Time) string {
+	switch {
+	case mode == portolanv1.NodeMode_NODE_MODE_CORDONED:
+		return "nothing new is bound to it"
+	case mode == portolanv1.NodeMode_NODE_MODE_DRAINING && deadline.IsZero():
+		return "what runs there leaves, within its disruption budgets"
+	case mode == portolanv1.NodeMode_NODE_MODE_DRAINING:
+		return "what runs there leaves, within its disruption budgets until " + deadline.UTC().Format(time.RFC3339)
+	}
+	return "it takes replicas"
+}
+
+// inMode gives the record with the mode; nil when it is so already.
+func inMode(n *clusterv1.Node, mode portolanv1.NodeMode, deadline time.Time) *clusterv1.Node {
+	var until *timestamppb.Timestamp
+	if mode == portolanv1.NodeMode_NODE_MODE_DRAINING && !deadline.IsZero() {
+		until = timestamppb.New(deadline)
+	}
+	if n.GetMode() == mode && proto.Equal(n.GetDrainDeadline(), until) {
+		return nil
+	}
+	up := proto.CloneOf(n)
+	up.Mode, up.DrainDeadline = mode, until
+	return up
+}
+
+// taintTimes says since when a node has each taint that makes replicas leave; was
+// is what its record says. Nil when there is none.
+func taintTimes(was map[string]*timestamppb.Timestamp, taints []*portolanv1.Taint, now time.Time) map[string]*timestamppb.Timestamp {
+	var out map[string]*timestamppb.Timestamp
+	for _, t := range taints {
+		if t.GetEffect() != portolanv1.TaintEffect_TAINT_EFFECT_NO_EXECUTE {
+			continue
+		}
+		if out == nil {
+			out = map[string]*timestamppb.Timestamp{}
+		}
+		key := t.GetKey() + "=" + t.GetValue()
+		if out[key] = was[key]; out[key] == nil {
+			out[key] = timestamppb.New(now)
+		}
+	}
+	return out
+}
+
+func sameTime(a, b *timestamppb.Timestamp) bool { return proto.Equal(a, b) }
+
 // freeRange gives the lowest /24 that no node has, from the second of the
 // cluster's range on.
 func (m *Manager) freeRange(s *state.Snapshot) (string, error) {
@@ -144,6 +239,13 @@ func (m *Manager) leases(s *state.Snapshot, now time.Time) leaseChange {
 		}
 		if st != nil && st.Facts != nil && !proto.Equal(st.Facts, n.GetFacts()) {
 			c.edit(n).Facts = st.Facts
+		}
+		facts := n.GetFacts()
+		if st != nil && st.Facts != nil {
+			facts = st.Facts
+		}
+		if times := taintTimes(n.GetTaintTimes(), facts.GetTaints(), now); !maps.EqualFunc(times, n.GetTaintTimes(), sameTime) {
+			c.edit(n).TaintTimes = times
 		}
 	}
 	return c

@@ -3,6 +3,7 @@ package state
 import (
 	"context"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -442,16 +443,19 @@ func (x *Index) SetPending(p map[string][]PendingReason) {
 	x.changed()
 }
 
+// SetNotes implements Store. Equal notes leave the generation alone.
+func (x *Index) SetNotes(n Notes) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if maps.Equal(x.now.Notes.Wishes, n.Wishes) && maps.EqualFunc(x.now.Notes.Blocked, n.Blocked, slices.Equal[[]Blocked]) {
+		return
+	}
+	x.now.Notes = Notes{Wishes: maps.Clone(n.Wishes), Blocked: maps.Clone(n.Blocked)}
+	x.changed()
+}
+
 func equalReasons(a, b []PendingReason) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if !a[i].Equal(b[i]) {
-			return false
-		}
-	}
-	return true
+	return slices.EqualFunc(a, b, PendingReason.Equal)
 }
 
 // Closed is the error of a store that was closed.

@@ -46,6 +46,29 @@ type Snapshot struct {
 	// Pending says for replicas that found no node why, by workload key
 	// "tenant/workload". Written by manager, in memory. Count is over nodes.
 	Pending map[string][]PendingReason
+	// Notes are what else the manager knows, in memory.
+	Notes Notes
+}
+
+// Notes are the manager's findings that are nobody's record. Written by manager,
+// read by dispatch and link.
+type Notes struct {
+	// Wishes say of which pools there should be more or fewer nodes.
+	Wishes map[string]PoolWish
+	// Blocked says of a node that is drained what still runs there, and why.
+	Blocked map[string][]Blocked
+}
+
+// PoolWish is how many nodes more (or fewer) a pool should have, and why.
+type PoolWish struct {
+	Nodes  int32
+	Reason string
+}
+
+// Blocked counts replicas that have not left a node, by reason.
+type Blocked struct {
+	Code, Message string
+	Count         int
 }
 
 // PendingReason is a rolled-up refusal of the scheduler.
@@ -106,6 +129,8 @@ type Store interface {
 	Observe(node string, s *NodeStatus) error
 	// SetPending replaces Pending. Written by manager.
 	SetPending(map[string][]PendingReason)
+	// SetNotes replaces Notes. Written by manager.
+	SetNotes(Notes)
 
 	// PutToken, Token and Tokens keep join tokens. Written by dispatch.
 	PutToken(ctx context.Context, hash string, t *clusterv1.NodeToken) error

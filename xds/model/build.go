@@ -156,7 +156,7 @@ func (b *builder) endpoints() {
 				continue
 			}
 			s.Endpoints = append(s.Endpoints, Endpoint{
-				Allocation: e.GetAllocation(), Address: a, Revision: e.GetRevision(), Node: e.GetNode(), Zone: e.GetZone(), Draining: e.GetDraining(),
+				Allocation: e.GetAllocation(), Address: a, Revision: e.GetRevision(), Node: e.GetNode(), Zone: e.GetZone(), Draining: e.GetDraining(), Standby: e.GetStandby(),
 			})
 		}
 		slices.SortFunc(s.Endpoints, func(x, y Endpoint) int {

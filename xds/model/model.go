@@ -100,6 +100,8 @@ type Endpoint struct {
 	Revision   string
 	Node, Zone string
 	Draining   bool
+	// Standby is only for back ends that name its revision.
+	Standby bool
 }
 
 // Remote is a way to the service through another cluster's gateways.

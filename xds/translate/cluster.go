@@ -142,7 +142,7 @@ func assignment(name string) *endpointv3.ClusterLoadAssignment {
 func localEndpoints(g *model.Graph, s *model.Service, port model.Port, revision string) []*endpointv3.LocalityLbEndpoints {
 	var out []*endpointv3.LocalityLbEndpoints
 	for _, e := range s.Endpoints {
-		if revision != "" && e.Revision != revision {
+		if revision != "" && e.Revision != revision || revision == "" && e.Standby {
 			continue
 		}
 		zone := cmp.Or(e.Zone, g.Zone)

@@ -63,6 +63,7 @@ func endpointPrint(g *model.Graph, s *model.Service) print {
 		p.s(e.Revision, e.Zone)
 		p.b = e.Address.AppendTo(p.b)
 		p.bool(e.Draining)
+		p.bool(e.Standby)
 	}
 	for _, r := range s.Remotes {
 		p.s(r.Cluster, r.Region)

@@ -1490,7 +1490,10 @@ type Endpoint struct {
 	Node       string                 `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
 	Zone       string                 `protobuf:"bytes,5,opt,name=zone,proto3" json:"zone,omitempty"`
 	// Accepts no new connections; kept while callers acknowledge.
-	Draining      bool `protobuf:"varint,6,opt,name=draining,proto3" json:"draining,omitempty"`
+	Draining bool `protobuf:"varint,6,opt,name=draining,proto3" json:"draining,omitempty"`
+	// Of a revision that does not serve (blue-green): only back ends that name its
+	// revision lead to it.
+	Standby       bool `protobuf:"varint,7,opt,name=standby,proto3" json:"standby,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1563,6 +1566,13 @@ func (x *Endpoint) GetZone() string {
 func (x *Endpoint) GetDraining() bool {
 	if x != nil {
 		return x.Draining
+	}
+	return false
+}
+
+func (x *Endpoint) GetStandby() bool {
+	if x != nil {
+		return x.Standby
 	}
 	return false
 }
@@ -2132,7 +2142,7 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x128\n" +
 	"\tendpoints\x18\x03 \x03(\v2\x1a.portolan.node.v1.EndpointR\tendpoints\x127\n" +
-	"\x06remote\x18\x04 \x03(\v2\x1f.portolan.link.v1.ServiceExportR\x06remote\"\xa4\x01\n" +
+	"\x06remote\x18\x04 \x03(\v2\x1f.portolan.link.v1.ServiceExportR\x06remote\"\xbe\x01\n" +
 	"\bEndpoint\x12\x1e\n" +
 	"\n" +
 	"allocation\x18\x01 \x01(\tR\n" +
@@ -2141,7 +2151,8 @@ const file_portolan_node_v1_node_proto_rawDesc = "" +
 	"\brevision\x18\x03 \x01(\tR\brevision\x12\x12\n" +
 	"\x04node\x18\x04 \x01(\tR\x04node\x12\x12\n" +
 	"\x04zone\x18\x05 \x01(\tR\x04zone\x12\x1a\n" +
-	"\bdraining\x18\x06 \x01(\bR\bdraining\"e\n" +
+	"\bdraining\x18\x06 \x01(\bR\bdraining\x12\x18\n" +
+	"\astandby\x18\a \x01(\bR\astandby\"e\n" +
 	"\tMeshRoute\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x14\n" +
 	"\x05route\x18\x02 \x01(\tR\x05route\x12*\n" +

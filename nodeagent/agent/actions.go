@@ -210,6 +210,14 @@ func (r *runner) spec(as *nodev1.Assignment, c *portolanv1.Container, attempt in
 	if err != nil {
 		return engine.Spec{}, api.E(api.Invalid, "start container "+name, "%w", err)
 	}
+	volumes, err := r.a.volumeMounts(as, c)
+	if err != nil {
+		return engine.Spec{}, err
+	}
+	devices, err := r.a.devices(as)
+	if err != nil {
+		return engine.Spec{}, err
+	}
 	at := r.attached()
 	spec := engine.Spec{
 		ID: engineID(r.id, name, attempt), Image: imageOf(c),
@@ -217,8 +225,8 @@ func (r *runner) spec(as *nodev1.Assignment, c *portolanv1.Container, attempt in
 			labelAllocation: r.id, labelContainer: name, labelAttempt: strconv.Itoa(attempt),
 			labelTenant: as.GetTenant(), labelWorkload: as.GetWorkload(),
 		},
-		Command: c.GetCommand(), Args: c.GetArgs(), Env: r.env(as, c), WorkingDir: c.GetWorkingDir(), Hostname: r.id,
-		NetNS: at.NetNS, Mounts: r.mounts(at), Tmpfs: c.GetTmpfs(), TmpfsBytes: tmpfsBytes,
+		Command: c.GetCommand(), Args: c.GetArgs(), Env: r.env(as, c), WorkingDir: c.GetWorkingDir(), Hostname: replicaName(as),
+		NetNS: at.NetNS, Mounts: append(r.mounts(at), volumes...), Devices: devices, Tmpfs: c.GetTmpfs(), TmpfsBytes: tmpfsBytes,
 		CPUMilli: l.cpu, CPURequest: l.request, MemoryBytes: l.memory, Pids: l.pids,
 		CgroupParent: r.a.cfg.CgroupParent, LogPath: r.a.logPath(r.id, name, attempt), Group: r.id,
 	}
@@ -235,6 +243,57 @@ func (r *runner) spec(as *nodev1.Assignment, c *portolanv1.Container, attempt in
 	return spec, nil
 }
 
+// replicaName is what a replica calls itself: stateful ones keep theirs.
+func replicaName(as *nodev1.Assignment) string {
+	if as.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL {
+		return as.GetWorkload() + "-" + strconv.Itoa(int(as.GetIndex()))
+	}
+	return as.GetAllocation()
+}
+
+// devices gives the device files of a replica's shares; those that have none are
+// only counted.
+func (a *Agent) devices(as *nodev1.Assignment) ([]string, error) {
+	var out []string
+	for _, share := range as.GetDevices() {
+		i := slices.IndexFunc(a.cfg.Facts.GetDevices(), func(d *nodev1.Device) bool {
+			return d.GetKind() == share.GetKind() && d.GetIndex() == share.GetIndex()
+		})
+		if i < 0 {
+			return nil, api.E(api.Invalid, "start replica "+as.GetAllocation(), "the node has no device %s %d", share.GetKind(), share.GetIndex())
+		}
+		if path := a.cfg.Facts.GetDevices()[i].GetPath(); path != "" {
+			out = append(out, path)
+		}
+	}
+	return out, nil
+}
+
+// deviceEnv says which devices are the replica's, as PORTOLAN_DEVICES_GPU=0,3, and
+// of a share of one how much: PORTOLAN_DEVICES_GPU_MILLI=500.
+func deviceEnv(as *nodev1.Assignment) []string {
+	index, milli := map[string][]string{}, map[string]int32{}
+	for _, d := range as.GetDevices() {
+		kind := strings.Map(func(c rune) rune {
+			if c >= 'a' && c <= 'z' || c >= '0' && c <= '9' {
+				return c
+			}
+			return '_'
+		}, strings.ToLower(d.GetKind()))
+		kind = strings.ToUpper(kind)
+		index[kind] = append(index[kind], strconv.Itoa(int(d.GetIndex())))
+		milli[kind] = d.GetMilli()
+	}
+	var out []string
+	for _, kind := range slices.Sorted(maps.Keys(index)) {
+		out = append(out, "PORTOLAN_DEVICES_"+kind+"="+strings.Join(index[kind], ","))
+		if milli[kind] < 1000 {
+			out = append(out, "PORTOLAN_DEVICES_"+kind+"_MILLI="+strconv.Itoa(int(milli[kind])))
+		}
+	}
+	return out
+}
+
 // env is the user's, and before it what every replica is told of itself.
 func (r *runner) env(as *nodev1.Assignment, c *portolanv1.Container) []string {
 	r.a.mu.Lock()
@@ -243,8 +302,9 @@ func (r *runner) env(as *nodev1.Assignment, c *portolanv1.Container) []string {
 	env := []string{
 		"PORTOLAN_TENANT=" + as.GetTenant(), "PORTOLAN_WORKLOAD=" + as.GetWorkload(), "PORTOLAN_REVISION=" + as.GetRevision(),
 		"PORTOLAN_REPLICA=" + r.id, "PORTOLAN_CLUSTER=" + cfg.GetCluster(), "PORTOLAN_REGION=" + cfg.GetRegion(),
-		"PORTOLAN_ZONE=" + cfg.GetZone(), "SPIFFE_ENDPOINT_SOCKET=unix:///run/spiffe/workload.sock",
+		"PORTOLAN_ZONE=" + cfg.GetZone(), "PORTOLAN_REPLICA_NAME=" + replicaName(as), "PORTOLAN_REPLICA_INDEX=" + strconv.Itoa(int(as.GetIndex())), "SPIFFE_ENDPOINT_SOCKET=unix:///run/spiffe/workload.sock",
 	}
+	env = append(env, deviceEnv(as)...)
 	for _, k := range slices.Sorted(maps.Keys(c.GetEnv())) {
 		env = append(env, k+"="+c.GetEnv()[k])
 	}

@@ -41,7 +41,11 @@ type Agent struct {
 	adopted bool
 	orphans map[string][]engine.Container // by allocation, until fresh
 	serving map[string]*nodev1.WardenProxy
+	going   map[string]bool // volumes that are to go
 	group   sync.WaitGroup
+
+	volumeMu   sync.Mutex    // held while a volume's directory is made or removed
+	volumeWake chan struct{} // capacity 1
 }
 
 type liveInstance struct {
@@ -59,7 +63,7 @@ func New(cfg Config) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, wake: make(chan struct{}, 1),
 		runners: map[string]*runner{}, live: map[string]liveInstance{}, orphans: map[string][]engine.Container{},
-		serving: map[string]*nodev1.WardenProxy{},
+		serving: map[string]*nodev1.WardenProxy{}, going: map[string]bool{}, volumeWake: make(chan struct{}, 1),
 	}
 	a.board = newBoard(cfg.Facts)
 	a.self = newSelf(cfg.Node, filepath.Join(cfg.DataDir, "agent"))
@@ -83,6 +87,9 @@ func (a *Agent) Run(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := os.MkdirAll(a.path("volumes"), 0o700); err != nil {
+		return err
+	}
 	good, err := distribute.OpenLastGood(a.path("lastgood"), distribute.DefaultKeep)
 	if err != nil {
 		return err
@@ -93,7 +100,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.mu.Unlock()
 	known := a.boot(good)
 	loops := []func(context.Context) error{
-		a.wakeLoop, a.wardenLoop, a.adoptLoop, a.sampleLoop, a.rotateLoop, a.assertLoop,
+		a.wakeLoop, a.wardenLoop, a.adoptLoop, a.sampleLoop, a.rotateLoop, a.assertLoop, a.volumeLoop,
 		func(ctx context.Context) error { return a.upward(ctx, good, known) },
 	}
 	for _, loop := range loops {
@@ -221,19 +228,6 @@ func (a *Agent) wardenSaid(s *nodev1.WardenStatus) {
 
 func proxySeen(p *nodev1.WardenProxy) task.ProxySeen {
 	return task.ProxySeen{Serving: p.GetServing(), Ready: p.GetReady(), Detail: p.GetDetail()}
-}
-
-// sampleLoop reads memory, so that an OOM has a last figure.
-func (a *Agent) sampleLoop(ctx context.Context) error {
-	for sleep(ctx, a.jittered(a.cfg.Sample)) {
-		for id, in := range a.liveNow() {
-			u, err := a.cfg.Engine.Usage(ctx, id)
-			if err == nil {
-				in.r.post(task.Sampled{Container: in.container, Bytes: u.MemoryBytes})
-			}
-		}
-	}
-	return nil
 }
 
 func (a *Agent) liveNow() map[string]liveInstance {

@@ -44,13 +44,16 @@ type board struct {
 	proxies map[string]*nodev1.ProxyStatus
 	dirtyPx map[string]bool
 	facts   *nodev1.NodeFacts
-	notify  chan struct{} // closed and replaced at each change
+	dirtyFx bool
+	// gone are volumes that were to go and are; true until they were reported.
+	gone   map[string]bool
+	notify chan struct{} // closed and replaced at each change
 }
 
 func newBoard(facts *nodev1.NodeFacts) *board {
 	return &board{
 		records: map[string]record{}, dirty: map[string]bool{}, removed: map[string]bool{},
-		proxies: map[string]*nodev1.ProxyStatus{}, dirtyPx: map[string]bool{}, facts: facts, notify: make(chan struct{}),
+		proxies: map[string]*nodev1.ProxyStatus{}, dirtyPx: map[string]bool{}, facts: facts, gone: map[string]bool{}, notify: make(chan struct{}),
 	}
 }
 
@@ -67,11 +70,14 @@ func (b *board) wait() <-chan struct{} {
 }
 
 // publish takes a status. What differs in memory figures alone is kept, but is
-// no reason for a report.
+// no reason for a report; what the replica uses stays as it was measured.
 func (b *board) publish(a *nodev1.Assignment, s *nodev1.AllocationStatus) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	old, ok := b.records[s.GetAllocation()]
+	if s.GetState() == portolanv1.ReplicaState_REPLICA_STATE_RUNNING {
+		s.Usage = old.status.GetUsage()
+	}
 	b.records[s.GetAllocation()] = record{a, s}
 	delete(b.removed, s.GetAllocation())
 	if ok && proto.Equal(withoutMemory(old.status), withoutMemory(s)) {
@@ -83,10 +89,62 @@ func (b *board) publish(a *nodev1.Assignment, s *nodev1.AllocationStatus) {
 
 func withoutMemory(s *nodev1.AllocationStatus) *nodev1.AllocationStatus {
 	c := proto.CloneOf(s)
+	c.Usage = nil
 	for _, ct := range c.GetContainers() {
 		ct.MemoryBytes = 0
 	}
 	return c
+}
+
+// setUsage takes what replicas use. What hardly differs is not taken over: a status
+// that is sent for another reason carries what was reported last.
+func (b *board) setUsage(all map[string]*nodev1.Usage) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	changed := false
+	for id, u := range all {
+		r, ok := b.records[id]
+		if !ok || r.status.GetState() != portolanv1.ReplicaState_REPLICA_STATE_RUNNING || !noticeable(r.status.GetUsage(), u) {
+			continue
+		}
+		// The message may be on its way in a report: change a copy.
+		r.status = proto.CloneOf(r.status)
+		r.status.Usage = u
+		b.records[id] = r
+		b.dirty[id], changed = true, true
+	}
+	if changed {
+		b.changed()
+	}
+}
+
+// setImages notes which images are here.
+func (b *board) setImages(images []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if slices.Equal(b.facts.GetImages(), images) {
+		return
+	}
+	b.facts = proto.CloneOf(b.facts)
+	b.facts.Images, b.dirtyFx = images, true
+	b.changed()
+}
+
+// volumeGone notes that a volume which was to go is gone.
+func (b *board) volumeGone(id string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if _, known := b.gone[id]; !known {
+		b.gone[id] = true
+		b.changed()
+	}
+}
+
+// keepRemovals forgets the volumes that nobody asks for any more.
+func (b *board) keepRemovals(asked map[string]bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	maps.DeleteFunc(b.gone, func(id string, _ bool) bool { return !asked[id] })
 }
 
 func (b *board) forget(allocation string) {
@@ -180,6 +238,16 @@ func (b *board) report(session, sequence int64, full bool) *nodev1.NodeReport {
 			}
 		}
 	}
+	if b.dirtyFx {
+		r.Facts = b.facts
+	}
+	for _, id := range slices.Sorted(maps.Keys(b.gone)) {
+		if full || b.gone[id] {
+			r.RemovedVolumes = append(r.RemovedVolumes, id)
+			b.gone[id] = false
+		}
+	}
+	b.dirtyFx = false
 	r.Removed = slices.Sorted(maps.Keys(b.removed))
 	clear(b.dirty)
 	clear(b.dirtyPx)

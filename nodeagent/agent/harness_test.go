@@ -303,6 +303,8 @@ type cluster struct {
 	revision int64
 	set      map[string]*nodev1.Assignment
 	peers    []*nodev1.NodePeer
+	removals []string // volumes that are to go
+	gone     []string // volumes that were reported as gone
 	life     time.Duration
 }
 
@@ -449,6 +451,7 @@ func (c *cluster) take(r *nodev1.NodeReport) (resync bool) {
 		delete(c.state, id)
 		c.removed = append(c.removed, id)
 	}
+	c.gone = append(c.gone, r.GetRemovedVolumes()...)
 	for _, e := range r.GetEvents() {
 		c.events = append(c.events, e.GetType())
 	}
@@ -483,6 +486,18 @@ func (w *world) assign(as ...*nodev1.Assignment) {
 	w.publish()
 }
 
+// removeVolume tells the node to delete a volume.
+func (w *world) removeVolume(id string) {
+	w.cluster.removals = append(w.cluster.removals, id)
+	w.publish()
+}
+
+func (w *world) volumesGone() []string {
+	w.cluster.mu.Lock()
+	defer w.cluster.mu.Unlock()
+	return slices.Clone(w.cluster.gone)
+}
+
 func (w *world) unassign(id string) {
 	delete(w.cluster.set, id)
 	w.publish()
@@ -509,6 +524,9 @@ func (w *world) publish() {
 	}
 	for _, p := range c.peers {
 		rs = append(rs, w.resource("peer/"+p.GetNode(), &nodev1.Directive{Body: &nodev1.Directive_Peer{Peer: p}}))
+	}
+	for _, id := range c.removals {
+		rs = append(rs, w.resource("volume/"+id, &nodev1.Directive{Body: &nodev1.Directive_VolumeRemoval{VolumeRemoval: &nodev1.VolumeRemoval{Volume: id}}}))
 	}
 	rs = append(rs, w.resource(api.WatermarkName, &nodev1.Directive{Body: &nodev1.Directive_Watermark{Watermark: mark}}))
 	c.cache.Set("n1", api.DirectiveTypeURL, rs)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/nodev1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/nodeagent/engine"
 	"github.com/portolan-io/portolan/nodeagent/network"
 	"github.com/portolan-io/portolan/nodeagent/task"
@@ -188,17 +190,25 @@ func (r *runner) drain(now time.Time) {
 	}
 }
 
-// merge keeps the spec: an allocation never changes what it runs. A stop is
-// never taken back.
+// merge takes over what came. A stop is never taken back, and happens by the spec
+// that is held. That of another revision with the same containers replaces it: the
+// cluster sends it where nothing needs a restart.
 func merge(held, came *nodev1.Assignment) *nodev1.Assignment {
-	if held.GetStop() && !came.GetStop() {
-		out := proto.CloneOf(came)
-		out.Stop, out.StopReason, out.Spec = true, held.GetStopReason(), held.GetSpec()
-		return out
-	}
 	out := proto.CloneOf(came)
-	out.Spec = held.GetSpec()
+	inPlace := !came.GetStop() && !held.GetStop() && came.GetRevision() != held.GetRevision() && sameContainers(held.GetSpec(), came.GetSpec())
+	if !inPlace {
+		out.Spec, out.Volumes, out.Devices = held.GetSpec(), held.GetVolumes(), held.GetDevices()
+	}
+	if held.GetStop() && !came.GetStop() {
+		out.Stop, out.StopReason = true, held.GetStopReason()
+	}
 	return out
+}
+
+func sameContainers(a, b *portolanv1.WorkloadSpec) bool {
+	same := func(x, y *portolanv1.Container) bool { return task.ContainerName(x) == task.ContainerName(y) }
+	return a.GetKind() == b.GetKind() && a.GetGateway() == b.GetGateway() &&
+		slices.EqualFunc(a.GetInitContainers(), b.GetInitContainers(), same) && slices.EqualFunc(a.GetContainers(), b.GetContainers(), same)
 }
 
 // decide begins all that is to be begun now.

@@ -23,12 +23,13 @@ type generation struct {
 	config      *nodev1.NodeConfig
 	peers       []*nodev1.NodePeer
 	assignments map[string]*nodev1.Assignment
+	removals    map[string]bool // volumes that are to go
 }
 
 // decode reads a generation. The error joins what did not parse; the rest is
 // usable.
 func decode(g distribute.Generation) (generation, error) {
-	out := generation{assignments: map[string]*nodev1.Assignment{}}
+	out := generation{assignments: map[string]*nodev1.Assignment{}, removals: map[string]bool{}}
 	var errs []error
 	for name, r := range g.Resources {
 		d := &nodev1.Directive{}
@@ -43,6 +44,8 @@ func decode(g distribute.Generation) (generation, error) {
 			out.config = b.Config
 		case *nodev1.Directive_Peer:
 			out.peers = append(out.peers, b.Peer)
+		case *nodev1.Directive_VolumeRemoval:
+			out.removals[b.VolumeRemoval.GetVolume()] = true
 		}
 	}
 	slices.SortFunc(out.peers, func(x, y *nodev1.NodePeer) int { return strings.Compare(x.GetNode(), y.GetNode()) })
@@ -77,6 +80,10 @@ func check(r *distribute.Resource) error {
 	case *nodev1.Directive_Peer:
 		if _, err := route(b.Peer); err != nil {
 			return err
+		}
+	case *nodev1.Directive_VolumeRemoval:
+		if err := checkVolumeID(b.VolumeRemoval.GetVolume()); err != nil {
+			return fmt.Errorf("volume_removal.volume: %w", err)
 		}
 	}
 	return nil
@@ -113,7 +120,7 @@ func checkAssignment(a *nodev1.Assignment) error {
 			return fmt.Errorf("assignment.spec container %q: %w", task.ContainerName(c), err)
 		}
 	}
-	return nil
+	return checkVolumes(a)
 }
 
 func checkContainer(c *portolanv1.Container, seen map[string]bool) error {
@@ -187,6 +194,7 @@ func (a *Agent) takeOver(gen generation, fresh bool) {
 	ctx := a.ctx
 	a.mu.Unlock()
 	if fresh {
+		a.setGoing(gen.removals)
 		a.routes(ctx)
 	}
 	if gen.watermark != nil {

@@ -46,6 +46,8 @@ type Spec struct {
 	NetNS string
 	// Mounts are binds from the node, e.g. resolv.conf's directory.
 	Mounts []Mount
+	// Devices are device files of the node that the container may read and write.
+	Devices []string
 	// Tmpfs paths, each at most TmpfsBytes large.
 	Tmpfs       []string
 	TmpfsBytes  int64
@@ -66,6 +68,8 @@ type Spec struct {
 type Mount struct {
 	Source, Target string
 	ReadOnly       bool
+	// Own gives the source, a directory, to the container's user.
+	Own bool
 }
 
 // State of a container.
@@ -146,4 +150,10 @@ type Engine interface {
 	Exec(ctx context.Context, id string, spec ExecSpec) (exitCode int, err error)
 	// Ping says whether the engine answers.
 	Ping(ctx context.Context) error
+}
+
+// ImageLister is an optional ability of an Engine.
+type ImageLister interface {
+	// Images gives the digests of the images that are pulled, in order.
+	Images(ctx context.Context) ([]string, error)
 }

@@ -69,3 +69,10 @@ type Proxies interface {
 	// List gives IDs of proxies that run or left something behind.
 	List(ctx context.Context) ([]string, error)
 }
+
+// Meter is an optional ability of Proxies.
+type Meter interface {
+	// Requests is how many requests the proxy has taken for its workload since it
+	// started; connections for what is not HTTP are not among them.
+	Requests(ctx context.Context, id string) (uint64, error)
+}

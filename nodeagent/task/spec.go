@@ -77,7 +77,8 @@ func IsGateway(a *nodev1.Assignment) bool {
 }
 
 func isJob(a *nodev1.Assignment) bool {
-	return a.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB
+	k := a.GetSpec().GetKind()
+	return k == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB || k == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON
 }
 
 // Grace is the time between SIGTERM and SIGKILL.

@@ -77,6 +77,11 @@ type Engine struct {
 	pulling int
 }
 
+var (
+	_ engine.Engine      = (*Engine)(nil)
+	_ engine.ImageLister = (*Engine)(nil)
+)
+
 // New makes an engine; it connects when it is used.
 func New(cfg Config) (*Engine, error) {
 	if cfg.Address == "" || cfg.Namespace == "" || cfg.Log == nil {

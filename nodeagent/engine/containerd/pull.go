@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -52,6 +53,20 @@ func (e *Engine) Pull(ctx context.Context, ref string) (engine.Image, error) {
 	return engine.Image{
 		Ref: ref, Digest: digest, User: cfg.User, Env: cfg.Env, Entrypoint: cfg.Entrypoint, Cmd: cfg.Cmd, WorkingDir: cfg.WorkingDir,
 	}, nil
+}
+
+// Images implements engine.ImageLister.
+func (e *Engine) Images(ctx context.Context) ([]string, error) {
+	all, err := e.client.ImageService().List(e.in(ctx))
+	if err != nil {
+		return nil, failed("list images", err)
+	}
+	out := make([]string, 0, len(all))
+	for _, img := range all {
+		out = append(out, img.Target.Digest.String())
+	}
+	slices.Sort(out)
+	return slices.Compact(out), nil
 }
 
 // present gives the image if it is here and unpacked; nil if not.

@@ -71,6 +71,7 @@ func (e *Engine) specOpts(s engine.Spec, img ocispec.ImageConfig) []oci.SpecOpts
 		e.withUser(s, img.User),
 		withCapabilities(s.AddCapabilities),
 		withLimits(s),
+		withDevices(s),
 		withMounts(s),
 		requireArgs,
 		seccomp.WithDefaultProfile(),
@@ -187,6 +188,25 @@ func swapAccounted() bool {
 	return err == nil
 }
 
+// withDevices lets the container read and write these device files, not make any.
+func withDevices(s engine.Spec) oci.SpecOpts {
+	opts := make([]oci.SpecOpts, 0, len(s.Devices))
+	for _, path := range s.Devices {
+		opts = append(opts, oci.WithLinuxDevice(path, "rw"))
+	}
+	return oci.Compose(opts...)
+}
+
+// give makes a directory the user's. What is in it is the user's own affair.
+func give(dir string, u specs.User) error {
+	fd, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	return unix.Fchown(fd, int(u.UID), int(u.GID))
+}
+
 func withMounts(s engine.Spec) oci.SpecOpts {
 	return func(_ context.Context, _ oci.Client, _ *containers.Container, spec *oci.Spec) error {
 		for _, target := range s.Tmpfs {
@@ -201,6 +221,11 @@ func withMounts(s engine.Spec) oci.SpecOpts {
 			})
 		}
 		for _, m := range s.Mounts {
+			if m.Own {
+				if err := give(m.Source, spec.Process.User); err != nil {
+					return api.E(api.Internal, "make container spec", "give a volume to its user: %w", err)
+				}
+			}
 			options := []string{"rbind", "nosuid", "nodev", "rprivate"}
 			if m.ReadOnly {
 				options = append(options, "ro")

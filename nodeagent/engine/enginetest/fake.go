@@ -57,6 +57,15 @@ func (p *Proc) SetMemory(bytes int64) {
 	p.c.memory = bytes
 }
 
+// SetCPU sets how many thousandths of a core it uses from now on.
+func (p *Proc) SetCPU(milli int64) {
+	p.f.mu.Lock()
+	defer p.f.mu.Unlock()
+	now := time.Now()
+	p.c.cpu = p.c.cpuAt(now)
+	p.c.since, p.c.milli = now, milli
+}
+
 // Listen opens a port in the container's namespace, for Fake.Dial.
 func (p *Proc) Listen(port int) net.Listener {
 	l := &listener{conns: make(chan net.Conn), done: p.c.killed, closed: make(chan struct{})}
@@ -74,12 +83,23 @@ type container struct {
 	exit    *engine.Exit
 	memory  int64
 	oom     bool
+	cpu     time.Duration // used until since
+	since   time.Time
+	milli   int64 // of a core, since then
 	signals chan syscall.Signal
 	killed  chan struct{}
 	gone    chan struct{} // closed after exit was set
 	ports   map[int]*listener
 	log     *os.File
 	once    sync.Once
+}
+
+// cpuAt is what it has used until then.
+func (c *container) cpuAt(now time.Time) time.Duration {
+	if c.since.IsZero() {
+		return c.cpu
+	}
+	return c.cpu + now.Sub(c.since)*time.Duration(c.milli)/1000
 }
 
 // Fake is an engine whose containers are goroutines. The zero value is not
@@ -393,7 +413,7 @@ func (f *Fake) Usage(_ context.Context, id string) (engine.Usage, error) {
 	if c.state != engine.Running {
 		return engine.Usage{}, api.E(api.Precondition, "usage of container "+id, "it does not run")
 	}
-	return engine.Usage{MemoryBytes: c.memory, MemoryLimit: c.spec.MemoryBytes, Pids: 1}, nil
+	return engine.Usage{CPU: c.cpuAt(time.Now()), MemoryBytes: c.memory, MemoryLimit: c.spec.MemoryBytes, Pids: 1}, nil
 }
 
 // Exec implements engine.Engine: it runs a verb beside the container.
@@ -430,6 +450,21 @@ func mergeDone(ctx context.Context, other <-chan struct{}) <-chan struct{} {
 		}
 	}()
 	return out
+}
+
+// Images implements engine.ImageLister.
+func (f *Fake) Images(context.Context) ([]string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.down {
+		return nil, api.E(api.Unavailable, "list images", "the engine is down")
+	}
+	var out []string
+	for _, img := range f.images {
+		out = append(out, img.Digest)
+	}
+	slices.Sort(out)
+	return slices.Compact(out), nil
 }
 
 // Ping implements engine.Engine.
@@ -487,4 +522,7 @@ type fakeAddr struct{}
 func (fakeAddr) Network() string { return "fake" }
 func (fakeAddr) String() string  { return "fake" }
 
-var _ engine.Engine = (*Fake)(nil)
+var (
+	_ engine.Engine      = (*Fake)(nil)
+	_ engine.ImageLister = (*Fake)(nil)
+)

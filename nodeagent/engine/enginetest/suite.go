@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -58,8 +60,11 @@ func Run(t *testing.T, open func(t *testing.T) Kit) {
 		{"Exec", execCase},
 		{"ExecTerminal", terminalCase},
 		{"Usage", usageCase},
+		{"UsageOfCPU", cpuCase},
+		{"Images", imagesCase},
 		{"Hardened", hardenedCase},
 		{"MountsAndUser", mountsCase},
+		{"VolumesAndDevices", volumesCase},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, s) })
 	}
@@ -416,6 +421,41 @@ func usageCase(t *testing.T, s *suite) {
 	})
 }
 
+func cpuCase(t *testing.T, s *suite) {
+	idle, busy := s.spec(t, "sleep"), s.spec(t, "busy")
+	s.start(t, idle)
+	s.start(t, busy)
+	ctx := s.ctx(t)
+	used := func(id string) time.Duration {
+		u, err := s.Engine.Usage(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return u.CPU
+	}
+	before := used(busy.ID)
+	until(t, "half a second of CPU is used", func() bool { return used(busy.ID)-before > 500*time.Millisecond })
+	if u := used(idle.ID); u > 250*time.Millisecond {
+		t.Errorf("a container that sleeps used %v", u)
+	}
+}
+
+func imagesCase(t *testing.T, s *suite) {
+	l, ok := s.Engine.(engine.ImageLister)
+	if !ok {
+		t.Skip("this engine does not list images")
+	}
+	ctx := s.ctx(t)
+	if _, err := s.Engine.Pull(ctx, s.Image); err != nil {
+		t.Fatal(err)
+	}
+	_, digest, _ := strings.Cut(s.Image, "@")
+	got, err := l.Images(ctx)
+	if err != nil || !slices.Contains(got, digest) || !slices.IsSorted(got) {
+		t.Errorf("images %v, %v; want %s among them, in order", got, err, digest)
+	}
+}
+
 func hardenedCase(t *testing.T, s *suite) {
 	if !s.Isolated {
 		t.Skip("this engine has no isolation")
@@ -467,6 +507,46 @@ func mountsCase(t *testing.T, s *suite) {
 		code, err := s.Engine.Exec(ctx, spec.ID, engine.ExecSpec{ID: fmt.Sprintf("m%d", i), Command: s.command(c.args...)})
 		if err != nil || code != c.code {
 			t.Errorf("%v: code %d, %v; want %d", c.args, code, err, c.code)
+		}
+	}
+}
+
+// volumesCase: a directory of the node belongs to the container's user and keeps
+// what is written; a device is there to read and write.
+func volumesCase(t *testing.T, s *suite) {
+	if !s.Isolated {
+		t.Skip("this engine has no isolation")
+	}
+	src := t.TempDir()
+	if err := os.Chmod(src, 0o770); err != nil {
+		t.Fatal(err)
+	}
+	var devices []string // one that no container has by default, where this machine has it
+	for _, path := range []string{"/dev/fuse", "/dev/net/tun", "/dev/loop-control"} {
+		if _, err := os.Stat(path); err == nil && len(devices) == 0 {
+			devices = []string{path}
+		}
+	}
+	ctx := s.ctx(t)
+	for round, c := range []struct {
+		verb string
+		uid  uint32
+	}{{"write", 1234}, {"read", 1234}, {"write", 4321}} {
+		uid := c.uid
+		spec := s.spec(t, "sleep")
+		spec.UID, spec.GID = &uid, &uid
+		spec.Mounts = []engine.Mount{{Source: src, Target: "/data", Own: true}}
+		spec.Devices = devices
+		s.start(t, spec)
+		code, err := s.Engine.Exec(ctx, spec.ID, engine.ExecSpec{ID: "v", Command: s.command("try", c.verb, fmt.Sprintf("/data/x%d", uid))})
+		if err != nil || code != 0 {
+			t.Errorf("round %d: %s in the volume as %d: code %d, %v", round, c.verb, uid, code, err)
+		}
+		for _, path := range devices {
+			var out bytes.Buffer
+			if code, err := s.Engine.Exec(ctx, spec.ID, engine.ExecSpec{ID: "d", Command: s.command("stat", path), Stdout: &out}); err != nil || code != 0 || !strings.Contains(out.String(), "device") {
+				t.Errorf("round %d: device %s: code %d, %q, %v", round, path, code, out.String(), err)
+			}
 		}
 	}
 }

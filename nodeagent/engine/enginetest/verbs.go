@@ -20,6 +20,7 @@ import (
 //	cat              stdin to stdout
 //	tick             "tick <n>" every 50 ms until SIGTERM
 //	stubborn         ignores SIGTERM
+//	busy             uses all the CPU it gets until SIGTERM, then exit 0
 //	eat              uses memory until it is killed for it
 func Verbs(p *Proc) int {
 	verb, rest := "sleep", []string(nil)
@@ -48,6 +49,8 @@ func Verbs(p *Proc) int {
 	case "cat":
 		_, _ = io.Copy(p.Stdout, p.Stdin)
 		return 0
+	case "busy":
+		p.SetCPU(max(p.Spec.CPUMilli, 1))
 	case "eat":
 		return p.OOM(max(p.Spec.MemoryBytes, 1))
 	case "stubborn":

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
@@ -63,6 +64,26 @@ func (a admin) drain(ctx context.Context) error {
 		return fmt.Errorf("admin drain: status %d: %s", code, strings.TrimSpace(string(body)))
 	}
 	return nil
+}
+
+// inboundRequests is the counter of xds/translate's inbound listener, over all ports.
+const inboundRequests = "http.inbound.downstream_rq_total"
+
+// requests reads it; 0 while the proxy has no HTTP port.
+func (a admin) requests(ctx context.Context) (uint64, error) {
+	body, code, err := a.do(ctx, http.MethodGet, "/stats?filter=^"+strings.ReplaceAll(inboundRequests, ".", "%5C.")+"$")
+	if err != nil {
+		return 0, err
+	}
+	if code != http.StatusOK {
+		return 0, fmt.Errorf("admin stats: status %d", code)
+	}
+	for line := range strings.Lines(string(body)) {
+		if v, ok := strings.CutPrefix(strings.TrimSpace(line), inboundRequests+": "); ok {
+			return strconv.ParseUint(v, 10, 64)
+		}
+	}
+	return 0, nil
 }
 
 func (a admin) active(ctx context.Context) (map[string]map[string]string, error) {

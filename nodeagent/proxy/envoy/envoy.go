@@ -62,7 +62,10 @@ type Envoy struct {
 	closed bool
 }
 
-var _ proxy.Proxies = (*Envoy)(nil)
+var (
+	_ proxy.Proxies = (*Envoy)(nil)
+	_ proxy.Meter   = (*Envoy)(nil)
+)
 
 // New checks the configuration; it starts nothing.
 func New(cfg Config) (*Envoy, error) {
@@ -305,6 +308,19 @@ func (e *Envoy) Active(ctx context.Context, id string) (map[string]map[string]st
 		return nil, api.E(api.Unavailable, doing, "%w", err)
 	}
 	return out, nil
+}
+
+// Requests implements proxy.Meter.
+func (e *Envoy) Requests(ctx context.Context, id string) (uint64, error) {
+	doing := "requests of proxy " + id
+	if err := checkID(doing, id); err != nil {
+		return 0, err
+	}
+	n, err := e.admin(id).requests(ctx)
+	if err != nil {
+		return 0, api.E(api.Unavailable, doing, "%w", err)
+	}
+	return n, nil
 }
 
 // Drain implements proxy.Proxies; a proxy that does not run has drained.

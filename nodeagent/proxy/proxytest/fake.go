@@ -43,7 +43,10 @@ type Fake struct {
 	close bool
 }
 
-var _ proxy.Proxies = (*Fake)(nil)
+var (
+	_ proxy.Proxies = (*Fake)(nil)
+	_ proxy.Meter   = (*Fake)(nil)
+)
 
 // NewFake makes one without proxies.
 func NewFake(cfg FakeConfig) *Fake {
@@ -69,6 +72,7 @@ type instance struct {
 	state    *state
 	conn     *grpc.ClientConn
 	drained  bool
+	requests uint64 // HTTP ones that came in, in this life
 	warming  bool
 	refuse   func(typeURL, name string) string
 	frozen   chan struct{} // closed when it thaws; nil: not frozen
@@ -131,7 +135,7 @@ func (p *instance) run(ctx context.Context, f *Fake) {
 		pid := f.newPid()
 		f.mu.Unlock()
 		p.mu.Lock()
-		p.pid, p.state, p.drained = pid, newState(), false
+		p.pid, p.state, p.drained, p.requests = pid, newState(), false, 0
 		p.restarts++
 		p.mu.Unlock()
 	}
@@ -197,6 +201,20 @@ func (f *Fake) Active(ctx context.Context, id string) (map[string]map[string]str
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.state.versions(), nil
+}
+
+// Requests implements proxy.Meter.
+func (f *Fake) Requests(ctx context.Context, id string) (uint64, error) {
+	p, err := f.get("requests of proxy", id)
+	if err != nil {
+		return 0, api.E(api.Unavailable, "requests of proxy "+id, "it is not running")
+	}
+	if err := p.thawed(ctx); err != nil {
+		return 0, api.E(api.Unavailable, "requests of proxy "+id, "%w", err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.requests, nil
 }
 
 // Drain implements proxy.Proxies.

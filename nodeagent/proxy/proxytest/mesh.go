@@ -203,6 +203,11 @@ func (p *instance) inbound(ctx context.Context, from netip.AddrPort, port uint16
 	if err != nil {
 		return 0, peerID, err
 	}
+	if http {
+		p.mu.Lock()
+		p.requests++
+		p.mu.Unlock()
+	}
 	res, err := authv3.NewAuthorizationClient(conn).Check(ctx, checkRequest(from, port, peerID, ownID, http, r))
 	if err != nil {
 		if http {

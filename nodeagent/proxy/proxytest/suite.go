@@ -46,6 +46,7 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 	t.Run("a refused resource leaves the last good one active", func(t *testing.T) { testRefused(t, open(t)) })
 	t.Run("configuration survives an outage of its server", func(t *testing.T) { testOutage(t, open(t)) })
 	t.Run("drain keeps the process", func(t *testing.T) { testDrain(t, open(t)) })
+	t.Run("requests are counted from zero", func(t *testing.T) { testRequests(t, open(t)) })
 	t.Run("unknown and impossible", func(t *testing.T) { testUnknown(t, open(t)) })
 }
 
@@ -169,6 +170,22 @@ func testDrain(t *testing.T, h Harness) {
 	}
 	if err := h.Proxies.Drain(t.Context(), "nobody"); err != nil {
 		t.Errorf("draining what does not run: %v", err)
+	}
+}
+
+func testRequests(t *testing.T, h Harness) {
+	m, ok := h.Proxies.(proxy.Meter)
+	if !ok {
+		t.Skip("these proxies do not count requests")
+	}
+	s := start(t, h)
+	s.configure("v1")
+	s.live()
+	if n, err := m.Requests(t.Context(), "web-1"); err != nil || n != 0 {
+		t.Errorf("a proxy that nobody called took %d requests, %v", n, err)
+	}
+	if _, err := m.Requests(t.Context(), "nobody"); api.KindOf(err) != api.Unavailable {
+		t.Errorf("requests of nobody: %v, want Unavailable", err)
 	}
 }
 

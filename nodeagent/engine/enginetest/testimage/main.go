@@ -36,6 +36,12 @@ func run(verb string, rest []string) int {
 		if _, err := io.Copy(os.Stdout, os.Stdin); err != nil {
 			return 1
 		}
+	case "busy":
+		go func() {
+			for n := 0; ; n++ { //nolint:revive // burning CPU is what it is for
+			}
+		}()
+		return sleep(false)
 	case "eat":
 		return eat()
 	case "stubborn":
@@ -47,6 +53,15 @@ func run(verb string, rest []string) int {
 		show()
 	case "try":
 		return try(rest)
+	case "stat":
+		fi, err := os.Stat(rest[0])
+		if err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		if fi.Mode()&os.ModeDevice != 0 {
+			fmt.Println("device")
+		}
 	case "serve":
 		return serve(rest[0])
 	default:

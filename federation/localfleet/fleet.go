@@ -64,11 +64,34 @@ type ClusterConfig struct {
 
 // NodeConfig is one node.
 type NodeConfig struct {
-	Name   string            `json:"name"`
-	Zone   string            `json:"zone"`
-	CPU    string            `json:"cpu"`
-	Memory string            `json:"memory"`
-	Labels map[string]string `json:"labels"`
+	Name   string `json:"name"`
+	Zone   string `json:"zone"`
+	CPU    string `json:"cpu"`
+	Memory string `json:"memory"`
+	// Storage that is offered for volumes; what the disk has when absent.
+	Storage string            `json:"storage"`
+	Labels  map[string]string `json:"labels"`
+	// Pool is short for the label "pool".
+	Pool    string         `json:"pool"`
+	Devices []DeviceConfig `json:"devices"`
+	Taints  []TaintConfig  `json:"taints"`
+}
+
+// DeviceConfig is a number of like devices of a node; without paths they are only
+// counted.
+type DeviceConfig struct {
+	Kind  string   `json:"kind,omitempty"`
+	Model string   `json:"model,omitempty"`
+	Count int      `json:"count,omitempty"`
+	Paths []string `json:"paths,omitempty"`
+}
+
+// TaintConfig is a taint of a node; its effect is NoSchedule, PreferNoSchedule or
+// NoExecute.
+type TaintConfig struct {
+	Key    string `json:"key"`
+	Value  string `json:"value,omitempty"`
+	Effect string `json:"effect"`
 }
 
 // Sample is the application that `up` applies. Paths are relative to the fleet

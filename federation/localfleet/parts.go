@@ -264,13 +264,16 @@ func (p *parts) node(i, j int) ([]Command, error) {
 	for k, v := range n.Labels {
 		labels[k] = v
 	}
+	if n.Pool != "" {
+		labels["pool"] = n.Pool
+	}
 	file := p.data("config", n.Name+".yaml")
 	err := writeYAML(file, m{
 		"node": n.Name, "dataDir": dataDir, "runDir": runDir, "address": p.fleet.NodeAddr(i, j).String(),
 		"cluster":    m{"serverName": "cluster." + c.Name + "." + p.fleet.Name, "addresses": []string{fmt.Sprintf("%s:7450", p.fleet.ClusterAddr(i))}, "tokenFile": p.tokenFile(n.Name)},
 		"containerd": m{"address": ctrSock, "namespace": "portolan", "runcRoot": filepath.Join(runDir, "runc"), "cgroupParent": group + "/replicas"},
 		"envoy":      p.tools.Envoy, "registries": m{"hosts": p.registryHost(i)}, "labels": labels,
-		"capacity": m{"cpu": n.CPU, "memory": n.Memory}, "logLevel": "info",
+		"capacity": m{"cpu": n.CPU, "memory": n.Memory, "storage": n.Storage}, "devices": n.Devices, "taints": n.Taints, "logLevel": "info",
 	})
 	if err != nil {
 		return nil, err

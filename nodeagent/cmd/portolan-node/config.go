@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -38,7 +39,10 @@ type config struct {
 	Capacity struct {
 		CPU    string `json:"cpu"`
 		Memory string `json:"memory"`
+		// Storage of the disk that holds dataDir.
+		Storage string `json:"storage"`
 	} `json:"capacity"`
+	Devices []deviceConfig `json:"devices"`
 	// LogLevel: debug, info (default), warn, error.
 	LogLevel string `json:"logLevel"`
 
@@ -72,6 +76,21 @@ type taintConfig struct {
 	Value  string `json:"value"`
 	Effect string `json:"effect"`
 }
+
+// deviceConfig is a number of like devices. Their indices count from 0 over the
+// devices of a kind, in the order in which they stand.
+type deviceConfig struct {
+	// Kind is "gpu" when absent.
+	Kind  string `json:"kind"`
+	Model string `json:"model"`
+	// Paths of their device files; instead of them, count says how many devices
+	// without a file there are.
+	Paths []string `json:"paths"`
+	Count int      `json:"count"`
+}
+
+// maxDevices bounds a node's devices.
+const maxDevices = 256
 
 var effects = map[string]portolanv1.TaintEffect{
 	"NoSchedule":       portolanv1.TaintEffect_TAINT_EFFECT_NO_SCHEDULE,
@@ -161,6 +180,17 @@ func (c *config) facts() (*nodev1.NodeFacts, error) {
 		}
 		f.MemoryBytes = int64(si.Totalram) * int64(si.Unit)
 	}
+	if f.StorageBytes, err = api.ParseBytes(c.Capacity.Storage); err != nil {
+		return nil, fmt.Errorf("capacity.storage: %w", err)
+	}
+	if f.StorageBytes == 0 && filepath.IsAbs(c.DataDir) {
+		if f.StorageBytes, err = diskSize(c.DataDir); err != nil {
+			return nil, err
+		}
+	}
+	if f.Devices, err = c.devices(); err != nil {
+		return nil, err
+	}
 	for i, t := range c.Taints {
 		effect, ok := effects[t.Effect]
 		if !ok || t.Key == "" {
@@ -169,6 +199,50 @@ func (c *config) facts() (*nodev1.NodeFacts, error) {
 		f.Taints = append(f.Taints, &portolanv1.Taint{Key: t.Key, Value: t.Value, Effect: effect})
 	}
 	return f, nil
+}
+
+// devices numbers the configured devices.
+func (c *config) devices() ([]*nodev1.Device, error) {
+	var out []*nodev1.Device
+	next := map[string]int32{}
+	for i, d := range c.Devices {
+		kind := cmp.Or(d.Kind, "gpu")
+		paths := d.Paths
+		if len(paths) == 0 {
+			paths = make([]string, min(max(d.Count, 0), maxDevices+1))
+		}
+		switch {
+		case len(d.Paths) > 0 && d.Count != 0 && d.Count != len(d.Paths):
+			return nil, fmt.Errorf("devices[%d].count: %d, but there are %d paths", i, d.Count, len(d.Paths))
+		case len(paths) == 0:
+			return nil, fmt.Errorf("devices[%d]: needs paths or a count", i)
+		case len(out)+len(paths) > maxDevices:
+			return nil, fmt.Errorf("devices: are more than %d", maxDevices)
+		}
+		for _, p := range paths {
+			if p != "" && !strings.HasPrefix(filepath.Clean(p), "/dev/") {
+				return nil, fmt.Errorf("devices[%d].paths: %q is not below /dev", i, p)
+			}
+			out = append(out, &nodev1.Device{Kind: kind, Model: d.Model, Index: next[kind], Path: p})
+			next[kind]++
+		}
+	}
+	return out, nil
+}
+
+// diskSize is that of the disk on which a folder lies, or will.
+func diskSize(dir string) (int64, error) {
+	for {
+		var st unix.Statfs_t
+		err := unix.Statfs(dir, &st)
+		if err == nil {
+			return int64(st.Blocks) * st.Bsize, nil
+		}
+		if !errors.Is(err, unix.ENOENT) || dir == "/" {
+			return 0, fmt.Errorf("size of the disk of %s: %w", dir, err)
+		}
+		dir = filepath.Dir(dir)
+	}
 }
 
 func (c *config) token() (string, error) {

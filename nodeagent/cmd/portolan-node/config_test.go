@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -20,6 +21,7 @@ registries: {hosts: {"registry.portolan.internal:5000": {address: "10.0.0.9:5000
 labels: {zone: a}
 taints: [{key: gpu, effect: NoSchedule}]
 capacity: {cpu: "4", memory: 8Gi}
+devices: [{model: A100, paths: [/dev/gpu0, /dev/gpu1]}, {kind: fpga, count: 1}, {model: T4, count: 2}]
 logLevel: debug
 `
 
@@ -35,6 +37,16 @@ func TestConfig(t *testing.T) {
 	if f.GetCpuMilli() != 4000 || f.GetMemoryBytes() != 8<<30 || f.GetAddress() != "10.0.0.1" || f.GetLabels()["zone"] != "a" ||
 		f.GetTaints()[0].GetEffect() != portolanv1.TaintEffect_TAINT_EFFECT_NO_SCHEDULE {
 		t.Errorf("facts %v", f)
+	}
+	var devices []string
+	for _, d := range f.GetDevices() {
+		devices = append(devices, fmt.Sprintf("%s/%s/%d%s", d.GetKind(), d.GetModel(), d.GetIndex(), d.GetPath()))
+	}
+	if got := strings.Join(devices, " "); got != "gpu/A100/0/dev/gpu0 gpu/A100/1/dev/gpu1 fpga//0 gpu/T4/2 gpu/T4/3" {
+		t.Errorf("devices %s", got)
+	}
+	if f.GetStorageBytes() < 1<<20 {
+		t.Errorf("%d bytes of storage", f.GetStorageBytes())
 	}
 	if c.Registries.Hosts["registry.portolan.internal:5000"].CAFile != "/ca.pem" || c.Containerd.RuncRoot != "/run/runc" {
 		t.Errorf("config %+v", c)
@@ -58,6 +70,11 @@ func TestBadConfig(t *testing.T) {
 		{"serverName: cluster.eu.portolan.internal", `serverName: ""`, "cluster.serverName"},
 		{"memory: 8Gi", "memory: lots", "capacity.memory"},
 		{`cpu: "4"`, `cpu: "-4"`, "capacity.cpu"},
+		{"memory: 8Gi", "memory: 8Gi, storage: much", "capacity.storage"},
+		{"count: 1", "count: 0", "devices[1]"},
+		{"count: 1", "count: 1000", "devices:"},
+		{"paths: [/dev/gpu0, /dev/gpu1]", "count: 1, paths: [/dev/gpu0, /dev/gpu1]", "devices[0].count"},
+		{"/dev/gpu1", "/dev/../etc/shadow", "devices[0].paths"},
 		{"effect: NoSchedule", "effect: Never", "taints[0]"},
 		{"logLevel: debug", "logLevel: loud", "logLevel"},
 	} {

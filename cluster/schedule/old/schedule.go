@@ -1,4 +1,4 @@
-// Package schedule finds nodes for replicas. It owns filtering, scoring and
+// Package old finds nodes for replicas. It owns filtering, scoring and
 // spreading; it never decides how many replicas there should be, and knows
 // nothing of addresses but how many are free.
 //
@@ -6,7 +6,7 @@
 // heap once, and each placement costs one look at its top.
 //
 // Concurrency: pure functions; the input is only read.
-package schedule
+package old
 
 import (
 	"fmt"
@@ -102,39 +102,6 @@ func Schedule(in Input) []Placed {
 		out[i] = t.place(&in.Groups[i])
 	}
 	return out
-}
-
-// Requests is what one replica takes from a node: what its containers ask for
-// (limits where requests are absent) and the overhead of its proxy.
-func Requests(spec *portolanv1.WorkloadSpec, overhead api.Resources) (api.Resources, error) {
-	r, err := api.RequestsOf(spec)
-	if err != nil {
-		return api.Resources{}, err
-	}
-	return r.Add(overhead), nil
-}
-
-// DefaultOverhead is what a replica's Envoy takes, beside the replica.
-var DefaultOverhead = api.Resources{CPUMilli: 50, MemoryBytes: 50 << 20}
-
-// Admit says whether a workload's replicas may begin on a node, and whether those
-// that run may stay; capacity apart.
-func Admit(labels map[string]string, taints []*portolanv1.Taint, spec *portolanv1.WorkloadSpec) (begin, stay bool) {
-	s := spec.GetScheduling()
-	begin, stay = selects(s.GetNodeSelector(), labels), true
-	for _, t := range taints {
-		if tolerated(t, s.GetTolerations()) {
-			continue
-		}
-		switch t.GetEffect() {
-		case portolanv1.TaintEffect_TAINT_EFFECT_PREFER_NO_SCHEDULE:
-		case portolanv1.TaintEffect_TAINT_EFFECT_NO_EXECUTE:
-			return false, false
-		default:
-			begin = false
-		}
-	}
-	return begin, stay
 }
 
 func selects(selector, labels map[string]string) bool {

@@ -1,4 +1,4 @@
-package schedule
+package old
 
 import (
 	"fmt"

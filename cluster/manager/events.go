@@ -84,11 +84,11 @@ func (m *Manager) workloadEvent(k reconcile.Key, typ, message string, now time.T
 }
 
 // noteHalted tells of workloads that halt or go on.
-func (m *Manager) noteHalted(halted map[reconcile.Key]string, now time.Time) {
+func (m *Manager) noteHalted(halted map[reconcile.Key]reconcile.Note, now time.Time) {
 	for k, why := range halted {
 		if _, was := m.halted[k]; !was {
-			m.AddEvents(m.workloadEvent(k, "Halted", why, now))
-			m.cfg.Log.Warn("workload halted", "workload", k.String(), "why", why)
+			m.AddEvents(m.workloadEvent(k, "Halted", why.Message, now))
+			m.cfg.Log.Warn("workload halted", "workload", k.String(), "code", why.Code, "why", why.Message)
 		}
 	}
 	for k := range m.halted {

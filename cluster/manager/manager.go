@@ -113,7 +113,7 @@ type Manager struct {
 	// dark says that every node is silent.
 	dark     bool
 	requests map[specKey]api.Resources
-	halted   map[reconcile.Key]string
+	halted   map[reconcile.Key]reconcile.Note
 	pending  map[string]bool
 }
 
@@ -133,7 +133,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	return &Manager{
 		cfg: cfg, cidr: netip.MustParsePrefix(cfg.CIDR).Masked(), events: newRing(cfg.MaxEvents), rand: rand.New(rand.NewPCG(cfg.Seed, streamOf(cfg.Cluster))),
-		requests: map[specKey]api.Resources{}, halted: map[reconcile.Key]string{}, pending: map[string]bool{},
+		requests: map[specKey]api.Resources{}, halted: map[reconcile.Key]reconcile.Note{}, pending: map[string]bool{},
 	}, nil
 }
 

@@ -3,18 +3,23 @@ package reconcile
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
-	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
 const defaultRetries = 6
 
-// jobState is how far a job is.
+// Codes of the end of a job.
+const (
+	retriesExhausted = "RetriesExhausted"
+	deadlineExceeded = "DeadlineExceeded"
+)
+
+// jobState is how far a job, or one run of a cron workload, is.
 type jobState struct {
+	run                      int64
 	completions, parallelism int
 	retries                  int
 	deadline                 time.Duration
@@ -23,16 +28,16 @@ type jobState struct {
 	lastFailure              map[int32]time.Time
 	failed                   int
 	live                     int
-	start                    time.Time
+	// start is when its first replica was bound, end when its last one ended.
+	start, end time.Time
 }
 
-// jobOf counts what the replicas of the current revision have come to. The
-// completions of this cluster are the revision's replicas where it says so, else
-// the job's own.
-func jobOf(d desired, rs []*replica) jobState {
+// jobOf counts what the replicas have come to. The completions of this cluster are
+// the revision's replicas where it says so, else the job's own.
+func (in Input) jobOf(d desired, run int64, rs []*replica) jobState {
 	spec := d.current.GetSpec().GetJob()
 	j := jobState{
-		completions: max(1, int(spec.GetCompletions())), parallelism: max(1, int(spec.GetParallelism())), retries: defaultRetries,
+		run: run, completions: max(1, int(spec.GetCompletions())), parallelism: max(1, int(spec.GetParallelism())), retries: defaultRetries,
 		deadline: spec.GetDeadline().AsDuration(), succeeded: map[int32]bool{}, failures: map[int32]int{}, lastFailure: map[int32]time.Time{},
 	}
 	if n := int(d.current.GetReplicas()); n > 0 {
@@ -41,15 +46,22 @@ func jobOf(d desired, rs []*replica) jobState {
 	if spec != nil && spec.MaxRetries != nil {
 		j.retries = int(spec.GetMaxRetries())
 	}
+	j.retries += off(in.faults.retriesOffByOne)
+	if in.faults.parallelIgnored {
+		j.parallelism = j.completions
+	}
 	for _, r := range rs {
 		if r.live() {
 			j.live++
 		}
-		if !r.mine || r.GetRevision() != d.current.GetRevision() {
+		if !d.ofJob(r) {
 			continue
 		}
 		if at := r.GetBound().AsTime(); j.start.IsZero() || at.Before(j.start) {
 			j.start = at
+		}
+		if r.Final != nil {
+			j.end = later(j.end, r.GetEndTime().AsTime())
 		}
 		switch r.Final.GetState() {
 		case portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED:
@@ -57,45 +69,95 @@ func jobOf(d desired, rs []*replica) jobState {
 		case portolanv1.ReplicaState_REPLICA_STATE_FAILED:
 			j.failed++
 			j.failures[r.GetIndex()]++
-			if at := r.GetEndTime().AsTime(); at.After(j.lastFailure[r.GetIndex()]) {
-				j.lastFailure[r.GetIndex()] = at
-			}
+			j.lastFailure[r.GetIndex()] = later(j.lastFailure[r.GetIndex()], r.GetEndTime().AsTime())
 		default: // not final
 		}
 	}
 	return j
 }
 
+// ofJob says that a replica counts for the job: one of another revision is of
+// another job, but a run of a cron workload goes on over revisions.
+func (d desired) ofJob(r *replica) bool {
+	return r.mine && (d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON || r.GetRevision() == d.current.GetRevision())
+}
+
 func (j jobState) complete() bool { return len(j.succeeded) >= j.completions }
 
 // over says that the job failed, and why.
-func (j jobState) over(now time.Time) (string, bool) {
+func (j jobState) over(now time.Time) (Note, bool) {
 	switch {
 	case j.complete():
-		return "", false
+		return Note{}, false
 	case j.failed > j.retries:
-		return fmt.Sprintf("%d replicas failed, %d retries are allowed", j.failed, j.retries), true
+		return Note{retriesExhausted, fmt.Sprintf("%d replicas failed, %d retries are allowed", j.failed, j.retries)}, true
 	case j.deadline > 0 && !j.start.IsZero() && !now.Before(j.start.Add(j.deadline)):
-		return fmt.Sprintf("it is not done %v after its first replica began", j.deadline), true
+		return Note{deadlineExceeded, fmt.Sprintf("it is not done %v after its first replica began", j.deadline)}, true
 	}
-	return "", false
+	return Note{}, false
+}
+
+// ended is when the job came to its end; false while it has not.
+func (j jobState) ended(now time.Time) (time.Time, bool) {
+	why, failed := j.over(now)
+	switch {
+	case failed && why.Code == deadlineExceeded:
+		return later(j.end, j.start.Add(j.deadline)), true
+	case failed, j.complete():
+		return j.end, true
+	}
+	return time.Time{}, false
 }
 
 // job runs replicas until enough of them succeeded.
 func (p *planner) job(k Key, w Workload, d desired, rs []*replica) {
 	for _, r := range rs {
-		if !r.Stop && (!r.mine || r.GetRevision() != d.current.GetRevision()) {
+		if !r.Stop && !d.ofJob(r) {
 			p.stop(k, r, RevisionReplaced, fmt.Sprintf("revision %s makes way for %s", r.GetRevision(), d.current.GetRevision()))
 		}
 	}
 	p.finish(k, rs)
 	p.trimHistory(k, rs)
-	j := jobOf(d, rs)
+	b := p.jobBudget(k, d, rs)
+	j := p.in.jobOf(d, 0, rs)
+	p.runJob(k, w, d, b, j, rs)
+	p.plan.Allowances[k] = max(0, b.left)
+	if end, over := j.ended(p.in.Now); over && d.current.GetSpec().GetJob().GetTtl() != nil {
+		p.expire(k, end.Add(d.current.GetSpec().GetJob().GetTtl().AsDuration()), rs)
+	}
+}
+
+// jobBudget counts what runs: that is all that a job should have.
+func (p *planner) jobBudget(k Key, d desired, rs []*replica) *budget {
+	running := 0
+	for _, r := range rs {
+		if r.active() {
+			running++
+		}
+	}
+	return p.budget(k, d, running, rs)
+}
+
+// expire takes what is left of a job off its nodes when its time to live is over.
+func (p *planner) expire(k Key, at time.Time, rs []*replica) {
+	if p.in.Now.Before(at) {
+		p.wakeAt(at)
+		return
+	}
+	for _, r := range rs {
+		if r.Final != nil && !r.Stop {
+			p.stop(k, r, Expired, "the job's time to live after its end is over")
+		}
+	}
+}
+
+// runJob brings one job, or one run, nearer to its end.
+func (p *planner) runJob(k Key, w Workload, d desired, b *budget, j jobState, rs []*replica) {
 	why, failed := j.over(p.in.Now)
 	if j.complete() || failed {
 		code, reason := JobComplete, "the job is complete"
 		if failed {
-			code, reason = JobFailed, "the job failed: "+why
+			code, reason = JobFailed, "the job failed: "+why.Message
 		}
 		for _, r := range rs {
 			if r.Final == nil && !r.Stop {
@@ -106,6 +168,13 @@ func (p *planner) job(k Key, w Workload, d desired, rs []*replica) {
 	}
 	if j.deadline > 0 && !j.start.IsZero() {
 		p.wakeAt(j.start.Add(j.deadline))
+	}
+	p.proposeLeaving(rs)
+	for _, r := range rs {
+		if r.active() && r.leave != nil {
+			// What it did is lost: it goes when it must, as far as the budget allows.
+			p.leaveNode(k, desired{}, b, r, true)
+		}
 	}
 	p.runIndexes(k, w, d, j, rs)
 }
@@ -121,9 +190,10 @@ func (p *planner) finish(k Key, rs []*replica) {
 			continue
 		}
 		p.step(Step{Kind: Finish, Key: k, Code: ReplicaFinished, Reason: "the replica came to its end", Allocation: r.GetAllocation(), Final: r.status})
-		done := stopped(r.Allocation)
-		done.Stop, done.Final, done.EndTime = false, r.status, timestamp(p.in.Now)
+		done := standIn(r.Allocation)
+		done.Final, done.EndTime = r.status, timestamp(p.in.Now)
 		r.Allocation = done
+		r.ready, r.available = false, false
 	}
 }
 
@@ -186,7 +256,7 @@ func (p *planner) runIndexes(k Key, w Workload, d desired, j jobState, rs []*rep
 }
 
 func (p *planner) runIndex(k Key, w Workload, d desired, j jobState, i int32, lost *replica) bool {
-	s := Step{Kind: Create, Key: k, Workload: w, Revision: d.current, Index: i, Code: JobReplica, Reason: fmt.Sprintf("index %d of %d is to be done", i, j.completions)}
+	s := Step{Kind: Create, Key: k, Workload: w, Revision: d.current, Index: i, Run: j.run, Code: JobReplica, Reason: fmt.Sprintf("index %d of %d is to be done", i, j.completions)}
 	if n := j.failures[i]; n > 0 {
 		at := j.lastFailure[i].Add(backoff(n))
 		if p.in.Now.Before(at) {
@@ -195,8 +265,14 @@ func (p *planner) runIndex(k Key, w Workload, d desired, j jobState, i int32, lo
 		}
 		s.Code, s.Reason = JobRetry, fmt.Sprintf("index %d failed %d times", i, n)
 	}
-	if lost != nil && !p.replace(&s, lost) {
-		return false
+	if lost != nil {
+		if !p.in.mayReplace(d.current.GetSpec()) {
+			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on node %s, which is lost, and may live on: at most one may run", lost.GetAllocation(), lost.GetNode())}
+			return false
+		}
+		if !p.replace(k, &s, lost) {
+			return false
+		}
 	}
 	p.step(s)
 	return true
@@ -209,90 +285,4 @@ func backoff(n int) time.Duration {
 		d *= 2
 	}
 	return min(d, retryMax)
-}
-
-// daemon keeps one replica of the current revision on every node that admits it.
-// An old one is stopped before the new one begins: two of them, gateways above
-// all, cannot share a node.
-func (p *planner) daemon(k Key, w Workload, d desired, rs []*replica) {
-	byNode := map[string][]*replica{}
-	for _, r := range rs {
-		byNode[r.GetNode()] = append(byNode[r.GetNode()], r)
-	}
-	spare := max(1, d.down)
-	admission := map[string]Admission{}
-	for id, n := range p.in.Nodes {
-		if n.lost() {
-			continue
-		}
-		admission[id] = Admitted
-		if p.in.Admit != nil {
-			admission[id] = p.in.Admit(n.Record, d.current.GetSpec())
-		}
-		up := slices.ContainsFunc(byNode[id], func(r *replica) bool { return r.active() && r.ready })
-		if !up && admission[id] == Admitted {
-			spare--
-		}
-	}
-	old, ready := 0, 0
-	for _, id := range slices.Sorted(maps.Keys(admission)) {
-		o, up := p.daemonOn(k, w, d, p.in.Nodes[id].Record, admission[id], byNode[id], &spare)
-		old += o
-		ready += up
-	}
-	if old > 0 {
-		p.daemonProgress(k, w, d, rs, ready, old)
-	}
-}
-
-// daemonOn brings one node to the desired state. It gives the number of old
-// replicas, and 1 when the right one is available.
-func (p *planner) daemonOn(k Key, w Workload, d desired, n *clusterv1.Node, admission Admission, on []*replica, spare *int) (old, ready int) {
-	var right []*replica
-	live := 0
-	for _, r := range on {
-		if r.live() {
-			live++
-		}
-		if !r.active() {
-			continue
-		}
-		if r.mine && r.GetRevision() == d.current.GetRevision() && admission != Refused {
-			right = append(right, r)
-			continue
-		}
-		old++
-		if (r.ready || r.mute) && admission != Refused {
-			if *spare <= 0 {
-				continue
-			}
-			*spare--
-		}
-		code, reason := p.whyLeave(d, r)
-		if admission == Refused {
-			code, reason = NodeRefuses, fmt.Sprintf("node %s does not admit it", n.GetNode())
-		}
-		p.stop(k, r, code, reason)
-	}
-	slices.SortFunc(right, better)
-	for i, r := range right {
-		if i > 0 {
-			p.stop(k, r, Surplus, right[0].GetAllocation()+" runs on the node already")
-		} else if r.available {
-			ready = 1
-		}
-	}
-	if live == 0 && admission == Admitted {
-		p.step(Step{Kind: Create, Key: k, Workload: w, Revision: d.current, Node: n.GetNode(), Code: NodeEligible, Reason: "one replica runs on every node that admits it"})
-	}
-	return old, ready
-}
-
-func (p *planner) daemonProgress(k Key, w Workload, d desired, rs []*replica, ready, old int) {
-	until := lastProgress(w, rs).Add(d.deadline)
-	if p.in.Now.Before(until) {
-		p.wakeAt(until)
-		return
-	}
-	p.plan.Halted[k] = fmt.Sprintf("no progress for %v: %d replicas are available, %d are to go", d.deadline, ready, old)
 }

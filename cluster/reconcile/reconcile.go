@@ -1,7 +1,8 @@
 // Package reconcile compares what should run in a cluster with what does, and
 // says what to do about it: Reconcile gives steps with reasons, Summarize what
-// the federation is told. It owns the rules of rolling updates, jobs, daemons and
-// the loss of nodes; it never chooses a node, an address or a name.
+// the federation is told. It owns the rules of updates, of every kind of workload,
+// of disruption budgets and drains, and of the loss of nodes; it never chooses a
+// node, an address or a random name.
 //
 // Concurrency: pure functions. The input is only read; messages in the output
 // are the input's.
@@ -9,144 +10,18 @@ package reconcile
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
-	"github.com/portolan-io/portolan/federation/api/nodev1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
-// Key names a workload.
-type Key struct{ Tenant, Workload string }
-
-func (k Key) String() string { return k.Tenant + "/" + k.Workload }
-
-// Input is everything that a decision follows from.
-type Input struct {
-	Now       time.Time
-	Workloads map[Key]Workload
-	// Nodes by ID, and allocations by ID.
-	Nodes       map[string]Node
-	Allocations map[string]*clusterv1.Allocation
-	// Modified is the generation at which each allocation changed last.
-	Modified map[string]int64
-	// Admit says whether replicas may begin or stay on a node, capacity apart.
-	Admit func(*clusterv1.Node, *portolanv1.WorkloadSpec) Admission
-	// Pending holds the scheduler's refusals, by workload. Only Summarize reads it.
-	Pending map[Key][]*portolanv1.Reason
-}
-
-// Workload is what the federation wants of one.
-type Workload struct {
-	Intent *linkv1.WorkloadIntent
-	// Revision is the federation's, Committed when it came to this cluster.
-	Revision  int64
-	Committed time.Time
-}
-
-// Node is one machine and what it reported.
-type Node struct {
-	Record *clusterv1.Node
-	// Observed says that Allocations is complete, as of a session of this process.
-	Observed bool
-	// Applied is the generation that the node has taken over.
-	Applied     int64
-	Allocations map[string]*nodev1.AllocationStatus
-}
-
-func (n Node) lost() bool { return n.Record.GetLostTime() != nil }
-
-// Admission is what a node allows.
-type Admission int
-
-// The admissions, from least to most.
-const (
-	Refused  Admission = iota // replicas must leave
-	Stay                      // replicas may stay, not begin
-	Admitted                  // replicas may begin
-)
-
-// Kind of a step.
-type Kind int
-
-// The kinds of steps.
-const (
-	// Create one replica of a revision; the scheduler finds the node.
-	Create Kind = iota
-	// Stop marks an allocation for an orderly stop.
-	Stop
-	// Remove deletes the record of an allocation that is gone.
-	Remove
-	// Finish keeps the end of a job's replica in its record.
-	Finish
-	// Renew writes the placement's newer epoch to an allocation.
-	Renew
-)
-
-var kindNames = [...]string{"create", "stop", "remove", "finish", "renew"}
-
-func (k Kind) String() string { return kindNames[k] }
-
-// Reason codes of steps.
-const (
-	ScaleUp          = "ScaleUp"
-	NewRevision      = "NewRevision"
-	NodeLost         = "NodeLost"
-	NodeEligible     = "NodeEligible"
-	JobReplica       = "JobReplica"
-	JobRetry         = "JobRetry"
-	ScaleDown        = "ScaleDown"
-	RevisionReplaced = "RevisionReplaced"
-	WorkloadRemoved  = "WorkloadRemoved"
-	Surplus          = "SurplusAfterNodeReturned"
-	NodeRefuses      = "NodeRefuses"
-	JobComplete      = "JobComplete"
-	JobFailed        = "JobFailed"
-	HistoryLimit     = "HistoryLimit"
-	StopConfirmed    = "StopConfirmed"
-	NodeGone         = "NodeGone"
-	ReplicaFinished  = "ReplicaFinished"
-	NewerEpoch       = "NewerEpoch"
-)
-
-// Step is one thing to do, and why.
-type Step struct {
-	Kind   Kind
-	Key    Key
-	Code   string
-	Reason string
-	// Allocation that it concerns; for Create the one that is replaced, if any.
-	Allocation string
-	// Of Create: what to create. Node is set when only that one will do.
-	Workload Workload
-	Revision *linkv1.RevisionIntent
-	Index    int32
-	Node     string
-	// Of Finish.
-	Final *nodev1.AllocationStatus
-}
-
-// Plan is what to do now.
-type Plan struct {
-	Steps []Step
-	// Next is when time alone changes the answer; zero when it does not.
-	Next time.Time
-	// Halted workloads do not progress, and why.
-	Halted map[Key]string
-	// Held says why nothing is done at all; empty when something may be.
-	Held string
-}
-
 // Bounds on automation.
 const (
-	// replaceWindow, replaceShare and replaceMin bound how many replicas of lost
-	// nodes are replaced per window: a quarter of all, and at least 20.
-	replaceWindow = 10 * time.Second
-	replaceShare  = 4
-	replaceMin    = 20
 	// confirmAfter is after how long a stopped allocation that its node does not
 	// know is believed to be gone without the node's word for it.
 	confirmAfter = 10 * time.Second
@@ -159,45 +34,55 @@ const (
 	retryMax  = 5 * time.Minute
 )
 
-// replica is one allocation and all that is known of it.
-type replica struct {
-	*clusterv1.Allocation
-	status *nodev1.AllocationStatus
-	// lost: its node is silent. gone: stopped, and the node knows it no more.
-	lost, gone bool
-	// replaced: another one took its place while its node was lost, and is there.
-	replaced bool
-	// mine: of the present workload, not of an earlier one of the same name.
-	mine      bool
-	mute      bool // its node has said nothing yet to this process
-	ready     bool
-	available bool // ready for the workload's min_ready
-	refused   bool // its node wants it off
-}
-
-// live says that a process of it may run, as far as a reachable node can say.
-func (r *replica) live() bool { return !r.lost && !r.gone && r.Final == nil }
-
-// active says that it is live and meant to stay so.
-func (r *replica) active() bool { return r.live() && !r.Stop }
-
 // planner gathers a plan.
 type planner struct {
 	in   Input
 	plan Plan
-	// replaceable is how many replicas of lost nodes may still be replaced.
-	replaceable int
+	// evictions is how many replicas of lost nodes may still be replaced.
+	evictions evictions
+	// moves is how many replicas the rebalancer may still move within the hour.
+	moves int
+	// states are the changed ones.
+	states map[Key]*stateChange
+	// occupied counts the replicas on each node that are no daemons.
+	occupied map[string]int
+	volumes  map[Key][]*clusterv1.Volume
+	// proposed are the moves by allocation, replacedFor what an allocation replaced.
+	proposed    map[string]Move
+	replacedFor map[string]string
+}
+
+type stateChange struct {
+	state        *clusterv1.WorkloadState
+	code, reason string
+	disrupted    int
 }
 
 // Reconcile says what to do now.
 func Reconcile(in Input) Plan {
-	p := &planner{in: in, plan: Plan{Halted: map[Key]string{}}}
+	p := &planner{
+		in: in, states: map[Key]*stateChange{}, occupied: map[string]int{}, volumes: map[Key][]*clusterv1.Volume{},
+		proposed: make(map[string]Move, len(in.Moves)), replacedFor: map[string]string{},
+		plan: Plan{Halted: map[Key]Note{}, Waiting: map[Key]Note{}, Draining: map[Key]Note{}, Allowances: map[Key]int{}},
+	}
 	if allLost(in.Nodes) {
 		p.plan.Held = "every node is silent: the fault is likelier here than there"
 		return p.plan
 	}
 	byKey := group(in.Allocations)
-	p.replaceable = in.replaceBudget()
+	p.evictions = in.evictionBudget()
+	p.moves = in.moveBudget()
+	p.count()
+	for _, k := range in.keys(byKey) {
+		p.workload(k, byKey[k])
+		p.putState(k)
+	}
+	p.leftovers(byKey)
+	return p.plan
+}
+
+// keys are all workloads, wanted or going, sorted.
+func (in Input) keys(byKey map[Key][]*clusterv1.Allocation) []Key {
 	keys := slices.Collect(maps.Keys(in.Workloads))
 	for k := range byKey {
 		if _, ok := in.Workloads[k]; !ok {
@@ -205,15 +90,10 @@ func Reconcile(in Input) Plan {
 		}
 	}
 	slices.SortFunc(keys, compareKeys)
-	for _, k := range keys {
-		p.workload(k, byKey[k])
-	}
-	return p.plan
+	return keys
 }
 
-func compareKeys(a, b Key) int {
-	return cmp.Or(cmp.Compare(a.Tenant, b.Tenant), cmp.Compare(a.Workload, b.Workload))
-}
+func sortedKeys[V any](m map[Key]V) []Key { return slices.SortedFunc(maps.Keys(m), compareKeys) }
 
 func allLost(nodes map[string]Node) bool {
 	for _, n := range nodes {
@@ -236,28 +116,25 @@ func group(all map[string]*clusterv1.Allocation) map[Key][]*clusterv1.Allocation
 	return out
 }
 
-// replaceBudget is how many replicas of lost nodes may be replaced now: the
-// bound, less those replaced within the window. When most nodes are lost the
-// bound is a tenth.
-func (in Input) replaceBudget() int {
-	live, recent, lost := 0, 0, 0
-	for _, a := range in.Allocations {
-		if a.GetReplacedBy() == "" {
-			live++
-		} else if b := in.Allocations[a.GetReplacedBy()]; b != nil && b.GetBound().AsTime().Add(replaceWindow).After(in.Now) {
-			recent++
+// count notes where replicas are, for daemons that leave a node last, where
+// volumes are, and what replaced and may move.
+func (p *planner) count() {
+	for _, m := range p.in.Moves {
+		p.proposed[m.Allocation] = m
+	}
+	for id, a := range p.in.Allocations {
+		if by := a.GetReplacedBy(); by != "" {
+			p.replacedFor[by] = id
+		}
+		if a.GetFinal() == nil && a.GetSpec().GetKind() != portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
+			p.occupied[a.GetNode()]++
 		}
 	}
-	for _, n := range in.Nodes {
-		if n.lost() {
-			lost++
-		}
+	for _, id := range slices.Sorted(maps.Keys(p.in.Volumes)) {
+		v := p.in.Volumes[id]
+		k := Key{v.GetTenant(), v.GetWorkload()}
+		p.volumes[k] = append(p.volumes[k], v)
 	}
-	limit := max(replaceMin, live/replaceShare)
-	if lost*2 > len(in.Nodes) {
-		limit /= 10
-	}
-	return limit - recent
 }
 
 func (p *planner) step(s Step) { p.plan.Steps = append(p.plan.Steps, s) }
@@ -274,25 +151,63 @@ func (p *planner) stop(k Key, r *replica, code, reason string) {
 	r.Allocation = stopped(r.Allocation)
 }
 
+// disrupt is a stop on purpose. Only one that takes a replica which serves counts
+// against budgets.
+func (p *planner) disrupt(k Key, r *replica, b *budget, code, reason string) {
+	serves := r.ready || r.mute
+	p.step(Step{Kind: Stop, Key: k, Code: code, Reason: reason, Allocation: r.GetAllocation(), Disrupt: serves})
+	if serves {
+		b.left--
+		ch := p.change(k, p.in.Workloads[k].Intent.GetUid())
+		ch.disrupted++
+		ch.code, ch.reason = Disrupted, fmt.Sprintf("%d replicas are disrupted on purpose", ch.disrupted)
+		addDisruptions(ch.state, 1, p.in.Now)
+	}
+	r.Allocation = stopped(r.Allocation)
+}
+
 // stopped is a stand-in for the record after the step: later decisions of the
 // same plan see it as stopping.
 func stopped(a *clusterv1.Allocation) *clusterv1.Allocation {
+	out := standIn(a)
+	out.Stop = true
+	return out
+}
+
+func standIn(a *clusterv1.Allocation) *clusterv1.Allocation {
 	return &clusterv1.Allocation{
-		Allocation: a.GetAllocation(), Revision: a.GetRevision(), Node: a.GetNode(), Index: a.GetIndex(), Epoch: a.GetEpoch(),
-		Uid: a.GetUid(), Final: a.GetFinal(), Bound: a.GetBound(), Stop: true,
+		Allocation: a.GetAllocation(), Revision: a.GetRevision(), Node: a.GetNode(), Index: a.GetIndex(), Epoch: a.GetEpoch(), Run: a.GetRun(),
+		Uid: a.GetUid(), Final: a.GetFinal(), Bound: a.GetBound(), Spec: a.GetSpec(), Stop: a.GetStop(), EndTime: a.GetEndTime(),
+		ReplacedBy: a.GetReplacedBy(), Disrupted: a.GetDisrupted(), Volumes: a.GetVolumes(),
+	}
+}
+
+// change gives the state of a workload for changing.
+func (p *planner) change(k Key, uid string) *stateChange {
+	ch := p.states[k]
+	if ch == nil {
+		ch = &stateChange{state: p.in.newState(k, uid)}
+		p.states[k] = ch
+	}
+	return ch
+}
+
+func (p *planner) putState(k Key) {
+	if ch := p.states[k]; ch != nil {
+		p.step(Step{Kind: PutState, Key: k, Code: ch.code, Reason: ch.reason, State: ch.state})
 	}
 }
 
 // workload reconciles one of them.
 func (p *planner) workload(k Key, as []*clusterv1.Allocation) {
 	w, wanted := p.in.Workloads[k]
-	d := desiredOf(w)
+	d := p.in.desiredOf(k, w)
 	rs := p.in.replicas(w, d, as)
 	if wanted && stale(w, rs) {
-		p.plan.Halted[k] = "its intent is older than what follows from a newer epoch already"
+		p.plan.Halted[k] = Note{StaleIntent, "its intent is older than what follows from a newer epoch already"}
 		return
 	}
-	rs = p.confirm(k, rs, wanted && d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, d)
+	rs = p.confirm(k, rs, d, wanted)
 	if !wanted || d.current == nil {
 		for _, r := range rs {
 			if !r.Stop {
@@ -301,11 +216,23 @@ func (p *planner) workload(k Key, as []*clusterv1.Allocation) {
 		}
 		return
 	}
+	for _, r := range rs {
+		p.wakeAt(r.until)
+	}
+	d.freeze(rs, p.in.faults)
+	if d.halted.Code != "" {
+		p.plan.Halted[k] = d.halted
+	}
+	p.takeOver(k, w, d, rs)
 	switch d.kind {
 	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
 		p.job(k, w, d, rs)
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_CRON:
+		p.cron(k, w, d, rs)
 	case portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON:
 		p.daemon(k, w, d, rs)
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL:
+		p.stateful(k, w, d, rs)
 	default:
 		p.service(k, w, d, rs)
 	}
@@ -332,13 +259,15 @@ func (p *planner) renew(k Key, w Workload, rs []*replica) {
 }
 
 // confirm removes the records of replicas that are gone and gives the others.
-func (p *planner) confirm(k Key, rs []*replica, keepFinal bool, d desired) []*replica {
+func (p *planner) confirm(k Key, rs []*replica, d desired, wanted bool) []*replica {
 	var rest []*replica
 	for _, r := range rs {
-		history := keepFinal && r.mine && r.Final != nil && r.GetRevision() == d.current.GetRevision()
 		_, known := p.in.Nodes[r.GetNode()]
 		switch {
-		case history:
+		case wanted && d.history(r):
+			rest = append(rest, r)
+		case wanted && d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON && r.mine && r.Final == nil && (r.gone || !known):
+			r.gone = true // its run decides
 			rest = append(rest, r)
 		case !known:
 			p.step(Step{Kind: Remove, Key: k, Code: NodeGone, Reason: "its node is no longer part of the cluster", Allocation: r.GetAllocation()})
@@ -354,64 +283,62 @@ func (p *planner) confirm(k Key, rs []*replica, keepFinal bool, d desired) []*re
 	return rest
 }
 
-// replicas joins allocations with what is observed of them.
-func (in Input) replicas(w Workload, d desired, as []*clusterv1.Allocation) []*replica {
-	out := make([]*replica, 0, len(as))
-	for _, a := range as {
-		n := in.Nodes[a.GetNode()]
-		r := &replica{Allocation: a, lost: n.lost(), mine: w.Intent != nil && a.GetUid() == w.Intent.GetUid()}
-		r.mute = !n.Observed
-		if by := in.Allocations[a.GetReplacedBy()]; by != nil && !by.GetStop() {
-			r.replaced = true
-		}
-		if n.Observed {
-			r.status = n.Allocations[a.GetAllocation()]
-		}
-		r.gone = in.isGone(n, r)
-		if st := r.status; st != nil && !r.lost && !a.GetStop() && a.GetFinal() == nil {
-			r.ready = st.GetReady()
-			r.available = r.ready && !in.Now.Before(availableAt(r, d.minReady))
-		}
-		if n.Record != nil && !r.lost && !a.GetStop() && in.Admit != nil {
-			r.refused = in.Admit(n.Record, a.GetSpec()) == Refused
-		}
-		out = append(out, r)
-	}
-	return out
-}
-
-func (in Input) isGone(n Node, r *replica) bool {
-	if !r.Stop || r.lost || !n.Observed || r.status != nil {
+// history says that the record of a finished replica is what says how far its job
+// is, and stays when nothing else of it is left.
+func (d desired) history(r *replica) bool {
+	if r.Final == nil || !r.mine {
 		return false
 	}
-	return n.Applied >= in.Modified[r.GetAllocation()] || !in.Now.Before(r.GetStopTime().AsTime().Add(confirmAfter))
-}
-
-// availableAt is when a replica that is ready counts.
-func availableAt(r *replica, minReady time.Duration) time.Time {
-	since := r.status.GetTimeline().GetReady()
-	if since == nil {
-		since = r.GetBound()
+	switch d.kind {
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
+		return r.GetRevision() == d.current.GetRevision()
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_CRON:
+		return !r.Stop // a run is forgotten whole
+	default:
+		return false
 	}
-	return since.AsTime().Add(minReady)
 }
 
-// better orders replicas by which is kept first: one that its node does not want
-// off, that is available, ready, not replaced while its node was lost, old.
-func better(a, b *replica) int {
-	return cmp.Or(
-		compareBool(!a.refused, !b.refused), compareBool(a.available, b.available), compareBool(a.ready, b.ready),
-		compareBool(!a.replaced, !b.replaced),
-		a.GetBound().AsTime().Compare(b.GetBound().AsTime()), cmp.Compare(a.GetAllocation(), b.GetAllocation()),
-	)
-}
-
-func compareBool(a, b bool) int {
-	switch {
-	case a == b:
-		return 0
-	case a:
-		return -1
+// leftovers clears away what belongs to workloads that are gone: volumes when
+// their replicas are gone too, and states at the end.
+func (p *planner) leftovers(byKey map[Key][]*clusterv1.Allocation) {
+	for _, k := range sortedKeys(p.volumes) {
+		if p.plan.Halted[k].Code == StaleIntent {
+			continue
+		}
+		for _, v := range p.volumes[k] {
+			p.leftVolume(k, v, byKey[k])
+		}
 	}
-	return 1
+	for _, k := range sortedKeys(p.in.States) {
+		if _, wanted := p.in.Workloads[k]; !wanted && len(byKey[k]) == 0 {
+			p.step(Step{Kind: DeleteState, Key: k, Code: WorkloadRemoved, Reason: "the workload is gone"})
+		}
+	}
+}
+
+func (p *planner) leftVolume(k Key, v *clusterv1.Volume, as []*clusterv1.Allocation) {
+	w, wanted := p.in.Workloads[k]
+	if wanted && w.Intent.GetUid() == v.GetUid() && !p.in.faults.volumeDropped {
+		return
+	}
+	for _, a := range as {
+		if a.GetUid() == v.GetUid() && a.GetIndex() == v.GetIndex() {
+			return // its replica may still write
+		}
+	}
+	if _, known := p.in.Nodes[v.GetNode()]; !known {
+		p.step(Step{Kind: DeleteVolume, Key: k, Code: NodeGone, Reason: "its workload and its node are gone", Volume: v})
+	} else if !v.GetDelete() {
+		gone := &clusterv1.Volume{
+			Volume: v.GetVolume(), Tenant: v.GetTenant(), Workload: v.GetWorkload(), Uid: v.GetUid(), Index: v.GetIndex(), Name: v.GetName(),
+			Node: v.GetNode(), SizeBytes: v.GetSizeBytes(), CreateTime: v.GetCreateTime(), Delete: true,
+		}
+		p.step(Step{Kind: PutVolume, Key: k, Code: WorkloadRemoved, Reason: "its workload is gone", Volume: gone})
+	}
+}
+
+// hasOther says that replicas run that are not of a revision as it is now.
+func hasOther(rs []*replica, want *linkv1.RevisionIntent) bool {
+	return slices.ContainsFunc(rs, func(r *replica) bool { return r.active() && !r.of(want) })
 }

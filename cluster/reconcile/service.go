@@ -6,52 +6,7 @@ import (
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api/linkv1"
-	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
-
-const defaultProgressDeadline = 10 * time.Minute
-
-// desired is an intent, with its defaults.
-type desired struct {
-	kind portolanv1.WorkloadKind
-	// current is the revision whose spec says how; nil when nothing is wanted.
-	current   *linkv1.RevisionIntent
-	revisions []*linkv1.RevisionIntent // the current one first
-	total     int
-	surge     int
-	down      int // max_unavailable
-	minReady  time.Duration
-	deadline  time.Duration
-}
-
-func desiredOf(w Workload) desired {
-	var d desired
-	for _, r := range w.Intent.GetRevisions() {
-		d.total += int(r.GetReplicas())
-		if r.GetRevision() == w.Intent.GetCurrentRevision() {
-			d.current = r
-			d.revisions = slices.Insert(d.revisions, 0, r)
-		} else {
-			d.revisions = append(d.revisions, r)
-		}
-	}
-	if d.current == nil && len(d.revisions) > 0 {
-		d.current = d.revisions[0]
-	}
-	spec := d.current.GetSpec()
-	d.kind = spec.GetKind()
-	u := spec.GetUpdate()
-	d.surge, d.down = int(u.GetMaxSurge()), int(u.GetMaxUnavailable())
-	if d.surge == 0 && d.down == 0 {
-		d.surge = 1 // with neither, no replica could ever be replaced
-	}
-	d.minReady = u.GetMinReady().AsDuration()
-	d.deadline = defaultProgressDeadline
-	if u.GetProgressDeadline() != nil {
-		d.deadline = u.GetProgressDeadline().AsDuration()
-	}
-	return d
-}
 
 // keepers splits the active replicas into those that fill the desired numbers,
 // by revision, and those that leave, worst first.
@@ -61,7 +16,7 @@ func keepers(d desired, rs []*replica) (keep map[string][]*replica, leave []*rep
 	for _, r := range rs {
 		if r.active() {
 			rev := r.GetRevision()
-			if !r.mine {
+			if !r.mine || r.outdated {
 				rev = ""
 			}
 			byRevision[rev] = append(byRevision[rev], r)
@@ -72,7 +27,8 @@ func keepers(d desired, rs []*replica) (keep map[string][]*replica, leave []*rep
 		delete(byRevision, want.GetRevision())
 		slices.SortFunc(have, better)
 		for i, r := range have {
-			if i < int(want.GetReplicas()) && !r.refused {
+			r.surplus = i >= int(want.GetReplicas())
+			if !r.surplus && r.leave == nil {
 				keep[want.GetRevision()] = append(keep[want.GetRevision()], r)
 			} else {
 				leave = append(leave, r)
@@ -80,7 +36,10 @@ func keepers(d desired, rs []*replica) (keep map[string][]*replica, leave []*rep
 		}
 	}
 	for _, have := range byRevision {
-		leave = append(leave, have...)
+		for _, r := range have {
+			r.surplus = true
+			leave = append(leave, r)
+		}
 	}
 	slices.SortFunc(leave, func(a, b *replica) int { return better(b, a) })
 	return keep, leave
@@ -88,32 +47,61 @@ func keepers(d desired, rs []*replica) (keep map[string][]*replica, leave []*rep
 
 // service rolls a workload of interchangeable replicas towards what is desired.
 func (p *planner) service(k Key, w Workload, d desired, rs []*replica) {
+	p.proposeLeaving(rs)
+	p.in.setCrowds(d.current.GetSpec(), rs)
 	keep, leave := keepers(d, rs)
-	p.createMissing(k, w, d, rs, keep)
-	p.stopLeaving(k, d, keep, leave)
+	b := p.budget(k, d, d.total, rs)
+	p.acceptMove(k, d, b, keep, &leave)
+	p.createMissing(k, w, d, rs, keep, leave)
+	p.stopLeaving(k, d, b, keep, leave)
+	p.plan.Allowances[k] = max(0, b.left)
 	p.progress(k, w, d, rs, keep, leave)
 }
 
-// createMissing creates what lacks, as far as live replicas stay within desired
-// plus surge.
-func (p *planner) createMissing(k Key, w Workload, d desired, rs []*replica, keep map[string][]*replica) {
-	room := d.total + d.surge
+// budget is the disruption budget of a workload of which so many should be there.
+func (p *planner) budget(k Key, d desired, total int, rs []*replica) *budget {
+	available := 0
 	for _, r := range rs {
-		if r.live() {
+		if r.active() && r.available {
+			available++
+		}
+	}
+	return p.in.budgetOf(k, d.uid, d.current.GetSpec().GetDisruption(), total, available)
+}
+
+// createMissing creates what lacks, as far as live replicas stay within desired
+// plus surge: first what nobody had, then for replicas that are to leave, last for
+// lost ones, whose rate holds up nothing else.
+func (p *planner) createMissing(k Key, w Workload, d desired, rs []*replica, keep map[string][]*replica, leave []*replica) {
+	replaceable := p.in.mayReplace(d.current.GetSpec())
+	room := d.total + d.surge + off(p.in.faults.surgeOffByOne)
+	for _, r := range rs {
+		if r.live() || (r.lost && r.Final == nil && !replaceable) {
 			room--
 		}
 	}
 	for _, want := range d.revisions {
 		need := int(want.GetReplicas()) - len(keep[want.GetRevision()])
-		lost := lostOf(want.GetRevision(), rs)
+		lost := lostOf(want, rs)
+		if !replaceable && len(lost) > 0 {
+			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on node %s, which is lost, and may live on: at most one may run", lost[0].GetAllocation(), lost[0].GetNode())}
+		}
+		leavers := leaversOf(want, leave)
 		for i := 0; i < need && room > 0; i++ {
 			s := Step{Kind: Create, Key: k, Workload: w, Revision: want, Index: int32(i), Code: ScaleUp, Reason: fmt.Sprintf("%d of %d replicas are there", int(want.GetReplicas())-need+i, want.GetReplicas())}
-			if want == d.current && hasOther(rs, want.GetRevision()) {
+			if want == d.current && hasOther(rs, want) {
 				s.Code = NewRevision
 			}
-			// Replacements come last: their rate holds up nothing else.
-			if left := need - i; left <= len(lost) && !p.replace(&s, lost[len(lost)-left]) {
-				break
+			switch left := need - i; {
+			case left <= len(lost):
+				if !p.replace(k, &s, lost[len(lost)-left]) {
+					room = 0
+					continue
+				}
+			case left <= len(lost)+len(leavers):
+				r := leavers[len(lost)+len(leavers)-left]
+				s.Allocation, s.Disrupt, s.Node = r.GetAllocation(), r.leave.budgeted, r.leave.node
+				s.Code, s.Reason = r.leave.code, r.leave.reason
 			}
 			p.step(s)
 			room--
@@ -121,38 +109,34 @@ func (p *planner) createMissing(k Key, w Workload, d desired, rs []*replica, kee
 	}
 }
 
-// replace makes a step the replacement of a lost replica; false when the rate
-// does not allow it now.
-func (p *planner) replace(s *Step, lost *replica) bool {
-	if p.replaceable <= 0 {
-		p.wakeAt(p.in.Now.Add(replaceWindow / 10))
-		return false
-	}
-	p.replaceable--
-	s.Code, s.Allocation = NodeLost, lost.GetAllocation()
-	s.Reason = fmt.Sprintf("node %s of %s is lost", lost.GetNode(), lost.GetAllocation())
-	return true
-}
-
-func hasOther(rs []*replica, revision string) bool {
-	return slices.ContainsFunc(rs, func(r *replica) bool { return r.active() && (!r.mine || r.GetRevision() != revision) })
-}
-
 // lostOf are the replicas of a revision on lost nodes that nobody replaced.
-func lostOf(revision string, rs []*replica) []*replica {
+func lostOf(want *linkv1.RevisionIntent, rs []*replica) []*replica {
 	var out []*replica
 	for _, r := range rs {
-		if r.lost && r.mine && !r.Stop && r.Final == nil && !r.replaced && r.GetRevision() == revision {
+		if r.lost && r.of(want) && !r.Stop && r.Final == nil && !r.replaced {
 			out = append(out, r)
 		}
 	}
 	return out
 }
 
-// stopLeaving stops what is too much: freely what is known not to be ready, the
-// rest as far as enough replicas stay ready.
-func (p *planner) stopLeaving(k Key, d desired, keep map[string][]*replica, leave []*replica) {
-	spare := d.down - d.total
+// leaversOf are the replicas of a revision that leave their nodes and nobody
+// replaced, the worst last: the first ones are replaced first.
+func leaversOf(want *linkv1.RevisionIntent, leave []*replica) []*replica {
+	var out []*replica
+	for _, r := range leave {
+		if r.leave != nil && !r.surplus && !r.replaced && r.of(want) {
+			out = append(out, r)
+		}
+	}
+	slices.Reverse(out)
+	return out
+}
+
+// stopLeaving stops what is too much, and what leaves its node: freely what is
+// known not to be ready, the rest as far as enough replicas stay ready.
+func (p *planner) stopLeaving(k Key, d desired, b *budget, keep map[string][]*replica, leave []*replica) {
+	spare := d.down - d.total + off(p.in.faults.spareOffByOne)
 	for _, rs := range keep {
 		for _, r := range rs {
 			if r.available {
@@ -168,17 +152,75 @@ func (p *planner) stopLeaving(k Key, d desired, keep map[string][]*replica, leav
 		}
 	}
 	for _, r := range leave {
-		if r.ready || r.mute {
+		serves := r.ready || r.mute
+		if r.leave != nil && r.leave.budgeted {
+			if p.leaveNode(k, d, b, r, spare-d.down > 0) {
+				if r.ready {
+					spare--
+				}
+				continue
+			}
+			if !r.surplus {
+				continue
+			}
+		}
+		if serves {
 			if spare <= 0 {
 				continue
 			}
 			if r.ready {
 				spare--
 			}
+			b.left--
 		}
 		code, reason := p.whyLeave(d, r)
 		p.stop(k, r, code, reason)
 	}
+}
+
+// leaveNode takes a replica off its node when its budget allows it, and says
+// whether it did. The replacement comes first, where one can be had: enough says
+// that all that are wanted are available without it.
+func (p *planner) leaveNode(k Key, d desired, b *budget, r *replica, enough bool) bool {
+	serves := r.ready || r.mute
+	first := (r.replaced || (d.surge > 0 && len(p.in.Pending[k]) == 0)) && !p.in.faults.replacementLast
+	switch {
+	case r.leave.force || !serves:
+	case first && !enough && !p.successorAvailable(r, d):
+		p.drainNote(k, Note{ReplacementFirst, fmt.Sprintf("%s: %s; it goes when its replacement is available", r.GetAllocation(), r.leave.reason)})
+		return false
+	case b.left <= 0:
+		p.drainNote(k, Note{b.note.Code, fmt.Sprintf("%s: %s; its disruption budget allows nothing now: %s", r.GetAllocation(), r.leave.reason, b.note.Message)})
+		p.wakeAt(b.change)
+		return false
+	}
+	p.drainNote(k, Note{Leaving, fmt.Sprintf("%s: %s", r.GetAllocation(), r.leave.reason)})
+	p.disrupt(k, r, b, r.leave.code, r.leave.reason)
+	return true
+}
+
+// drainNote keeps the first note of a workload.
+func (p *planner) drainNote(k Key, n Note) {
+	if _, ok := p.plan.Draining[k]; !ok {
+		p.plan.Draining[k] = n
+	}
+}
+
+// successorAvailable says that what took a replica's place is available.
+func (p *planner) successorAvailable(r *replica, d desired) bool {
+	by := p.in.Allocations[r.GetReplacedBy()]
+	n := p.in.Nodes[by.GetNode()]
+	if by == nil || by.GetStop() || n.lost() || !n.Observed {
+		return false
+	}
+	st := n.Allocations[by.GetAllocation()]
+	next := &replica{Allocation: by, status: st}
+	if !st.GetReady() {
+		return false
+	}
+	at := availableAt(next, d.minReady)
+	p.wakeAt(at)
+	return !p.in.Now.Before(at)
 }
 
 func (p *planner) whyLeave(d desired, r *replica) (code, reason string) {
@@ -188,22 +230,23 @@ func (p *planner) whyLeave(d desired, r *replica) (code, reason string) {
 		return RevisionReplaced, "it belongs to an earlier workload of the same name"
 	case !listed:
 		return RevisionReplaced, fmt.Sprintf("revision %s makes way for %s", r.GetRevision(), d.current.GetRevision())
-	case r.refused:
-		return NodeRefuses, fmt.Sprintf("node %s has a taint that it does not tolerate", r.GetNode())
+	case r.outdated:
+		return RevisionReplaced, fmt.Sprintf("the template of revision %s is another one here now", r.GetRevision())
+	case r.leave != nil:
+		return r.leave.code, r.leave.reason
 	case r.replaced:
 		return Surplus, fmt.Sprintf("%s took its place while node %s was lost", r.GetReplacedBy(), r.GetNode())
 	}
-	for id, other := range p.in.Allocations {
-		if other.GetReplacedBy() == r.GetAllocation() {
-			return Surplus, fmt.Sprintf("%s, which it replaced, is back", id)
-		}
+	if id := p.replacedFor[r.GetAllocation()]; id != "" {
+		return Surplus, fmt.Sprintf("%s, which it replaced, is back", id)
 	}
 	return ScaleDown, "fewer replicas are wanted"
 }
 
-// progress notes an update that gets nowhere.
+// progress notes an update that gets nowhere. What leaves its node for another
+// reason is not part of it.
 func (p *planner) progress(k Key, w Workload, d desired, rs []*replica, keep map[string][]*replica, leave []*replica) {
-	available := 0
+	available, going := 0, 0
 	for _, have := range keep {
 		for _, r := range have {
 			if r.available {
@@ -211,33 +254,40 @@ func (p *planner) progress(k Key, w Workload, d desired, rs []*replica, keep map
 			}
 		}
 	}
-	if available >= d.total && len(leave) == 0 {
+	for _, r := range leave {
+		if r.surplus {
+			going++
+		} else if r.available {
+			available++
+		}
+	}
+	if _, halted := p.plan.Halted[k]; halted || d.frozen || (available >= d.total && going == 0) {
 		return
 	}
+	p.overdue(k, w, d, rs, fmt.Sprintf("%d of %d replicas are available, %d are to go", available, d.total, going))
+}
+
+// overdue notes that nothing got on for the progress deadline.
+func (p *planner) overdue(k Key, w Workload, d desired, rs []*replica, what string) {
 	until := lastProgress(w, rs).Add(d.deadline)
 	if p.in.Now.Before(until) {
 		p.wakeAt(until)
 		return
 	}
-	p.plan.Halted[k] = fmt.Sprintf("no progress for %v: %d of %d replicas are available, %d are to go", d.deadline, available, d.total, len(leave))
+	p.plan.Halted[k] = Note{NoProgress, fmt.Sprintf("revision %s: no progress for %v: %s", d.current.GetRevision(), d.deadline, what)}
 }
 
 // lastProgress is the newest trace of something getting on: the intent came, a
 // replica was bound or became ready, one was told to stop.
 func lastProgress(w Workload, rs []*replica) time.Time {
 	last := w.Committed
-	later := func(t time.Time) {
-		if t.After(last) {
-			last = t
-		}
-	}
 	for _, r := range rs {
-		later(r.GetBound().AsTime())
+		last = later(last, r.GetBound().AsTime())
 		if r.GetStopTime() != nil {
-			later(r.GetStopTime().AsTime())
+			last = later(last, r.GetStopTime().AsTime())
 		}
 		if at := r.status.GetTimeline().GetReady(); at != nil {
-			later(at.AsTime())
+			last = later(last, at.AsTime())
 		}
 	}
 	return last

@@ -20,6 +20,8 @@ const (
 	Scheduled   = "Scheduled"
 	Complete    = "Complete"
 	Failed      = "Failed"
+	Scaled      = "Scaled"
+	Draining    = "Draining"
 )
 
 func timestamp(t time.Time) *timestamppb.Timestamp { return timestamppb.New(t) }
@@ -30,17 +32,11 @@ func timestamp(t time.Time) *timestamppb.Timestamp { return timestamppb.New(t) }
 func Summarize(in Input) []*linkv1.WorkloadStatusReport {
 	plan := Reconcile(in)
 	byKey := group(in.Allocations)
-	keys := slices.Collect(maps.Keys(in.Workloads))
-	for k := range byKey {
-		if _, ok := in.Workloads[k]; !ok {
-			keys = append(keys, k)
-		}
-	}
-	slices.SortFunc(keys, compareKeys)
+	keys := in.keys(byKey)
 	out := make([]*linkv1.WorkloadStatusReport, 0, len(keys))
 	for _, k := range keys {
 		w, wanted := in.Workloads[k]
-		d := desiredOf(w)
+		d := in.desiredOf(k, w)
 		rs := in.replicas(w, d, byKey[k])
 		rep := &linkv1.WorkloadStatusReport{Tenant: k.Tenant, Workload: k.Workload, Epoch: w.Intent.GetEpoch(), Revisions: revisions(d, rs)}
 		if !wanted {
@@ -48,7 +44,7 @@ func Summarize(in Input) []*linkv1.WorkloadStatusReport {
 				rep.Epoch = max(rep.Epoch, r.GetEpoch())
 			}
 		} else if d.current != nil {
-			rep.Conditions = in.conditions(k, d, rs, plan.Halted[k])
+			rep.Conditions = in.conditions(k, d, rs, plan)
 		}
 		out = append(out, rep)
 	}
@@ -84,37 +80,73 @@ func revisions(d desired, rs []*replica) []*portolanv1.RevisionReplicas {
 	return out
 }
 
-func (in Input) conditions(k Key, d desired, rs []*replica, halted string) []*portolanv1.Condition {
-	var out []*portolanv1.Condition
-	add := func(typ string, yes bool, reason, message string) {
-		st := portolanv1.ConditionState_CONDITION_STATE_FALSE
-		if yes {
-			st = portolanv1.ConditionState_CONDITION_STATE_TRUE
-		}
-		out = append(out, &portolanv1.Condition{Type: typ, State: st, Reason: reason, Message: message})
+// conditionList gathers conditions.
+type conditionList []*portolanv1.Condition
+
+func (l *conditionList) add(typ string, yes bool, reason, message string) {
+	st := portolanv1.ConditionState_CONDITION_STATE_FALSE
+	if yes {
+		st = portolanv1.ConditionState_CONDITION_STATE_TRUE
 	}
-	if d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB {
-		j := jobOf(d, rs)
-		why, failed := j.over(in.Now)
-		message := fmt.Sprintf("%d of %d replicas succeeded, %d failed", len(j.succeeded), j.completions, j.failed)
-		add(Complete, j.complete(), pick(j.complete(), "Completed", "Running"), message)
-		if failed {
-			add(Failed, true, "JobFailed", why)
-		}
-	} else {
-		in.serviceConditions(d, rs, add)
-	}
-	if halted != "" {
-		add(Halted, true, "NoProgress", halted)
-	}
-	if why := in.Pending[k]; len(why) > 0 {
-		message := why[0].GetMessage()
-		add(Scheduled, false, why[0].GetCode(), message)
-	}
-	return out
+	*l = append(*l, &portolanv1.Condition{Type: typ, State: st, Reason: reason, Message: message})
 }
 
-func (in Input) serviceConditions(d desired, rs []*replica, add func(string, bool, string, string)) {
+// conditions are what is to be told of a workload. A condition that speaks of
+// trouble is there only while there is some.
+func (in Input) conditions(k Key, d desired, rs []*replica, plan Plan) []*portolanv1.Condition {
+	var l conditionList
+	switch d.kind {
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
+		in.jobConditions(d, rs, &l)
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_CRON:
+		in.cronConditions(k, d, rs, &l)
+	default:
+		in.serviceConditions(k, d, rs, plan, &l)
+	}
+	if n, ok := plan.Halted[k]; ok {
+		l.add(Halted, true, n.Code, n.Message)
+	}
+	if n, ok := plan.Waiting[k]; ok {
+		l.add(Scheduled, false, n.Code, n.Message)
+	} else if why := in.Pending[k]; len(why) > 0 {
+		l.add(Scheduled, false, why[0].GetCode(), why[0].GetMessage())
+	}
+	if n, ok := plan.Draining[k]; ok {
+		l.add(Draining, true, n.Code, n.Message)
+	}
+	if scale := in.stateOf(k, d.uid).GetScale(); scale != nil && d.current.GetMaxReplicas() > 0 {
+		l.add(Scaled, true, scale.GetReason().GetCode(), fmt.Sprintf("%d replicas, within %d and %d: %s", d.current.GetReplicas(), d.current.GetMinReplicas(), d.current.GetMaxReplicas(), scale.GetReason().GetMessage()))
+	}
+	return l
+}
+
+func (in Input) jobConditions(d desired, rs []*replica, l *conditionList) {
+	j := in.jobOf(d, 0, rs)
+	why, failed := j.over(in.Now)
+	l.add(Complete, j.complete(), pick(j.complete(), "Completed", "Running"), fmt.Sprintf("%d of %d replicas succeeded, %d failed", len(j.succeeded), j.completions, j.failed))
+	if failed {
+		l.add(Failed, true, why.Code, why.Message)
+	}
+}
+
+// cronConditions tell of the runs: what is under way, and how the last one ended.
+func (in Input) cronConditions(k Key, d desired, rs []*replica, l *conditionList) {
+	runs := in.runsOf(d, rs)
+	open := 0
+	for _, run := range runs {
+		open += off(!run.over)
+	}
+	l.add(Progressing, open > 0, pick(open > 0, "Running", "Idle"), fmt.Sprintf("%d runs are under way, the newest time that was dealt with is %s", open, lastRunOf(in.stateOf(k, d.uid))))
+	if last := newestRun(runs); last != nil {
+		good := last.job.complete()
+		l.add(Complete, good, pick(good, "Completed", "RunFailed"), fmt.Sprintf("run %s: %d of %d replicas succeeded, %d failed", stamp(last.at), len(last.job.succeeded), last.job.completions, last.job.failed))
+		if !good {
+			l.add(Failed, true, last.failed.Code, fmt.Sprintf("run %s: %s", stamp(last.at), last.failed.Message))
+		}
+	}
+}
+
+func (in Input) serviceConditions(k Key, d desired, rs []*replica, plan Plan, l *conditionList) {
 	total := d.total
 	if d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
 		total = in.daemonNodes(d)
@@ -126,7 +158,7 @@ func (in Input) serviceConditions(d desired, rs []*replica, add func(string, boo
 		}
 		switch {
 		case !r.active():
-		case r.mine && slices.ContainsFunc(d.revisions, func(x *linkv1.RevisionIntent) bool { return x.GetRevision() == r.GetRevision() }):
+		case slices.ContainsFunc(d.revisions, r.of):
 			if r.available {
 				updated++
 			}
@@ -134,16 +166,40 @@ func (in Input) serviceConditions(d desired, rs []*replica, add func(string, boo
 			old++
 		}
 	}
-	enough := ready >= total-d.down
-	add(Available, enough, pick(enough, "EnoughReady", "TooFewReady"), fmt.Sprintf("%d replicas are ready, %d are wanted", ready, total))
+	enough, wanted := ready >= total-d.down, total
+	if active := in.Workloads[k].Intent.GetActiveRevision(); active != "" {
+		ready, wanted = activeReady(d, rs, active)
+		enough = ready >= wanted-d.down
+	}
+	l.add(Available, enough, pick(enough, "EnoughReady", "TooFewReady"), fmt.Sprintf("%d replicas are ready, %d are wanted", ready, wanted))
 	moving := old > 0 || updated < total
-	add(Progressing, moving, pick(moving, "Updating", "UpToDate"), fmt.Sprintf("%d of %d replicas are up to date and available, %d are to go", updated, total, old))
+	reason := pick(moving, "Updating", "UpToDate")
+	if _, halted := plan.Halted[k]; moving && !halted && d.current.GetSpec().GetUpdate().GetPaused() {
+		reason = "Paused"
+	}
+	l.add(Progressing, moving, reason, fmt.Sprintf("%d of %d replicas are up to date and available, %d are to go", updated, total, old))
+}
+
+// activeReady counts the revision that serves.
+func activeReady(d desired, rs []*replica, active string) (ready, wanted int) {
+	for _, want := range d.revisions {
+		if want.GetRevision() != active {
+			continue
+		}
+		wanted = int(want.GetReplicas())
+		for _, r := range rs {
+			if r.ready && r.of(want) {
+				ready++
+			}
+		}
+	}
+	return ready, wanted
 }
 
 func (in Input) daemonNodes(d desired) int {
 	n := 0
 	for _, node := range in.Nodes {
-		if !node.lost() && (in.Admit == nil || in.Admit(node.Record, d.current.GetSpec()) == Admitted) {
+		if !node.lost() && in.admission(node.Record, d.current.GetSpec()) == Admitted {
 			n++
 		}
 	}

@@ -88,8 +88,16 @@ func (w *world) apply(p Plan) []string {
 		}
 		lines = append(lines, fmt.Sprintf("%s  (%s: %s)", strings.TrimRight(line, " "), s.Code, s.Reason))
 	}
-	for _, k := range slices.SortedFunc(maps.Keys(p.Halted), compareKeys) {
-		lines = append(lines, fmt.Sprintf("halted %s: %s", k, p.Halted[k]))
+	for _, k := range sortedKeys(p.Halted) {
+		lines = append(lines, fmt.Sprintf("halted %s: %s: %s", k, p.Halted[k].Code, p.Halted[k].Message))
+	}
+	for _, k := range sortedKeys(p.Waiting) {
+		lines = append(lines, fmt.Sprintf("waiting %s: %s: %s", k, p.Waiting[k].Code, p.Waiting[k].Message))
+	}
+	for _, k := range sortedKeys(p.Draining) {
+		if p.Draining[k].Code != Leaving {
+			lines = append(lines, fmt.Sprintf("draining %s: %s: %s", k, p.Draining[k].Code, p.Draining[k].Message))
+		}
 	}
 	if p.Held != "" {
 		lines = append(lines, "held: "+p.Held)

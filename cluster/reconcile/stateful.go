@@ -1,0 +1,209 @@
+package reconcile
+
+import (
+	"fmt"
+	"hash/fnv"
+	"slices"
+
+	"github.com/portolan-io/portolan/federation/api/clusterv1"
+	"github.com/portolan-io/portolan/federation/api/linkv1"
+)
+
+// maxName is the length of an ID.
+const maxName = 40
+
+// VolumeID is the ID of the volume of a stateful replica.
+func VolumeID(k Key, index int32, name string) string {
+	return fmt.Sprintf("%s.%s-%d.%s", k.Tenant, k.Workload, index, name)
+}
+
+// statefulName is the ID of a stateful replica: "<workload>-<index>". IDs are
+// unique in a cluster and workloads in a tenant, so a name that another workload
+// holds, or that is too long, gets a mark that is the workload's own.
+func (in Input) statefulName(k Key, index int32) string {
+	name := fmt.Sprintf("%s-%d", k.Workload, index)
+	if a := in.Allocations[name]; len(name) <= maxName && (a == nil || (a.GetTenant() == k.Tenant && a.GetWorkload() == k.Workload)) {
+		return name
+	}
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(k.String()))
+	tail := fmt.Sprintf("-%08x-%d", h.Sum32(), index)
+	return k.Workload[:min(len(k.Workload), maxName-len(tail))] + tail
+}
+
+// places says which revision each index should have: the current one from the
+// highest index down, so that an update begins there.
+func (d desired) places() []*linkv1.RevisionIntent {
+	out := make([]*linkv1.RevisionIntent, 0, d.total)
+	for _, r := range slices.Backward(d.revisions) {
+		for range r.GetReplicas() {
+			out = append(out, r)
+		}
+	}
+	// A frozen update lists more than the total: what it keeps of the new revision
+	// stands above.
+	return out[max(0, len(out)-d.total):]
+}
+
+// stateful keeps one replica for every index. At most one record of an index is
+// there at any time, whatever becomes of its node: a lost one may live on, with
+// its data.
+func (p *planner) stateful(k Key, w Workload, d desired, rs []*replica) {
+	p.proposeLeaving(rs)
+	want := d.places()
+	at := make([]*replica, len(want))
+	var rest []*replica
+	for _, r := range rs {
+		if i := int(r.GetIndex()); r.mine && i < len(at) && at[i] == nil {
+			at[i] = r
+		} else {
+			r.surplus = true
+			rest = append(rest, r)
+		}
+	}
+	b := p.budget(k, d, d.total, rs)
+	p.stopHighest(k, d, rest)
+	p.startLowest(k, w, want, at)
+	p.updateHighest(k, d, b, want, at)
+	p.plan.Allowances[k] = max(0, b.left)
+	p.statefulProgress(k, w, d, want, at, rest)
+}
+
+// stopHighest stops what has no place any more, from the highest index down, each
+// when the one above is gone. What its node keeps silent about is told, and not
+// waited for.
+func (p *planner) stopHighest(k Key, d desired, rest []*replica) {
+	slices.SortFunc(rest, func(a, b *replica) int { return int(b.GetIndex()) - int(a.GetIndex()) })
+	for _, r := range rest {
+		if !r.Stop {
+			code, reason := p.whyLeave(d, r)
+			p.stop(k, r, code, reason)
+		}
+		if r.mine && !r.lost {
+			return
+		}
+	}
+}
+
+// startLowest creates the lowest index that is missing, when all below it are
+// available.
+func (p *planner) startLowest(k Key, w Workload, want []*linkv1.RevisionIntent, at []*replica) {
+	order := make([]int, len(want))
+	for i := range order {
+		order[i] = i
+	}
+	if p.in.faults.orderSwapped {
+		slices.Reverse(order)
+	}
+	for _, i := range order {
+		r := at[i]
+		switch {
+		case r == nil:
+			p.start(k, w, want[i], int32(i))
+			return
+		case r.lost:
+			if p.in.faults.volumeDoubled {
+				p.startAgain(k, w, want[i], int32(i))
+			}
+			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on node %s, which is lost; there is never a second one", r.GetAllocation(), r.GetNode())}
+			return
+		case !r.available:
+			if r.ready {
+				p.wakeAt(availableAt(r, want[i].GetSpec().GetUpdate().GetMinReady().AsDuration()))
+			}
+			return
+		}
+	}
+}
+
+func (p *planner) startAgain(k Key, w Workload, want *linkv1.RevisionIntent, index int32) {
+	p.step(Step{Kind: Create, Key: k, Workload: w, Revision: want, Index: index, Name: fmt.Sprintf("%s-%d-again", k.Workload, index), Code: NodeLost, Reason: "a planted fault"})
+}
+
+func (p *planner) start(k Key, w Workload, want *linkv1.RevisionIntent, index int32) {
+	s := Step{
+		Kind: Create, Key: k, Workload: w, Revision: want, Index: index, Name: p.in.statefulName(k, index),
+		Code: StartInOrder, Reason: fmt.Sprintf("index %d is the lowest that is missing", index),
+	}
+	if p.in.Allocations[s.Name] != nil {
+		return // an earlier one of the name is still going
+	}
+	for _, v := range p.volumes[k] {
+		if v.GetIndex() != index {
+			continue
+		}
+		if note, ok := p.volumeReady(w, s.Name, v); !ok {
+			p.plan.Waiting[k] = note
+			return
+		}
+		s.Node = v.GetNode()
+	}
+	p.step(s)
+}
+
+// volumeReady says that a volume can be used, and why not.
+func (p *planner) volumeReady(w Workload, name string, v *clusterv1.Volume) (Note, bool) {
+	n, known := p.in.Nodes[v.GetNode()]
+	switch {
+	case v.GetUid() != w.Intent.GetUid():
+		return Note{VolumeLeaving, fmt.Sprintf("%s waits: volume %s of an earlier workload of the name is still on node %s", name, v.GetVolume(), v.GetNode())}, false
+	case !known:
+		return Note{VolumeNodeGone, fmt.Sprintf("%s waits: its volume %s is on node %s, which is no longer part of the cluster", name, v.GetVolume(), v.GetNode())}, false
+	case n.lost():
+		return Note{VolumeNodeLost, fmt.Sprintf("%s waits for its volume %s: node %s is lost", name, v.GetVolume(), v.GetNode())}, false
+	}
+	return Note{}, true
+}
+
+// updateHighest takes replicas down that are of an older revision or are to leave
+// their nodes, from the highest index on; the place is filled when they are gone.
+func (p *planner) updateHighest(k Key, d desired, b *budget, want []*linkv1.RevisionIntent, at []*replica) {
+	spare := d.down - d.total + off(p.in.faults.spareOffByOne)
+	for _, r := range at {
+		if r != nil && r.active() && r.available {
+			spare++
+		}
+	}
+	for i, r := range slices.Backward(at) {
+		if r == nil || !r.active() {
+			continue
+		}
+		serves := r.ready || r.mute
+		if r.leave != nil && (r.leave.budgeted || !serves || spare > 0) {
+			if p.leaveNode(k, d, b, r, true) && serves {
+				spare--
+			}
+			continue
+		}
+		if r.of(want[i]) || (d.frozen && !r.outdated) || (serves && spare <= 0) {
+			continue
+		}
+		if serves {
+			spare--
+			b.left--
+		}
+		p.stop(k, r, RevisionReplaced, fmt.Sprintf("revision %s makes way for %s", r.GetRevision(), want[i].GetRevision()))
+	}
+}
+
+func (p *planner) statefulProgress(k Key, w Workload, d desired, want []*linkv1.RevisionIntent, at, rest []*replica) {
+	available, old, lost := 0, len(rest), false
+	for i, r := range at {
+		if r == nil {
+			continue
+		}
+		lost = lost || r.lost
+		if r.active() && !r.of(want[i]) {
+			old++
+		} else if r.available {
+			available++
+		}
+	}
+	_, halted := p.plan.Halted[k]
+	_, waiting := p.plan.Waiting[k]
+	if halted || waiting || lost || d.frozen || (available >= d.total && old == 0) {
+		return
+	}
+	all := append(slices.Clone(rest), slices.DeleteFunc(slices.Clone(at), func(r *replica) bool { return r == nil })...)
+	p.overdue(k, w, d, all, fmt.Sprintf("%d of %d replicas are available, %d are to go", available, d.total, old))
+}

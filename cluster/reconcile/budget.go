@@ -23,6 +23,8 @@ const (
 // budget is how many more available replicas of a workload may be disrupted.
 type budget struct {
 	left int
+	// barred: nothing may be disrupted now, whatever is available.
+	barred bool
 	// note says what binds it.
 	note Note
 	// change is when time alone may give more; zero when it does not.
@@ -60,7 +62,7 @@ func (in Input) budgetOf(k Key, uid string, spec *portolanv1.DisruptionBudget, t
 	in.boundRate(b, k, uid, spec)
 	in.boundWindows(b, spec)
 	if in.faults.budgetIgnored {
-		b.left = available
+		b.left, b.barred = available, false
 	}
 	return b
 }
@@ -72,8 +74,11 @@ func (in Input) boundRate(b *budget, k Key, uid string, spec *portolanv1.Disrupt
 	recent := recentDisruptions(in.stateOf(k, uid), in.Now)
 	limit := min(int(spec.GetMaxPerHour()), maxDisruptions)
 	b.bound(limit-len(recent), BudgetPerHour, "%d replicas were disrupted within the hour, max_per_hour is %d", len(recent), limit)
-	if limit <= len(recent) && len(recent) > 0 {
-		b.change = recent[0].AsTime().Add(disruptionSpan)
+	if limit <= len(recent) {
+		b.barred = true
+		if len(recent) > 0 {
+			b.change = recent[0].AsTime().Add(disruptionSpan)
+		}
 	}
 }
 
@@ -83,15 +88,15 @@ func (in Input) boundWindows(b *budget, spec *portolanv1.DisruptionBudget) {
 	}
 	ws, err := timetable.WindowsOf(spec.GetWindows())
 	if err != nil {
-		b.bound(0, BudgetInvalid, "its windows are not understood: %v", err)
+		b.barred = true
+		b.bound(0, BudgetInvalid, "its budget's windows are not understood: %v", err)
 		return
 	}
 	open, change := timetable.Open(ws, in.Now)
 	if !open {
-		b.bound(0, BudgetWindow, "none of its windows is open before %s", change.UTC().Format(time.RFC3339))
-		if b.left <= 0 {
-			b.change = later(b.change, change)
-		}
+		b.barred = true
+		b.bound(0, BudgetWindow, "none of its budget's windows is open before %s", change.UTC().Format(time.RFC3339))
+		b.change = later(b.change, change)
 	}
 }
 

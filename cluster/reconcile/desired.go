@@ -25,7 +25,8 @@ type desired struct {
 	revisions []*linkv1.RevisionIntent // the current one first
 	total     int
 	surge     int
-	down      int // max_unavailable
+	down      int // max_unavailable, and what an update needs at least
+	slack     int // max_unavailable as it is given
 	minReady  time.Duration
 	deadline  time.Duration
 	// frozen: the update goes no further. halted says why, when it did not stop at
@@ -55,6 +56,7 @@ func (in Input) desiredOf(k Key, w Workload) desired {
 	d.kind = spec.GetKind()
 	u := spec.GetUpdate()
 	d.surge, d.down = int(u.GetMaxSurge()), int(u.GetMaxUnavailable())
+	d.slack = d.down
 	if d.surge == 0 && d.down == 0 {
 		d.surge = 1 // with neither, no replica could ever be replaced
 	}
@@ -154,12 +156,14 @@ func (d *desired) older(rs []*replica) []*linkv1.RevisionIntent {
 }
 
 // crashes counts how often replicas of the current revision crashed or failed
-// liveness before they were available. Each time counts, and not each replica: with
-// a surge of one a bad revision never has more than one.
+// liveness before they were available, those included that are available by now:
+// an update that halted does not go on because a bad replica holds for a moment.
+// Each time counts, and not each replica: with a surge of one a bad revision never
+// has more than one.
 func (d *desired) crashes(rs []*replica) int {
 	n := 0
 	for _, r := range rs {
-		if !r.active() || !r.of(d.current) || r.available || r.status == nil {
+		if !r.active() || !r.of(d.current) || r.status == nil {
 			continue
 		}
 		own := 0

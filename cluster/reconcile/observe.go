@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -122,7 +123,7 @@ func (in Input) setLeaving(n *clusterv1.Node, r *replica) {
 	case !until.IsZero() && !in.Now.Before(until):
 		r.leave = &leaving{code: StayOver, budgeted: true, reason: fmt.Sprintf("node %s has taint %s, which it tolerates only for a time", n.GetNode(), taint)}
 	case r.GetDisrupted() && r.replaced:
-		r.leave = &leaving{code: Rebalance, budgeted: true, reason: fmt.Sprintf("%s takes its place on a better node", r.GetReplacedBy())}
+		r.leave = &leaving{code: Moved, budgeted: true, reason: fmt.Sprintf("%s was made to take its place", r.GetReplacedBy())}
 	default:
 		r.until = until
 	}
@@ -149,7 +150,7 @@ func endured(n *clusterv1.Node, spec *portolanv1.WorkloadSpec) (until time.Time,
 			stay, limited = max(stay, o.GetStay().AsDuration()), true
 		}
 		if end := came.AsTime().Add(stay); limited && (until.IsZero() || end.Before(until)) {
-			until, taint = end, t.GetKey()+"="+t.GetValue()
+			until, taint = end, strings.TrimSuffix(t.GetKey()+"="+t.GetValue(), "=")
 		}
 	}
 	return until, taint

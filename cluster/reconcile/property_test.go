@@ -77,7 +77,7 @@ func drawIntent(t *rapid.T, epoch int64) (in *linkv1.WorkloadIntent, total, surg
 	for _, r := range revs {
 		n := rapid.IntRange(0, 5).Draw(t, "replicas")
 		total += n
-		in.Revisions = append(in.Revisions, &linkv1.RevisionIntent{Revision: r, Replicas: int32(n), Spec: spec})
+		in.Revisions = append(in.Revisions, &linkv1.RevisionIntent{Revision: r, Replicas: int32(n), Spec: image(spec, r)})
 	}
 	in.CurrentRevision = revs[0]
 	return in, total, surge, down

@@ -27,7 +27,9 @@ func keepers(d desired, rs []*replica) (keep map[string][]*replica, leave []*rep
 		delete(byRevision, want.GetRevision())
 		slices.SortFunc(have, better)
 		for i, r := range have {
-			r.surplus = i >= int(want.GetReplicas())
+			// What has a successor is there once too often because of that, and not
+			// because fewer are wanted.
+			r.surplus = i >= int(want.GetReplicas()) && !(r.GetDisrupted() && r.replaced)
 			if !r.surplus && r.leave == nil {
 				keep[want.GetRevision()] = append(keep[want.GetRevision()], r)
 			} else {
@@ -52,7 +54,7 @@ func (p *planner) service(k Key, w Workload, d desired, rs []*replica) {
 	keep, leave := keepers(d, rs)
 	b := p.budget(k, d, d.total, rs)
 	p.acceptMove(k, d, b, keep, &leave)
-	p.createMissing(k, w, d, rs, keep, leave)
+	p.createMissing(k, w, d, b, rs, keep, leave)
 	p.stopLeaving(k, d, b, keep, leave)
 	p.plan.Allowances[k] = max(0, b.left)
 	p.progress(k, w, d, rs, keep, leave)
@@ -72,7 +74,7 @@ func (p *planner) budget(k Key, d desired, total int, rs []*replica) *budget {
 // createMissing creates what lacks, as far as live replicas stay within desired
 // plus surge: first what nobody had, then for replicas that are to leave, last for
 // lost ones, whose rate holds up nothing else.
-func (p *planner) createMissing(k Key, w Workload, d desired, rs []*replica, keep map[string][]*replica, leave []*replica) {
+func (p *planner) createMissing(k Key, w Workload, d desired, b *budget, rs []*replica, keep map[string][]*replica, leave []*replica) {
 	replaceable := p.in.mayReplace(d.current.GetSpec())
 	room := d.total + d.surge + off(p.in.faults.surgeOffByOne)
 	for _, r := range rs {
@@ -100,6 +102,9 @@ func (p *planner) createMissing(k Key, w Workload, d desired, rs []*replica, kee
 				}
 			case left <= len(lost)+len(leavers):
 				r := leavers[len(lost)+len(leavers)-left]
+				if r.leave.budgeted && !r.leave.force && b.barred {
+					continue // it may not go now, so nothing has to take its place
+				}
 				s.Allocation, s.Disrupt, s.Node = r.GetAllocation(), r.leave.budgeted, r.leave.node
 				s.Code, s.Reason = r.leave.code, r.leave.reason
 			}
@@ -153,16 +158,11 @@ func (p *planner) stopLeaving(k Key, d desired, b *budget, keep map[string][]*re
 	}
 	for _, r := range leave {
 		serves := r.ready || r.mute
-		if r.leave != nil && r.leave.budgeted {
-			if p.leaveNode(k, d, b, r, spare-d.down > 0) {
-				if r.ready {
-					spare--
-				}
-				continue
+		if r.leave != nil && r.leave.budgeted && (!r.surplus || (serves && spare <= 0)) {
+			if p.leaveNode(k, d, b, r, spare-d.down > 0) && r.ready {
+				spare--
 			}
-			if !r.surplus {
-				continue
-			}
+			continue
 		}
 		if serves {
 			if spare <= 0 {
@@ -186,12 +186,15 @@ func (p *planner) leaveNode(k Key, d desired, b *budget, r *replica, enough bool
 	first := (r.replaced || (d.surge > 0 && len(p.in.Pending[k]) == 0)) && !p.in.faults.replacementLast
 	switch {
 	case r.leave.force || !serves:
+	case b.barred:
+		p.drainNote(k, Note{b.note.Code, fmt.Sprintf("%s: %s; %s", r.GetAllocation(), r.leave.reason, b.note.Message)})
+		p.wakeAt(b.change)
+		return false
 	case first && !enough && !p.successorAvailable(r, d):
 		p.drainNote(k, Note{ReplacementFirst, fmt.Sprintf("%s: %s; it goes when its replacement is available", r.GetAllocation(), r.leave.reason)})
 		return false
 	case b.left <= 0:
-		p.drainNote(k, Note{b.note.Code, fmt.Sprintf("%s: %s; its disruption budget allows nothing now: %s", r.GetAllocation(), r.leave.reason, b.note.Message)})
-		p.wakeAt(b.change)
+		p.drainNote(k, Note{b.note.Code, fmt.Sprintf("%s: %s; %s", r.GetAllocation(), r.leave.reason, b.note.Message)})
 		return false
 	}
 	p.drainNote(k, Note{Leaving, fmt.Sprintf("%s: %s", r.GetAllocation(), r.leave.reason)})
@@ -261,7 +264,9 @@ func (p *planner) progress(k Key, w Workload, d desired, rs []*replica, keep map
 			available++
 		}
 	}
-	if _, halted := p.plan.Halted[k]; halted || d.frozen || (available >= d.total && going == 0) {
+	_, halted := p.plan.Halted[k]
+	_, waiting := p.plan.Waiting[k]
+	if halted || waiting || d.frozen || (available >= d.total && going == 0) {
 		return
 	}
 	p.overdue(k, w, d, rs, fmt.Sprintf("%d of %d replicas are available, %d are to go", available, d.total, going))

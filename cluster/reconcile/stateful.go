@@ -187,12 +187,13 @@ func (p *planner) updateHighest(k Key, d desired, b *budget, want []*linkv1.Revi
 }
 
 func (p *planner) statefulProgress(k Key, w Workload, d desired, want []*linkv1.RevisionIntent, at, rest []*replica) {
-	available, old, lost := 0, len(rest), false
+	available, old, lost, there := 0, len(rest), false, 0
 	for i, r := range at {
 		if r == nil {
 			continue
 		}
 		lost = lost || r.lost
+		there++
 		if r.active() && !r.of(want[i]) {
 			old++
 		} else if r.available {
@@ -201,7 +202,8 @@ func (p *planner) statefulProgress(k Key, w Workload, d desired, want []*linkv1.
 	}
 	_, halted := p.plan.Halted[k]
 	_, waiting := p.plan.Waiting[k]
-	if halted || waiting || lost || d.frozen || (available >= d.total && old == 0) {
+	// One that is not there waits for its node or its volume: Scheduled tells of it.
+	if halted || waiting || lost || d.frozen || (available >= there && old == 0) {
 		return
 	}
 	all := append(slices.Clone(rest), slices.DeleteFunc(slices.Clone(at), func(r *replica) bool { return r == nil })...)

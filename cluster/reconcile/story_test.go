@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -10,9 +11,12 @@ import (
 	"time"
 
 	"github.com/cockroachdb/datadriven"
+	"google.golang.org/protobuf/encoding/prototext"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
@@ -20,16 +24,26 @@ import (
 // The stories in testdata/stories. Commands:
 //
 //	nodes n1 n2                 nodes that are there
-//	lost|back|refuse|full|mute|heard n1
-//	want web revisions=(r1:3) current=r1 epoch=1 [uid= kind= surge= down= minready= deadline= completions= parallelism= retries=]
+//	zone z1 n1 n2               their zone
+//	lost|back|refuse|full|mute|heard|remove-node n1
+//	cordon|drain|undrain n1 [deadline=1h]
+//	taint|untaint n1 key        a taint that nothing tolerates for ever by itself
+//	want web revisions=(r1:3 or r1:3:min:max) current=r1 epoch=1 [active=r1 uid= kind= same surge= down= minready= progress= ...]
+//	                            input: more of the spec, as text. The image is the revision's name, the same for all with "same"
 //	unwant web
+//	scale web 5                 what autoscale decided
+//	moves web-1=n2:Rebalance:reason …   proposals, until the next ones
+//	rebalance 5                 moves in an hour
 //	step                        reconcile once and do what it says
+//	displace web-1 …            the scheduler's victims, after a step
 //	settle                      nodes start and stop what they are told
 //	ready|starting|crash|succeed|fail|gone ID…
+//	clock 2026-01-01T00:00:00Z
 //	wait 5s
-//	roll [max=N]                step and settle until nothing is left to do
+//	roll                        step and settle until nothing is left to do
+//	due                         when time alone changes something
 //	status                      what the federation is told
-//	show                        the replicas
+//	show                        the replicas and volumes
 func TestStories(t *testing.T) {
 	told := 0
 	defer func() {
@@ -64,6 +78,10 @@ func (w *world) command(t *testing.T, d *datadriven.TestData) string {
 			if w.allocs[id] == nil {
 				t.Fatalf("%s: there is no replica %s", d.Pos, id)
 			}
+			if d.Cmd == "crash" {
+				w.crash(id)
+				return
+			}
 			w.report(id, st, d.Cmd == "ready")
 		})
 	}
@@ -77,7 +95,49 @@ func (w *world) command(t *testing.T, d *datadriven.TestData) string {
 	case "unwant":
 		return names(func(name string) { delete(w.workloads, Key{"t", name}) })
 	case "step":
-		return lines(w.apply(Reconcile(w.input())))
+		p := Reconcile(w.input())
+		return lines(append(w.apply(p), notes(p)...))
+	case "displace":
+		return w.displace(d)
+	case "zone":
+		for _, a := range d.CmdArgs[1:] {
+			w.nodes[a.Key].Record.Facts.Labels = map[string]string{"zone": d.CmdArgs[0].Key}
+		}
+	case "cordon", "drain", "undrain":
+		w.mode(t, d)
+	case "taint":
+		n := w.nodes[d.CmdArgs[0].Key].Record
+		n.Facts.Taints = append(n.Facts.Taints, &portolanv1.Taint{Key: d.CmdArgs[1].Key, Effect: portolanv1.TaintEffect_TAINT_EFFECT_NO_EXECUTE})
+		n.TaintTimes = map[string]*timestamppb.Timestamp{d.CmdArgs[1].Key + "=": timestamppb.New(w.now)}
+	case "untaint":
+		w.nodes[d.CmdArgs[0].Key].Record.Facts.Taints = nil
+	case "scale":
+		n, err := strconv.Atoi(d.CmdArgs[1].Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k := Key{"t", d.CmdArgs[0].Key}
+		st := w.input().newState(k, w.workloads[k].Intent.GetUid())
+		st.Scale = &clusterv1.Scale{Replicas: int32(n), Reason: &portolanv1.Reason{Code: "AboveTarget", Message: "cpu is at 80 %, the target is 50 %"}}
+		w.states[k] = st
+	case "moves":
+		w.moves = nil
+		for _, a := range d.CmdArgs {
+			v := strings.SplitN(a.Vals[0], ":", 3)
+			w.moves = append(w.moves, Move{Allocation: a.Key, Node: v[0], Code: v[1], Reason: v[2]})
+		}
+	case "rebalance":
+		n, err := strconv.Atoi(d.CmdArgs[0].Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.rebalance = &portolanv1.Rebalance{MaxMovesPerHour: int32(n)}
+	case "clock":
+		at, err := time.Parse(time.RFC3339, d.CmdArgs[0].Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.now = at
 	case "settle":
 		w.settle()
 	case "gone":
@@ -143,14 +203,24 @@ func (w *world) wantArgs(t *testing.T, d *datadriven.TestData) {
 		}
 		return durationpb.New(dur)
 	}
+	same := ""
 	for _, a := range d.CmdArgs[1:] {
-		v := a.Vals[0]
+		v := ""
+		if len(a.Vals) > 0 {
+			v = a.Vals[0]
+		}
 		switch a.Key {
 		case "revisions":
 			for _, r := range a.Vals {
-				rev, n, _ := strings.Cut(r, ":")
-				in.Revisions = append(in.Revisions, &linkv1.RevisionIntent{Revision: rev, Replicas: number(n), Spec: spec})
+				part := append(strings.Split(r, ":"), "0", "0")
+				in.Revisions = append(in.Revisions, &linkv1.RevisionIntent{Revision: part[0], Replicas: number(part[1]), MinReplicas: number(part[2]), MaxReplicas: number(part[3])})
 			}
+		case "same":
+			same = "same"
+		case "active":
+			in.ActiveRevision = v
+		case "paused":
+			spec.Update.Paused = true
 		case "current":
 			in.CurrentRevision = v
 		case "epoch":
@@ -158,7 +228,10 @@ func (w *world) wantArgs(t *testing.T, d *datadriven.TestData) {
 		case "uid":
 			in.Uid = v
 		case "kind":
-			spec.Kind = map[string]portolanv1.WorkloadKind{"job": portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, "daemon": portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON}[v]
+			spec.Kind = map[string]portolanv1.WorkloadKind{
+				"job": portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, "daemon": portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON,
+				"stateful": portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL, "cron": portolanv1.WorkloadKind_WORKLOAD_KIND_CRON,
+			}[v]
 		case "surge":
 			spec.Update.MaxSurge = new(number(v))
 		case "down":
@@ -179,17 +252,58 @@ func (w *world) wantArgs(t *testing.T, d *datadriven.TestData) {
 			t.Fatalf("argument %s is not known", a.Key)
 		}
 	}
+	extra := &portolanv1.WorkloadSpec{}
+	if err := prototext.Unmarshal([]byte(d.Input), extra); err != nil {
+		t.Fatalf("%s: %v", d.Pos, err)
+	}
+	proto.Merge(spec, extra)
+	for _, r := range in.GetRevisions() {
+		r.Spec = proto.CloneOf(spec)
+		r.Spec.Containers = []*portolanv1.Container{{Image: cmp.Or(same, r.GetRevision())}}
+	}
 	w.want(Key{"t", in.Workload}, in)
+}
+
+func (w *world) mode(t *testing.T, d *datadriven.TestData) {
+	t.Helper()
+	n := w.nodes[d.CmdArgs[0].Key].Record
+	n.Mode = map[string]portolanv1.NodeMode{"cordon": portolanv1.NodeMode_NODE_MODE_CORDONED, "drain": portolanv1.NodeMode_NODE_MODE_DRAINING}[d.Cmd]
+	n.DrainDeadline = nil
+	for _, a := range d.CmdArgs[1:] {
+		dur, err := time.ParseDuration(a.Vals[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.DrainDeadline = timestamppb.New(w.now.Add(dur))
+	}
+}
+
+// displace reconciles once, with victims of a preemption.
+func (w *world) displace(d *datadriven.TestData) string {
+	var victims []Move
+	for _, a := range d.CmdArgs {
+		victims = append(victims, Move{Allocation: a.Key, Reason: "a higher priority needs its place"})
+	}
+	p, refused := Displace(w.input(), Reconcile(w.input()), victims)
+	out := append(w.apply(p), notes(p)...)
+	for _, id := range refused {
+		out = append(out, id+" may not be displaced")
+	}
+	return lines(out)
 }
 
 // roll steps and settles until nothing changes, and tells it round by round.
 func (w *world) roll() string {
 	var b strings.Builder
 	for round := 1; round <= 50; round++ {
-		done := w.apply(Reconcile(w.input()))
+		p := Reconcile(w.input())
+		done := w.apply(p)
 		moved := w.settle()
 		w.now = w.now.Add(time.Second)
 		if len(done) == 0 && !moved {
+			for _, n := range notes(p) {
+				fmt.Fprintln(&b, n)
+			}
 			return b.String() + "settled\n"
 		}
 		if len(done) > 0 {
@@ -238,6 +352,13 @@ func (w *world) show() string {
 		}
 		if a.GetFinal() != nil {
 			b.WriteString(" " + strings.ToLower(strings.TrimPrefix(a.GetFinal().GetState().String(), "REPLICA_STATE_")))
+		}
+		b.WriteString("\n")
+	}
+	for _, id := range slices.Sorted(maps.Keys(w.volumes)) {
+		fmt.Fprintf(&b, "volume %s on %s", id, w.volumes[id].GetNode())
+		if w.volumes[id].GetDelete() {
+			b.WriteString(" to go")
 		}
 		b.WriteString("\n")
 	}

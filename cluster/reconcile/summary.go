@@ -166,10 +166,10 @@ func (in Input) serviceConditions(k Key, d desired, rs []*replica, plan Plan, l 
 			old++
 		}
 	}
-	enough, wanted := ready >= total-d.down, total
+	enough, wanted := ready >= total-d.slack, total
 	if active := in.Workloads[k].Intent.GetActiveRevision(); active != "" {
 		ready, wanted = activeReady(d, rs, active)
-		enough = ready >= wanted-d.down
+		enough = ready >= wanted-d.slack
 	}
 	l.add(Available, enough, pick(enough, "EnoughReady", "TooFewReady"), fmt.Sprintf("%d replicas are ready, %d are wanted", ready, wanted))
 	moving := old > 0 || updated < total

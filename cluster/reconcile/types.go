@@ -138,6 +138,7 @@ const (
 	DrainDeadline    = "DrainDeadline"
 	StayOver         = "StayOver"
 	Rebalance        = "Rebalance"
+	Moved            = "Moved"
 	Displaced        = "Displaced"
 	JobComplete      = "JobComplete"
 	JobFailed        = "JobFailed"

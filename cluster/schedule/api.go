@@ -160,14 +160,19 @@ type Batch struct {
 type Binding struct {
 	Node    string
 	Devices []Share
+	// Kept: its room was kept by a nomination, which the owner withdraws.
+	Kept bool
 }
 
 // Nomination is a node on which a replica will have room when its victims are
 // gone. The owner stops them and calls Table.Nominate, which keeps the room.
 type Nomination struct {
 	Node string
-	// Victims by ID; each of them is needed.
+	// Victims by ID; each of them is needed. None when others leave already.
 	Victims []string
+	// Withdrawn are groups of lower priority that give up the room kept for them on
+	// Node: the owner withdraws it.
+	Withdrawn []string
 }
 
 // Placed is the result for one group.

@@ -1,0 +1,447 @@
+package schedule
+
+import "slices"
+
+// scratch is what a call of Schedule works with, kept from call to call.
+type scratch struct {
+	batch   *Batch
+	spent   map[string]int // of the allowances
+	ops     []op
+	shares  []Share
+	run     run
+	columns []*column
+	placed  []Placed
+	seats   []Binding
+	bounds  []int // seats and ops by group
+	probe   run   // of questions asked on the side
+	victims victimSearch
+	group   Group
+}
+
+// op is a change of the table that is taken back when the batch is decided.
+type op struct {
+	kind    opKind
+	node    int32
+	r       *resolved
+	lo, hi  int32 // in shares
+	volumes int64
+	victim  *replica
+	kept    *nomination
+}
+
+type opKind uint8
+
+const (
+	occupied opKind = iota
+	// promised is occupied, but by a replica that waits for its victims.
+	promised
+	displaced
+	unkept
+	withdrawn
+	carried
+)
+
+// Schedule decides a batch, group by group in the order given.
+func Schedule(t *Table, b Batch) Result {
+	w := &t.work
+	w.batch, w.ops, w.shares, w.seats, w.bounds = &b, w.ops[:0], w.shares[:0], w.seats[:0], w.bounds[:0]
+	clear(w.spent)
+	for len(w.placed) < len(b.Groups) {
+		w.placed = append(w.placed, Placed{})
+	}
+	w.placed = w.placed[:len(b.Groups)]
+	for k := range b.Groups {
+		w.placed[k] = Placed{}
+		w.bounds = append(w.bounds, len(w.seats))
+		if b.Groups[k].Count > 0 {
+			t.serve(&b.Groups[k], &w.placed[k])
+		}
+	}
+	t.undo(0)
+	// seats may have moved while it grew: they are handed out at the end.
+	w.bounds = append(w.bounds, len(w.seats))
+	for k := range w.placed {
+		w.placed[k].Bindings = w.seats[w.bounds[k]:w.bounds[k+1]:w.bounds[k+1]]
+	}
+	w.batch = nil
+	return Result{Placed: w.placed}
+}
+
+// serve decides one group.
+func (t *Table) serve(g *Group, p *Placed) {
+	w, r := &t.work, t.resolve(g.Class)
+	t.fragments.observe(t, g)
+	start := len(w.ops)
+	waiting := t.useKept(g, r)
+	u := &w.run
+	t.begin(u, g, r)
+	for t.placedSince(start)+waiting < g.Count && u.more() {
+	}
+	u.finish()
+	missing := g.Count - waiting - t.placedSince(start)
+	if missing > 0 && g.Class.gang && waiting == 0 && t.search(u, start) {
+		missing = 0
+	}
+	var noms []Nomination
+	if missing > 0 && g.Class.displaces && !w.batch.NoPreemption {
+		noms = t.preempt(u, missing, start)
+		missing -= len(noms)
+	}
+	switch {
+	case missing > 0 && g.Class.gang:
+		t.refuseGang(u, p, start, waiting)
+		return
+	case g.Class.gang && (len(noms) > 0 || waiting > 0):
+		// All begin together: those that could now keep their room until the others can.
+		noms = append(t.nominateAll(start), noms...)
+	default:
+		t.seat(start)
+	}
+	p.Nominations, p.Missing = noms, missing
+	if missing > 0 || waiting > 0 || len(noms) > 0 {
+		p.Refusal = t.explain(u, missing, waiting+len(noms))
+	}
+}
+
+// more places one replica of a group.
+func (u *run) more() bool {
+	if u.g.Node == "" {
+		return u.next()
+	}
+	i, ok := u.t.index[u.g.Node]
+	if !ok || u.check(i) != 0 {
+		return false
+	}
+	u.pinned(i)
+	return true
+}
+
+// pinned places a replica on the node that its group names.
+func (u *run) pinned(i int32) {
+	u.apply(i)
+	u.x.update(i)
+	if u.first {
+		u.first = false
+	}
+}
+
+// occupy counts a replica on a node until the batch is decided.
+func (t *Table) occupy(r *resolved, i int32, g *Group) {
+	w := &t.work
+	a := &r.c.ask
+	o := op{kind: occupied, node: i, r: r, lo: int32(len(w.shares)), volumes: r.c.volumes}
+	if g.VolumesThere {
+		o.volumes = 0
+	}
+	if len(a.devices) > 0 {
+		w.shares = t.choose(i, a, w.shares)
+		t.takeShares(i, w.shares[o.lo:], -1)
+	}
+	o.hi = int32(len(w.shares))
+	t.take(i, a, -1)
+	t.freeStorage[i] -= o.volumes
+	if a.address {
+		t.freeAddress[i]--
+	}
+	t.joinAll(i, r, 1)
+	w.ops = append(w.ops, o)
+	t.touch(i)
+}
+
+// undo takes back what was done since.
+func (t *Table) undo(since int) {
+	w := &t.work
+	for k := len(w.ops) - 1; k >= since; k-- {
+		o := &w.ops[k]
+		switch o.kind {
+		case occupied, promised:
+			t.takeShares(o.node, w.shares[o.lo:o.hi], 1)
+			t.take(o.node, &o.r.c.ask, 1)
+			t.freeStorage[o.node] += o.volumes
+			if o.r.c.ask.address {
+				t.freeAddress[o.node]++
+			}
+			t.joinAll(o.node, o.r, -1)
+		case displaced:
+			o.victim.Leaving = false
+			t.attend(o.victim, 1)
+			w.spent[o.victim.Class.owner.key()]--
+		case unkept:
+			t.reserve(o.kept, -1)
+		case carried:
+			t.unlift(o.victim)
+		case withdrawn:
+			o.kept.gone = false
+			t.reserve(o.kept, -1)
+		}
+		t.touch(o.node)
+	}
+	w.ops = w.ops[:since]
+}
+
+func (o Owner) key() string { return o.Tenant + "/" + o.Workload }
+
+// placedSince counts the replicas that were placed.
+func (t *Table) placedSince(since int) int {
+	n := 0
+	for k := since; k < len(t.work.ops); k++ {
+		if t.work.ops[k].kind == occupied {
+			n++
+		}
+	}
+	return n
+}
+
+// useKept places replicas of a group on the nodes that keep room for them, and says
+// how many have to wait for their victims.
+func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
+	w := &t.work
+	for k, n := range t.nominations[g.Key] {
+		if k == g.Count {
+			break
+		}
+		t.reserve(n, 1)
+		u := &w.run
+		t.begin(u, g, r)
+		codes := u.check(n.slot)
+		u.finish()
+		if codes != 0 {
+			t.reserve(n, -1)
+			waiting++
+			continue
+		}
+		t.touch(n.slot)
+		w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
+		u.pinned(n.slot)
+	}
+	return waiting
+}
+
+// seat binds what was placed since.
+func (t *Table) seat(since int) {
+	w := &t.work
+	for k := since; k < len(w.ops); k++ {
+		if o := &w.ops[k]; o.kind == occupied {
+			kept := k > 0 && k > since && w.ops[k-1].kind == unkept
+			w.seats = append(w.seats, Binding{Node: t.ids[o.node], Devices: w.shares[o.lo:o.hi:o.hi], Kept: kept})
+		}
+	}
+}
+
+// nominateAll keeps the room that was found for a gang.
+func (t *Table) nominateAll(since int) []Nomination {
+	var out []Nomination
+	for k := since; k < len(t.work.ops); k++ {
+		// What is kept already stays kept.
+		if o := &t.work.ops[k]; o.kind == occupied && (k == since || t.work.ops[k-1].kind != unkept) {
+			out = append(out, Nomination{Node: t.ids[o.node]})
+		}
+	}
+	return out
+}
+
+// check gives everything that is against one more replica of the group on a node.
+func (u *run) check(i int32) Code {
+	t := u.t
+	codes := Code(0)
+	if !u.x.m.ok.has(i) {
+		codes, _ = t.static(u.x.m, i)
+		if codes == NoNode {
+			return codes
+		}
+	}
+	if u.g.Node != "" && t.ids[i] != u.g.Node {
+		codes |= OtherNode
+	}
+	codes |= t.lacks(i, &u.r.c.ask, u.volumes())
+	if codes&DeviceModelMismatch != 0 {
+		codes &^= InsufficientDevices
+	}
+	_, node := u.nodeKey(i)
+	codes |= node
+	if len(u.x.columns) > 0 {
+		c, _, _ := u.verdict(u.valuesOf(i))
+		codes |= c
+	}
+	return codes
+}
+
+func (u *run) volumes() int64 {
+	if u.g.VolumesThere {
+		return 0
+	}
+	return u.r.c.volumes
+}
+
+func (u *run) valuesOf(i int32) []int32 {
+	u.values = u.values[:0]
+	for _, c := range u.x.columns {
+		u.values = append(u.values, c.of[i])
+	}
+	return u.values
+}
+
+// lacks gives every resource of which a node has too little.
+func (t *Table) lacks(i int32, a *ask, volumes int64) (codes Code) {
+	if a.cpu > t.freeCPU[i] && a.cpu > 0 {
+		codes |= InsufficientCPU
+	}
+	if a.memory > t.freeMemory[i] && a.memory > 0 {
+		codes |= InsufficientMemory
+	}
+	if s := a.storage + volumes; s > 0 && s > t.freeStorage[i] {
+		codes |= InsufficientStorage
+	}
+	if a.address && t.freeAddress[i] <= 0 {
+		codes |= NoFreeAddress
+	}
+	if t.portTaken(i, a) {
+		codes |= PortTaken
+	}
+	if len(a.devices) > 0 && !t.fitsDevices(i, a.devices) {
+		codes |= InsufficientDevices
+	}
+	return codes
+}
+
+// choose gives the devices of a node for an ask that fits it.
+func (t *Table) choose(i int32, a *ask, out []Share) []Share {
+	if d, ok := t.fragmentDevice(i, a); ok {
+		return append(out, Share{Kind: t.devices[i][d].kind, Index: t.devices[i][d].index, Milli: a.devices[0].milli})
+	}
+	out, _ = t.assign(i, a.devices, out)
+	return out
+}
+
+// search tries other ways to place a gang than one after the other on the best
+// node. That finds one whenever there is one if at most one term binds the choice;
+// with several, a node that is best now may cost a place later. Bounded.
+func (t *Table) search(u *run, start int) bool {
+	if u.g.Node != "" || u.musts() < 2 {
+		return false
+	}
+	greedy := slices.Clone(t.work.ops[start:])
+	found := t.searchFrom(u, start)
+	if !found {
+		t.undo(start)
+		for _, o := range greedy {
+			if o.kind == occupied {
+				t.begin(u, u.g, u.r)
+				u.pinned(o.node)
+				u.finish()
+			}
+		}
+	}
+	return found
+}
+
+// musts counts the terms that bind where replicas of one group may be together.
+func (u *run) musts() int {
+	n := 0
+	for k := range u.r.spreads {
+		if u.r.spreads[k].must() {
+			n++
+		}
+	}
+	for k := range u.r.affinity {
+		if a := &u.r.affinity[k]; !a.prefer && a.scope == u.r.work {
+			n++
+		}
+	}
+	return n
+}
+
+// maxSearch bounds the steps of a search, and searchWidth the nodes that are tried
+// at each.
+const (
+	maxSearch   = 2000
+	searchWidth = 64
+)
+
+// searchFrom goes through the ways to place all of a gang, leaving out states that
+// were seen.
+func (t *Table) searchFrom(u *run, start int) bool {
+	t.undo(start)
+	steps := maxSearch
+	seen := map[string]bool{}
+	counts := map[int32]int{}
+	var try func(left int) bool
+	try = func(left int) bool {
+		if left == 0 {
+			return true
+		}
+		t.begin(u, u.g, u.r)
+		nodes := u.candidates(searchWidth)
+		u.finish()
+		for _, i := range nodes {
+			if steps--; steps < 0 {
+				return false
+			}
+			counts[i]++
+			if state := stateOf(counts); !seen[state] {
+				seen[state] = true
+				at := len(t.work.ops)
+				t.begin(u, u.g, u.r)
+				u.pinned(i)
+				u.finish()
+				if try(left - 1) {
+					return true
+				}
+				t.undo(at)
+			}
+			counts[i]--
+		}
+		return false
+	}
+	if try(u.g.Count) {
+		return true
+	}
+	t.begin(u, u.g, u.r)
+	u.finish()
+	return false
+}
+
+// candidates gives nodes that would take one more, best cells first, at most n.
+func (u *run) candidates(n int) []int32 {
+	var out []int32
+	cells := slices.Clone(u.order)
+	slices.SortFunc(cells, func(a, b ranked) int {
+		if u.lessRank(&a, &b) {
+			return -1
+		}
+		return 1
+	})
+	for _, rk := range cells {
+		cl := &u.x.cells[rk.cell]
+		for _, o := range cl.own {
+			out = append(out, o.node)
+		}
+		if !u.only {
+			for _, i := range cl.heap {
+				if u.check(i) == 0 {
+					out = append(out, i)
+				}
+				if len(out) >= 4*n {
+					break
+				}
+			}
+		}
+	}
+	slices.SortStableFunc(out, func(a, b int32) int {
+		if u.t.before(a, b) {
+			return -1
+		}
+		return 1
+	})
+	return out[:min(len(out), n)]
+}
+
+func stateOf(counts map[int32]int) string {
+	var b []byte
+	for _, i := range sortedKeys(counts) {
+		if n := counts[i]; n > 0 {
+			b = append(b, byte(i), byte(i>>8), byte(i>>16), byte(i>>24), byte(n), byte(n>>8))
+		}
+	}
+	return string(b)
+}

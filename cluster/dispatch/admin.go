@@ -159,9 +159,15 @@ func (a *adminServer) ExplainPending(_ context.Context, req *linkv1.ExplainPendi
 	if err != nil {
 		return nil, api.E(api.Invalid, "explain pending replicas", "workload: %w", err)
 	}
+	s, key := a.d.cfg.State.Snapshot(), ids[0]+"/"+ids[1]
 	byReplica := map[string]*portolanv1.NodeVerdict{}
 	out := &linkv1.ExplainPendingResponse{}
-	for _, p := range a.d.cfg.State.Snapshot().Pending[ids[0]+"/"+ids[1]] {
+	if w, ok := s.Notes.Waiting[key]; ok {
+		out.Verdicts = append(out.Verdicts, &portolanv1.NodeVerdict{
+			Cluster: a.d.cfg.Facts.Cluster, Reasons: []*portolanv1.Reason{{Code: w.Code, Message: w.Message}},
+		})
+	}
+	for _, p := range s.Pending[key] {
 		v := byReplica[p.Replica]
 		if v == nil {
 			v = &portolanv1.NodeVerdict{Cluster: a.d.cfg.Facts.Cluster, Replica: p.Replica}

@@ -87,7 +87,7 @@ func (m *Manager) workloadEvent(k reconcile.Key, typ, message string, now time.T
 func (m *Manager) noteHalted(halted map[reconcile.Key]reconcile.Note, now time.Time) {
 	for k, why := range halted {
 		if _, was := m.halted[k]; !was {
-			m.AddEvents(m.workloadEvent(k, "Halted", why.Message, now))
+			m.AddEvents(m.workloadEvent(k, "Halted", why.Code+": "+why.Message, now))
 			m.cfg.Log.Warn("workload halted", "workload", k.String(), "code", why.Code, "why", why.Message)
 		}
 	}
@@ -118,4 +118,13 @@ func (m *Manager) notePending(pending map[string][]state.PendingReason, now time
 func workloadOf(key string) string {
 	tenant, workload, _ := strings.Cut(key, "/")
 	return api.WorkloadName(tenant, workload)
+}
+
+// waitingNotes says of workloads that nothing is done about why, by their keys.
+func waitingNotes(waiting map[reconcile.Key]reconcile.Note) map[string]state.Blocked {
+	out := make(map[string]state.Blocked, len(waiting))
+	for k, n := range waiting {
+		out[k.String()] = state.Blocked{Code: n.Code, Message: n.Message}
+	}
+	return out
 }

@@ -13,12 +13,12 @@ func (d *decider) check() {
 	type place struct{ node, address string }
 	used := map[place]string{}
 	for id, a := range d.s.Allocations {
-		if d.holdsAddress(a) {
+		if !isGateway(a.GetSpec()) && !clearedAway(d.s, a) {
 			used[place{a.GetNode(), a.GetAddress()}] = id
 		}
 	}
 	for id, a := range d.put {
-		if isGateway(a.GetSpec()) || !d.holdsAddress(a) {
+		if isGateway(a.GetSpec()) || clearedAway(d.s, a) {
 			continue
 		}
 		if other, ok := used[place{a.GetNode(), a.GetAddress()}]; ok && other != id {

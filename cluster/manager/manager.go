@@ -1,10 +1,11 @@
-// Package manager is the cluster's one loop: wake, snapshot, node leases,
-// reconcile, schedule, commit. It owns the records of nodes and allocations, the
-// ranges of addresses and the ring of events; it never speaks to a node or to the
+// Package manager is the cluster's one loop: wake, snapshot, node leases, autoscale,
+// reconcile, schedule, commit. It owns the records of nodes, allocations, volumes and
+// what the cluster decides about workloads, the ranges of addresses and the ring of
+// events; it never speaks to a node or to the
 // federation.
 //
 // Concurrency: Run is one goroutine and the only writer of allocations.
-// RegisterNode, Events and AddEvents may be called from any goroutine.
+// RegisterNode, SetMode, Events and AddEvents may be called from any goroutine.
 package manager
 
 import (
@@ -23,6 +24,7 @@ import (
 	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/clusterv1"
 )
 
 // Waits of the loop.
@@ -111,10 +113,20 @@ type Manager struct {
 	// start is when Run began, and graceUntil before when no node is judged.
 	start, graceUntil time.Time
 	// dark says that every node is silent.
-	dark     bool
-	requests map[specKey]api.Resources
-	halted   map[reconcile.Key]reconcile.Note
-	pending  map[string]bool
+	dark bool
+	// mirror is the scheduler's table; waiting are the groups that need nodes, by key.
+	mirror  *mirror
+	waiting map[string]*waiting
+	// allowances are how many replicas might be displaced at the last pass.
+	allowances map[reconcile.Key]int
+	// misfits no longer have their place, as of the last change of nodes or pools.
+	misfits       []reconcile.Move
+	nextRebalance time.Time
+	wanted        map[string]state.PoolWish
+	nextGrowth    time.Time
+	scaled        map[reconcile.Key]scaling
+	halted        map[reconcile.Key]reconcile.Note
+	pending       map[string]bool
 }
 
 // streamOf makes clusters draw different names, also from the same seed: a
@@ -133,7 +145,8 @@ func New(cfg Config) (*Manager, error) {
 	}
 	return &Manager{
 		cfg: cfg, cidr: netip.MustParsePrefix(cfg.CIDR).Masked(), events: newRing(cfg.MaxEvents), rand: rand.New(rand.NewPCG(cfg.Seed, streamOf(cfg.Cluster))),
-		requests: map[specKey]api.Resources{}, halted: map[reconcile.Key]reconcile.Note{}, pending: map[string]bool{},
+		mirror: newMirror(cfg.Seed, *cfg.Overhead), waiting: map[string]*waiting{}, scaled: map[reconcile.Key]scaling{},
+		halted: map[reconcile.Key]reconcile.Note{}, pending: map[string]bool{},
 	}, nil
 }
 
@@ -217,18 +230,39 @@ func (m *Manager) pass(ctx context.Context, s *state.Snapshot) (time.Time, error
 		// A mere sign of life wakes nobody: look for it.
 		return now.Add(m.cfg.NodeTimeout / 10), nil
 	}
-	plan := reconcile.Reconcile(s.Input(now))
-	d := m.decide(s, plan, now)
-	if d.change.Settled = s.IntentRevision; d.any() || s.Settled < s.IntentRevision {
+	next, err := m.plan(ctx, s, now)
+	return earlier(leases.next, next), err
+}
+
+// plan decides what should run and where, and writes it.
+func (m *Manager) plan(ctx context.Context, s *state.Snapshot, now time.Time) (time.Time, error) {
+	m.mirror.follow(s, func(n *clusterv1.Node) schedule.Code { return m.notReady(s, n, now) })
+	in := s.Input(now)
+	scale := m.scale(s, &in, now)
+	in.Moves = m.moves(s, now)
+	plan := reconcile.Reconcile(in)
+	d := m.decide(s, plan, scale.states, now)
+	if d.change.Settled = s.IntentRevision; !d.change.Empty() || s.Settled < s.IntentRevision {
 		if err := m.cfg.Store.Commit(ctx, d.change); err != nil {
+			// What was decided is not so: whoever waits is looked at again.
+			m.mirror.queue = schedule.NewQueue(maxWaiting)
 			return time.Time{}, err
 		}
 	}
-	m.cfg.Store.SetPending(d.pending)
+	for _, do := range d.committed {
+		do()
+	}
+	m.scaled = scale.looked
+	m.mirror.sweep(m.waiting)
+	pending := m.pendingNow()
+	m.cfg.Store.SetPending(pending)
+	m.cfg.Store.SetNotes(state.Notes{Wishes: m.wishes(s, now), Blocked: blocked(s, plan.Draining), Waiting: waitingNotes(plan.Waiting)})
+	m.AddEvents(scale.events...)
 	m.AddEvents(d.events...)
 	m.noteHalted(plan.Halted, now)
-	m.notePending(d.pending, now)
-	return earlier(leases.next, plan.Next), nil
+	m.notePending(pending, now)
+	next := earlier(earlier(scale.next, plan.Next), d.next)
+	return earlier(next, earlier(m.nextRebalance, m.nextGrowth)), nil
 }
 
 // earlier gives the earlier of two times; zero is never.

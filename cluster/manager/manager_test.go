@@ -45,6 +45,8 @@ type fakeNode struct {
 	cut     bool
 	end     portolanv1.ReplicaState // what replicas come to, after a second; none when 0
 	never   bool                    // replicas do not get ready
+	usage   *nodev1.Usage           // of each replica that is ready
+	facts   *nodev1.NodeFacts       // other than those it registered with
 	cancel  context.CancelFunc
 }
 
@@ -95,7 +97,7 @@ func (r *rig) restart(reconnect time.Duration) {
 
 func (r *rig) addNode(id string, labels ...string) *fakeNode {
 	r.t.Helper()
-	facts := &nodev1.NodeFacts{Address: "192.168.0." + id[1:], CpuMilli: 4000, MemoryBytes: 8 << 30, Labels: map[string]string{}}
+	facts := &nodev1.NodeFacts{Address: "192.168.0." + id[1:], CpuMilli: 4000, MemoryBytes: 8 << 30, StorageBytes: 100 << 30, Labels: map[string]string{}}
 	for _, l := range labels {
 		k, v, _ := strings.Cut(l, "=")
 		facts.Labels[k] = v
@@ -142,7 +144,7 @@ func (n *fakeNode) serve(ctx context.Context, store *mem.Store, session int64) {
 	told, applied := map[string]*clusterv1.Allocation{}, &nodev1.Watermark{}
 	for ctx.Err() == nil {
 		n.mu.Lock()
-		cut, end, never := n.cut, n.end, n.never
+		cut, end, never, usage, facts := n.cut, n.end, n.never, n.usage, n.facts
 		n.mu.Unlock()
 		if cut {
 			sleep(ctx, 100*time.Millisecond)
@@ -165,7 +167,7 @@ func (n *fakeNode) serve(ctx context.Context, store *mem.Store, session int64) {
 			case a.GetStop() && time.Since(a.GetStopTime().AsTime()) >= 500*time.Millisecond:
 				delete(statuses, id)
 			case statuses[id] == nil || statuses[id].GetReady() || !up || never:
-			case end != 0 && a.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
+			case end != 0 && (a.GetSpec().GetKind() == job || a.GetSpec().GetKind() == cron):
 				statuses[id] = &nodev1.AllocationStatus{Allocation: id, State: end}
 			default:
 				statuses[id] = &nodev1.AllocationStatus{Allocation: id, State: portolanv1.ReplicaState_REPLICA_STATE_RUNNING, Ready: true, Timeline: &portolanv1.Timeline{Ready: timestamppb.Now()}}
@@ -174,9 +176,23 @@ func (n *fakeNode) serve(ctx context.Context, store *mem.Store, session int64) {
 		if !maps.Equal(was, told) || applied.GetRevision() != s.Settled {
 			applied = &nodev1.Watermark{Revision: s.Settled, Generation: s.Generation}
 		}
+		removed := map[string]bool{}
+		for id, v := range s.Volumes {
+			if v.GetNode() == n.id && v.GetDelete() {
+				removed[id] = true
+			}
+		}
+		all := maps.Clone(statuses)
+		for id, st := range all {
+			if st.GetReady() && usage != nil {
+				st, u := proto.CloneOf(st), proto.CloneOf(usage)
+				u.Time = timestamppb.Now()
+				st.Usage, all[id] = u, st
+			}
+		}
 		_ = store.Observe(n.id, &state.NodeStatus{
-			Connected: true, LastSeen: time.Now(), Session: session, Allocations: maps.Clone(statuses),
-			Applied: applied,
+			Connected: true, LastSeen: time.Now(), Session: session, Allocations: all,
+			Applied: applied, Facts: facts, RemovedVolumes: removed,
 		})
 		sleep(ctx, 100*time.Millisecond)
 	}
@@ -207,6 +223,21 @@ func (r *rig) unwant(name string) {
 	r.t.Helper()
 	delete(r.all, "workload/t/"+name)
 	r.commit()
+}
+
+type allocation = *clusterv1.Allocation
+
+func cloneIntent(i *linkv1.Intent) *linkv1.Intent { return proto.CloneOf(i) }
+
+// ready counts a workload's replicas that are ready and meant to stay.
+func (r *rig) ready(name string) int {
+	s, n := r.store.Snapshot(), 0
+	for id, a := range s.Allocations {
+		if st := s.NodeStatus[a.GetNode()]; a.GetWorkload() == name && !a.GetStop() && st != nil && st.Allocations[id].GetReady() {
+			n++
+		}
+	}
+	return n
 }
 
 // on lists "node revision state" of a workload's replicas, sorted.
@@ -385,7 +416,7 @@ func TestHalted(t *testing.T) {
 		r.want("web", "r1", 1, spec(service, "500m"))
 		time.Sleep(3 * time.Second)
 		n1.set(func(n *fakeNode) { n.never = true })
-		r.want("web", "r2", 1, spec(service, "500m"))
+		r.want("web", "r2", 1, spec(service, "400m"))
 		time.Sleep(9 * time.Minute)
 		if r.events("Halted") != 0 {
 			t.Error("halted before its deadline")

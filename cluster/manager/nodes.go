@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/portolan-io/portolan/cluster/schedule/old"
+	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -277,21 +277,21 @@ func (m *Manager) noteDark(dark bool, now time.Time) {
 	m.dark = dark
 }
 
-// notReady is why a node takes no new replicas; empty when it does.
-func (m *Manager) notReady(s *state.Snapshot, n *clusterv1.Node, now time.Time) string {
+// notReady is why a node takes no new replicas; 0 when it does.
+func (m *Manager) notReady(s *state.Snapshot, n *clusterv1.Node, now time.Time) schedule.Code {
 	st := s.NodeStatus[n.GetNode()]
 	switch {
 	case n.GetLostTime() != nil:
-		return old.NodeLost
+		return schedule.NodeLost
 	case st == nil:
 		// After a restart of this process the nodes that were there are believed to
 		// be: else the first to reconnect would get everything.
 		if n.GetCreateTime().AsTime().Before(m.start) && now.Before(m.graceUntil) {
-			return ""
+			return 0
 		}
-		return old.NodeNotReady
+		return schedule.NodeNotReady
 	case !st.Connected || now.After(st.LastSeen.Add(m.cfg.NodeTimeout)):
-		return old.NodeNotReady
+		return schedule.NodeNotReady
 	}
-	return ""
+	return 0
 }

@@ -447,10 +447,11 @@ func (x *Index) SetPending(p map[string][]PendingReason) {
 func (x *Index) SetNotes(n Notes) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if maps.Equal(x.now.Notes.Wishes, n.Wishes) && maps.EqualFunc(x.now.Notes.Blocked, n.Blocked, slices.Equal[[]Blocked]) {
+	if maps.Equal(x.now.Notes.Wishes, n.Wishes) && maps.EqualFunc(x.now.Notes.Blocked, n.Blocked, slices.Equal[[]Blocked]) &&
+		maps.Equal(x.now.Notes.Waiting, n.Waiting) {
 		return
 	}
-	x.now.Notes = Notes{Wishes: maps.Clone(n.Wishes), Blocked: maps.Clone(n.Blocked)}
+	x.now.Notes = Notes{Wishes: maps.Clone(n.Wishes), Blocked: maps.Clone(n.Blocked), Waiting: maps.Clone(n.Waiting)}
 	x.changed()
 }
 

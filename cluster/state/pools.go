@@ -106,14 +106,18 @@ func (s *Snapshot) schedulable(n *clusterv1.Node, pool *portolanv1.NodePool) api
 }
 
 // Allocatable is what a node can be promised: what it has, without what its pool
-// reserves for the system, times the pool's overcommit. A reservation that does not
-// parse counts as none: the federation refuses it.
+// reserves for the system, times the pool's overcommit.
 func Allocatable(n *clusterv1.Node, pool *portolanv1.NodePool) api.Resources {
+	return AllocatableOf(n.GetFacts().GetCpuMilli(), n.GetFacts().GetMemoryBytes(), pool)
+}
+
+// AllocatableOf is the same for a node of that size. A reservation that does not
+// parse counts as none: the federation refuses it.
+func AllocatableOf(cpuMilli, memoryBytes int64, pool *portolanv1.NodePool) api.Resources {
 	cpu, _ := api.ParseCPU(pool.GetReserved().GetCpu())
 	mem, _ := api.ParseBytes(pool.GetReserved().GetMemory())
 	return api.Resources{
-		CPUMilli:    percent(n.GetFacts().GetCpuMilli()-cpu, pool.GetCpuOvercommitPercent()),
-		MemoryBytes: percent(n.GetFacts().GetMemoryBytes()-mem, pool.GetMemoryOvercommitPercent()),
+		CPUMilli: percent(cpuMilli-cpu, pool.GetCpuOvercommitPercent()), MemoryBytes: percent(memoryBytes-mem, pool.GetMemoryOvercommitPercent()),
 	}
 }
 

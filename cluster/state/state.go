@@ -57,6 +57,9 @@ type Notes struct {
 	Wishes map[string]PoolWish
 	// Blocked says of a node that is drained what still runs there, and why.
 	Blocked map[string][]Blocked
+	// Waiting says of workloads, by "tenant/workload", why nothing is done for now
+	// about replicas that are missing.
+	Waiting map[string]Blocked
 }
 
 // PoolWish is how many nodes more (or fewer) a pool should have, and why.

@@ -16,6 +16,11 @@ func (s *Snapshot) Input(now time.Time) reconcile.Input {
 	in := reconcile.Input{
 		Now: now, Workloads: map[reconcile.Key]reconcile.Workload{}, Nodes: make(map[string]reconcile.Node, len(s.Nodes)),
 		Allocations: s.Allocations, Modified: s.Modified, Admit: admit, Pending: make(map[reconcile.Key][]*portolanv1.Reason, len(s.Pending)),
+		Volumes: s.Volumes, States: make(map[reconcile.Key]*clusterv1.WorkloadState, len(s.States)),
+		Rebalance: s.Intents["cluster"].GetCluster().GetSpec().GetRebalance(),
+	}
+	for _, w := range s.States {
+		in.States[reconcile.Key{Tenant: w.GetTenant(), Workload: w.GetWorkload()}] = w
 	}
 	for name, i := range s.Intents {
 		if w := i.GetWorkload(); w != nil {

@@ -191,12 +191,11 @@ func (r *runner) drain(now time.Time) {
 }
 
 // merge takes over what came. A stop is never taken back, and happens by the spec
-// that is held. That of another revision with the same containers replaces it: the
-// cluster sends it where nothing needs a restart.
+// that is held. A spec with the same containers replaces it, be it that of another
+// revision: the cluster sends it where nothing needs a restart.
 func merge(held, came *nodev1.Assignment) *nodev1.Assignment {
 	out := proto.CloneOf(came)
-	inPlace := !came.GetStop() && !held.GetStop() && came.GetRevision() != held.GetRevision() && sameContainers(held.GetSpec(), came.GetSpec())
-	if !inPlace {
+	if came.GetStop() || held.GetStop() || !sameContainers(held.GetSpec(), came.GetSpec()) {
 		out.Spec, out.Volumes, out.Devices = held.GetSpec(), held.GetVolumes(), held.GetDevices()
 	}
 	if held.GetStop() && !came.GetStop() {
@@ -206,7 +205,7 @@ func merge(held, came *nodev1.Assignment) *nodev1.Assignment {
 }
 
 func sameContainers(a, b *portolanv1.WorkloadSpec) bool {
-	same := func(x, y *portolanv1.Container) bool { return task.ContainerName(x) == task.ContainerName(y) }
+	same := func(x, y *portolanv1.Container) bool { return proto.Equal(x, y) }
 	return a.GetKind() == b.GetKind() && a.GetGateway() == b.GetGateway() &&
 		slices.EqualFunc(a.GetInitContainers(), b.GetInitContainers(), same) && slices.EqualFunc(a.GetContainers(), b.GetContainers(), same)
 }

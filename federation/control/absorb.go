@@ -34,7 +34,7 @@ func (l *loop) absorb(v *store.View) {
 
 func (l *loop) changed(before *store.View, c store.Change) {
 	switch r := c.Record; r.Kind {
-	case store.Workload:
+	case store.Workload, store.Rollout:
 		l.dirty[r.Name] = true
 	case store.Revision:
 		l.dirty[workloadOf(r.Name)] = true
@@ -45,7 +45,7 @@ func (l *loop) changed(before *store.View, c store.Change) {
 	case store.Placement:
 		l.placementChanged(c)
 	case store.PlacementStatus:
-		if w := workloadOf(r.Name); l.standing[w] {
+		if w := workloadOf(r.Name); l.standing[w] || l.rolling[w] {
 			l.dirty[w] = true
 		}
 	case store.Cluster:

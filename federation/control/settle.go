@@ -15,6 +15,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
 	"github.com/portolan-io/portolan/federation/place"
+	"github.com/portolan-io/portolan/federation/rollout"
 	"github.com/portolan-io/portolan/federation/store"
 )
 
@@ -26,6 +27,14 @@ type decision struct {
 	basis   int64
 	puts    map[string]*portolanv1.PlacementSpec // by placement name
 	deletes []string
+	// rollout to store, nil when it stays as it is; dropRollout when it goes.
+	rollout     *storev1.Rollout
+	dropRollout bool
+}
+
+// any says that there is something to write.
+func (d decision) any() bool {
+	return len(d.puts)+len(d.deletes) > 0 || d.rollout != nil || d.dropRollout
 }
 
 // settle decides every marked workload, and commits in batches. After an error
@@ -70,10 +79,14 @@ func (l *loop) decide(name string, now time.Time) (d decision, ok bool) {
 	have := src.under(store.Placement, name+"/placements/")
 	delete(l.short, name)
 	delete(l.standing, name)
+	delete(l.rolling, name)
 	delete(l.due, name)
+	_, rolled := src.get(store.Rollout, name)
 	if rec, exists := src.get(store.Workload, name); exists {
 		d.basis = rec.Revision
-		snap, err := snapshot(src, l.ledger, name, message[*portolanv1.Workload](rec))
+		w := message[*portolanv1.Workload](rec)
+		roll, step, changed := stepRollout(src, name, w, now)
+		snap, err := snapshot(src, l.ledger, name, w, step.Revisions)
 		if err != nil {
 			l.log.Error("workload cannot be placed", "workload", name, "error", err)
 			return d, false
@@ -86,9 +99,18 @@ func (l *loop) decide(name string, now time.Time) (d decision, ok bool) {
 			return d, false
 		}
 		l.note(name, plan)
+		l.noteRollout(name, roll, step)
 		for _, a := range plan.Assignments {
-			d.puts[name+"/placements/"+a.Cluster] = specOf(a, snap.Workload)
+			spec := specOf(a, snap.Workload)
+			spec.ActiveRevision = step.Active
+			d.puts[name+"/placements/"+a.Cluster] = spec
 		}
+		if changed {
+			d.rollout = roll
+		}
+		d.dropRollout = roll == nil && rolled
+	} else {
+		d.dropRollout = rolled
 	}
 	for _, rec := range have {
 		want := d.puts[rec.Name]
@@ -105,7 +127,17 @@ func (l *loop) decide(name string, now time.Time) (d decision, ok bool) {
 	for _, p := range d.deletes {
 		l.book(p, api.Resources{})
 	}
-	return d, len(d.puts)+len(d.deletes) > 0
+	return d, d.any()
+}
+
+// noteRollout remembers what else moves a rollout on.
+func (l *loop) noteRollout(name string, r *storev1.Rollout, d rollout.Decision) {
+	if moving(r) {
+		l.rolling[name] = true
+	}
+	if at, ok := l.due[name]; !d.Again.IsZero() && (!ok || d.Again.Before(at)) {
+		l.due[name] = d.Again
+	}
 }
 
 // book enters a reservation; room that it frees is for those that wait.
@@ -260,6 +292,9 @@ func (l *loop) checkCluster(tx store.Tx, cluster string) error {
 // write stores one decision. Epochs are revisions: they grow also over a
 // deletion.
 func (l *loop) write(tx store.Tx, d decision, now *timestamppb.Timestamp) error {
+	if err := l.writeRollout(tx, d); err != nil {
+		return err
+	}
 	for _, name := range d.deletes {
 		if err := tx.Delete(store.Placement, name); err != nil {
 			return err
@@ -288,7 +323,8 @@ func (l *loop) write(tx store.Tx, d decision, now *timestamppb.Timestamp) error 
 // is given, which need not be stored. It writes nothing.
 func (c *Control) Explain(r store.Reader, w *portolanv1.Workload) (*portolanv1.ExplainWorkloadResponse, error) {
 	src := &readerSource{r: r}
-	snap, err := snapshot(src, ledgerOf(src), w.GetName(), w)
+	_, step, _ := stepRollout(src, w.GetName(), w, time.Now())
+	snap, err := snapshot(src, ledgerOf(src), w.GetName(), w, step.Revisions)
 	if src.err != nil {
 		return nil, src.err
 	}

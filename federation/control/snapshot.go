@@ -2,8 +2,10 @@ package control
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
+	"github.com/portolan-io/portolan/federation/admit"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
@@ -86,26 +88,37 @@ func currentRevision(w *portolanv1.Workload) string {
 	return fmt.Sprintf("r%d", w.GetGeneration())
 }
 
-// runningRevisions are the current revision and those that routes name, each
-// with what placement needs of it; the current one comes first.
-func runningRevisions(s source, name string, w *portolanv1.Workload) ([]place.Revision, error) {
-	current := currentRevision(w)
-	cur, err := place.NewRevision(current, w.GetSpec())
-	out := []place.Revision{cur}
-	if err != nil {
-		return nil, err
+// runningRevisions are those that are to run, in that order, and those that routes
+// name, each with what placement needs of it.
+func runningRevisions(s source, name string, w *portolanv1.Workload, want []string) ([]place.Revision, error) {
+	var out []place.Revision
+	add := func(id string, spec *portolanv1.WorkloadSpec) error {
+		r, err := place.NewRevision(id, spec)
+		out = append(out, r)
+		return err
+	}
+	for _, id := range want {
+		spec := w.GetSpec()
+		if id != currentRevision(w) {
+			rec, ok := s.get(store.Revision, name+"/revisions/"+id)
+			if !ok {
+				continue
+			}
+			spec = admit.Overlay(message[*portolanv1.WorkloadRevision](rec).GetSpec(), w.GetSpec())
+		}
+		if err := add(id, spec); err != nil {
+			return nil, err
+		}
 	}
 	named := namedRevisions(s, name)
 	for _, rec := range s.under(store.Revision, name+"/revisions/") {
 		id := lastID(rec.Name)
-		if id == current || !named[id] {
+		if slices.Contains(want, id) || !named[id] {
 			continue
 		}
-		r, err := place.NewRevision(id, message[*portolanv1.WorkloadRevision](rec).GetSpec())
-		if err != nil {
+		if err := add(id, admit.Overlay(message[*portolanv1.WorkloadRevision](rec).GetSpec(), w.GetSpec())); err != nil {
 			return nil, err
 		}
-		out = append(out, r)
 	}
 	return out, nil
 }
@@ -140,8 +153,8 @@ func namedRevisions(s source, workload string) map[string]bool {
 }
 
 // snapshot gathers what the decision on one workload depends on.
-func snapshot(s source, led *ledger, name string, w *portolanv1.Workload) (place.Snapshot, error) {
-	revs, err := runningRevisions(s, name, w)
+func snapshot(s source, led *ledger, name string, w *portolanv1.Workload, want []string) (place.Snapshot, error) {
+	revs, err := runningRevisions(s, name, w, want)
 	if err != nil {
 		return place.Snapshot{}, err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/place"
 	"github.com/portolan-io/portolan/federation/store"
 )
 
@@ -142,7 +143,7 @@ func (t *tenantView) addWorkloads(v *store.View) {
 			if !ok {
 				continue
 			}
-			i := t.workload(v, w, rec.Revision, p)
+			i := t.workload(v, c, w, rec.Revision, p)
 			if i == nil {
 				continue
 			}
@@ -156,8 +157,9 @@ func (t *tenantView) addWorkloads(v *store.View) {
 	}
 }
 
-// workload makes one workload intent; nil when none of its revisions exists.
-func (t *tenantView) workload(v *store.View, w string, derived int64, p *portolanv1.Placement) *linkv1.Intent {
+// workload makes one workload intent for a cluster; nil when none of its revisions
+// exists.
+func (t *tenantView) workload(v *store.View, cluster, w string, derived int64, p *portolanv1.Placement) *linkv1.Intent {
 	out := &linkv1.WorkloadIntent{Tenant: t.id, Workload: w, Epoch: p.GetSpec().GetEpoch(), ActiveRevision: p.GetSpec().GetActiveRevision()}
 	newest, newestGeneration := "", int64(-1)
 	for _, r := range p.GetSpec().GetRevisions() {
@@ -189,6 +191,12 @@ func (t *tenantView) workload(v *store.View, w string, derived int64, p *portola
 			if slices.ContainsFunc(out.Revisions, func(r *linkv1.RevisionIntent) bool { return current != "" && r.GetRevision() == current }) {
 				out.CurrentRevision = current
 			}
+		}
+	}
+	if rec, ok := v.Get(store.Cluster, api.ClusterName(cluster)); ok {
+		m := rec.Message.(*portolanv1.Cluster)
+		for _, r := range out.Revisions {
+			r.Spec = place.Override(r.GetSpec(), cluster, m.GetSpec(), m.GetLabels())
 		}
 	}
 	return &linkv1.Intent{Revision: derived, Body: &linkv1.Intent_Workload{Workload: out}}

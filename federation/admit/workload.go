@@ -87,7 +87,7 @@ func defaultReplicas(s *portolanv1.WorkloadSpec) {
 	if s.Replicas == nil {
 		s.Replicas = proto.Int32(1)
 		if a := s.Autoscale; a != nil && a.GetMax() > 0 {
-			s.Replicas = proto.Int32(min(max(1, a.GetMin()), a.GetMax()))
+			s.Replicas = new(min(max(1, a.GetMin()), a.GetMax()))
 		}
 	}
 }
@@ -100,7 +100,7 @@ func defaultUpdate(s *portolanv1.WorkloadSpec) {
 		s.Update.Type = portolanv1.UpdateType_UPDATE_TYPE_ROLLING
 	}
 	if s.Update.AutoRollback == nil {
-		s.Update.AutoRollback = proto.Bool(true)
+		s.Update.AutoRollback = new(true)
 	}
 	if s.Update.MaxFailures == nil {
 		s.Update.MaxFailures = proto.Int32(defaultMaxFailures)

@@ -421,6 +421,13 @@ func (a *app) waitWorkload(ctx context.Context, name string) error {
 				return fmt.Errorf("%s: %s: %s; see `portolan describe workload %s -t %s`", short(name), c.GetReason(), c.GetMessage(), last(name), api.TenantOf(name))
 			}
 		}
+		if r := s.GetRollout(); r.GetState() == portolanv1.RolloutState_ROLLOUT_STATE_ROLLED_BACK && r.GetReason().GetCode() == "RolledBack" {
+			return fmt.Errorf("%s went %s", short(name), r.GetReason().GetMessage())
+		}
+		if w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON && s.GetObservedGeneration() >= w.GetGeneration() {
+			a.printf("%s runs at its times: %s\n", short(name), w.GetSpec().GetCron().GetSchedule())
+			return nil
+		}
 		job := w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB
 		if !job && current(s) >= s.GetDesiredReplicas() && s.GetObservedGeneration() >= w.GetGeneration() {
 			a.printf("%s is ready: %s\n", short(name), state)

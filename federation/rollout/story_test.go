@@ -102,7 +102,7 @@ func (w *world) spec(t *testing.T, d *datadriven.TestData) {
 		case "keep":
 			blueGreen().KeepOld = length(a.Vals[0])
 		case "auto":
-			u.AutoRollback = proto.Bool(a.Vals[0] == "true")
+			u.AutoRollback = new(a.Vals[0] == "true")
 		default:
 			t.Fatalf("argument %s is not known", a.Key)
 		}

@@ -129,6 +129,7 @@ type loop struct {
 	frozen bool
 	dirty  map[string]bool
 	ledger *ledger
+	near   relations
 	// short workloads wait for room; standing ones have replicas that stand in
 	// for lost clusters; due ones are decided again at a time.
 	short, standing map[string]bool
@@ -138,7 +139,7 @@ type loop struct {
 func (l *loop) reset() {
 	l.view, l.looked, l.all = nil, 0, true
 	l.dirty, l.short, l.standing, l.due = map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]time.Time{}
-	l.ledger = newLedger()
+	l.ledger, l.near = newLedger(), newRelations()
 }
 
 // run wakes for new revisions, for the lease, for what is due, and after a

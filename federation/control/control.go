@@ -121,6 +121,8 @@ type loop struct {
 	retry time.Time // next attempt after a failure; zero when there was none
 	fails int
 
+	// whatIf is what decisions read instead of the view when they are only thought of.
+	whatIf source
 	// view is what was taken in last; looked is the revision that is dealt with.
 	view   *store.View
 	looked int64
@@ -129,6 +131,7 @@ type loop struct {
 	frozen bool
 	dirty  map[string]bool
 	ledger *ledger
+	near   relations
 	// short workloads wait for room; standing ones have replicas that stand in
 	// for lost clusters; rolling ones are on the way to another template; due ones
 	// are decided again at a time.
@@ -139,7 +142,7 @@ type loop struct {
 func (l *loop) reset() {
 	l.view, l.looked, l.all = nil, 0, true
 	l.dirty, l.short, l.standing, l.rolling, l.due = map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]time.Time{}
-	l.ledger = newLedger()
+	l.ledger, l.near = newLedger(), newRelations()
 }
 
 // run wakes for new revisions, for the lease, for what is due, and after a

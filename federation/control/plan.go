@@ -2,6 +2,7 @@ package control
 
 import (
 	"cmp"
+	"log/slog"
 	"maps"
 	"math"
 	"slices"
@@ -22,27 +23,35 @@ import (
 // maxPlanned bounds the workloads of one answer.
 const maxPlanned = 1000
 
-// Plan decides as the loop would if the change were made, workload by workload in
-// the loop's order, each seeing the claims of those before it. It writes nothing.
+// Plan decides as the loop would if the change were made: in the loop's order, by
+// the loop's own steps, each decision seeing the claims of those before it, and
+// who is displaced decided anew. It writes nothing.
 func (c *Control) Plan(r store.Reader, what api.WhatIf) (*portolanv1.PlanResponse, error) {
 	base := &readerSource{r: r}
-	p := planner{src: base, led: ledgerOf(base), now: time.Now(), out: &portolanv1.PlanResponse{}}
-	switch {
-	case what.Workload != nil:
-		p.workload(what.Workload.GetName(), what.Workload)
-	case what.Deleted != "":
-		p.gone(what.Deleted)
-	default:
-		p.src = changed{source: base, cluster: what.Cluster, now: p.now}
+	p := planner{src: changed{source: base, what: what, now: time.Now()}, out: &portolanv1.PlanResponse{}, asked: what.Deleted}
+	if what.Workload != nil {
+		p.asked = what.Workload.GetName()
+	}
+	l := &loop{cfg: c.cfg, log: slog.New(slog.DiscardHandler), whatIf: p.src}
+	l.reset()
+	l.ledger = ledgerOf(base)
+	if p.asked != "" {
+		l.dirty[p.asked] = true
+	} else {
 		for _, rec := range p.src.under(store.Workload, "") {
-			p.workload(rec.Name, message[*portolanv1.Workload](rec))
+			l.dirty[rec.Name] = true
+		}
+	}
+	queue := l.queue()
+	for more := true; more; {
+		var made []decision
+		made, more = l.batch(queue, p.src.now)
+		for _, d := range made {
+			p.add(d)
 		}
 	}
 	if base.err != nil {
 		return nil, base.err
-	}
-	if p.err != nil {
-		return nil, p.err
 	}
 	slices.SortStableFunc(p.out.Workloads, func(a, b *portolanv1.WorkloadPlan) int { return cmp.Compare(a.GetWorkload(), b.GetWorkload()) })
 	p.out.Workloads = p.out.GetWorkloads()[:min(len(p.out.GetWorkloads()), maxPlanned)]
@@ -50,44 +59,36 @@ func (c *Control) Plan(r store.Reader, what api.WhatIf) (*portolanv1.PlanRespons
 }
 
 type planner struct {
-	src source
-	led *ledger
-	now time.Time
+	src changed
 	out *portolanv1.PlanResponse
-	err error
+	// asked is the workload that the change is about; empty when it is a cluster.
+	asked string
 }
 
-// workload adds what would become of one; nothing when it stays as it is and was
-// not asked for by name.
-func (p *planner) workload(name string, w *portolanv1.Workload) {
-	if p.err != nil {
-		return
+// add takes in what would be written for one workload.
+func (p *planner) add(d decision) {
+	after := p.before(d.workload)
+	for _, name := range d.deletes {
+		delete(after, lastID(name))
 	}
-	_, step, _ := stepRollout(p.src, name, w, p.now)
-	snap, err := snapshot(p.src, p.led, name, w, step.Revisions)
-	if err != nil {
-		p.err = api.E(api.Invalid, "plan "+name, "%w", err)
-		return
+	for name, spec := range d.puts {
+		after[lastID(name)] = spec
 	}
-	plan := place.Place(snap, p.now)
-	after := map[string]*portolanv1.PlacementSpec{}
-	for _, a := range plan.Assignments {
-		after[a.Cluster] = specOf(a, snap.Workload)
+	wp := &portolanv1.WorkloadPlan{
+		Workload: d.workload, DesiredReplicas: int32(d.plan.Desired), UnplacedReplicas: int32(d.plan.Unplaced + d.plan.FailoverUnplaced), Reasons: reasonsOf(d.plan.Reasons),
 	}
-	if plan.Frozen {
-		after = p.before(name)
+	for _, v := range d.plan.Displaced {
+		wp.Displaced = append(wp.Displaced, &portolanv1.Displaced{Workload: v.Workload, Cluster: v.Cluster, Replicas: int32(v.Replicas)})
 	}
 	reasons := map[string][]*portolanv1.Reason{}
-	for _, v := range plan.Verdicts {
+	for _, v := range d.plan.Verdicts {
 		reasons[v.Cluster] = reasonsOf(v.Reasons)
 	}
-	wp := &portolanv1.WorkloadPlan{Workload: name, DesiredReplicas: int32(plan.Desired), UnplacedReplicas: int32(plan.Unplaced + plan.FailoverUnplaced), Reasons: reasonsOf(plan.Reasons)}
+	var w *portolanv1.Workload
+	if rec, ok := p.src.get(store.Workload, d.workload); ok {
+		w = message[*portolanv1.Workload](rec)
+	}
 	p.compare(wp, w, after, reasons)
-}
-
-// gone adds a deletion.
-func (p *planner) gone(name string) {
-	p.compare(&portolanv1.WorkloadPlan{Workload: name}, nil, nil, nil)
 }
 
 // before is what is stored.
@@ -103,7 +104,7 @@ func (p *planner) compare(wp *portolanv1.WorkloadPlan, w *portolanv1.Workload, a
 	name := wp.GetWorkload()
 	before := p.before(name)
 	var stored *portolanv1.Workload
-	if rec, ok := p.src.get(store.Workload, name); ok {
+	if rec, ok := p.src.source.get(store.Workload, name); ok {
 		stored = message[*portolanv1.Workload](rec)
 	}
 	clusters := maps.Clone(before)
@@ -115,14 +116,13 @@ func (p *planner) compare(wp *portolanv1.WorkloadPlan, w *portolanv1.Workload, a
 		wp.Placements = append(wp.Placements, pp)
 		wp.CostBeforeMicros += p.cost(name, stored, before[c], c)
 		wp.CostAfterMicros += p.cost(name, w, after[c], c)
-		p.led.set(name+"/placements/"+c, reservation(after[c]))
 	}
 	if stored != nil && len(before) > 0 {
 		wp.UnplacedBefore = max(0, desiredOf(stored)-sum(before))
 	}
 	p.out.CostBeforeMicros += wp.GetCostBeforeMicros()
 	p.out.CostAfterMicros += wp.GetCostAfterMicros()
-	if _, whole := p.src.(changed); !whole || moved || wp.GetUnplacedReplicas() > 0 {
+	if name == p.asked || moved || wp.GetUnplacedReplicas() > 0 {
 		p.out.Workloads = append(p.out.Workloads, wp)
 	}
 }
@@ -200,28 +200,40 @@ func (p *planner) nodes(cluster string) int64 {
 	return int64(message[*storev1.ClusterStatusRecord](rec).GetStatus().GetNodes())
 }
 
-// changed is a source in which one cluster is otherwise.
+// changed is a source in which one thing is otherwise.
 type changed struct {
 	source
-	cluster *portolanv1.ClusterChange
-	now     time.Time
+	what api.WhatIf
+	now  time.Time
 }
-
-// drainTaint is what everything leaves a cluster for.
-const drainTaint = "portolan.io/drained"
 
 func (s changed) get(kind store.Kind, name string) (store.Record, bool) {
 	rec, ok := s.source.get(kind, name)
-	if name != s.cluster.GetCluster().GetName() {
-		return rec, ok
+	switch {
+	case kind == store.Workload && name == s.what.Deleted:
+		return store.Record{}, false
+	case kind == store.Workload && s.what.Workload != nil && name == s.what.Workload.GetName():
+		rec.Kind, rec.Name, rec.Message = kind, name, s.what.Workload
+		return rec, true
+	case s.what.Cluster != nil && name == s.what.Cluster.GetCluster().GetName():
+		return s.otherwise(kind, rec, ok)
 	}
-	return s.otherwise(kind, rec, ok)
+	return rec, ok
 }
 
 func (s changed) under(kind store.Kind, prefix string) []store.Record {
 	recs := s.source.under(kind, prefix)
-	name := s.cluster.GetCluster().GetName()
-	if (kind != store.Cluster && kind != store.ClusterStatus) || !strings.HasPrefix(name, prefix) {
+	var name string
+	switch {
+	case kind == store.Workload && s.what.Workload != nil:
+		name = s.what.Workload.GetName()
+	case kind == store.Workload:
+		name = s.what.Deleted
+	case kind == store.Cluster || kind == store.ClusterStatus:
+		name = s.what.Cluster.GetCluster().GetName()
+	default:
+	}
+	if name == "" || !strings.HasPrefix(name, prefix) {
 		return recs
 	}
 	out := slices.DeleteFunc(slices.Clone(recs), func(r store.Record) bool { return r.Name == name })
@@ -234,31 +246,31 @@ func (s changed) under(kind store.Kind, prefix string) []store.Record {
 
 // otherwise is the changed cluster's record, or its status'.
 func (s changed) otherwise(kind store.Kind, rec store.Record, ok bool) (store.Record, bool) {
-	added := s.cluster.GetKind() == portolanv1.ClusterChange_KIND_ADDED
+	added := s.what.Cluster.GetKind() == portolanv1.ClusterChange_KIND_ADDED
 	switch kind {
 	case store.Cluster:
 		cl := proto.CloneOf(message[*portolanv1.Cluster](rec))
 		if added {
-			cl, ok = proto.CloneOf(s.cluster.GetCluster()), true
+			cl, ok = proto.CloneOf(s.what.Cluster.GetCluster()), true
 		}
-		if s.cluster.GetKind() == portolanv1.ClusterChange_KIND_DRAINED && cl.GetSpec() != nil {
-			cl.Spec.Taints = append(cl.Spec.Taints, &portolanv1.Taint{Key: drainTaint, Effect: portolanv1.TaintEffect_TAINT_EFFECT_NO_EXECUTE})
+		if s.what.Cluster.GetKind() == portolanv1.ClusterChange_KIND_DRAINED && cl.GetSpec() != nil {
+			cl.Spec.Taints = append(cl.Spec.Taints, &portolanv1.Taint{Key: place.DrainTaint, Effect: portolanv1.TaintEffect_TAINT_EFFECT_NO_EXECUTE})
 		}
-		rec.Name, rec.Message = s.cluster.GetCluster().GetName(), cl
+		rec.Name, rec.Message = s.what.Cluster.GetCluster().GetName(), cl
 	case store.ClusterStatus:
 		st := &storev1.ClusterStatusRecord{Status: &portolanv1.ClusterStatus{}}
 		if ok {
 			st = proto.CloneOf(message[*storev1.ClusterStatusRecord](rec))
 		}
 		if added {
-			st.Status = proto.CloneOf(s.cluster.GetCluster().GetStatus())
+			st.Status = proto.CloneOf(s.what.Cluster.GetCluster().GetStatus())
 			st.Status.State, st.Status.LastSeenTime, ok = portolanv1.ClusterState_CLUSTER_STATE_READY, timestamppb.New(s.now), true
 		}
-		if s.cluster.GetKind() == portolanv1.ClusterChange_KIND_LOST {
+		if s.what.Cluster.GetKind() == portolanv1.ClusterChange_KIND_LOST {
 			// Long enough for every failover to be due.
 			st.Status.State, st.Status.LastSeenTime = portolanv1.ClusterState_CLUSTER_STATE_LOST, timestamppb.New(s.now.AddDate(-1, 0, 0))
 		}
-		rec.Name, rec.Message = s.cluster.GetCluster().GetName(), st
+		rec.Name, rec.Message = s.what.Cluster.GetCluster().GetName(), st
 	default:
 	}
 	return rec, ok

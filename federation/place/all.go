@@ -53,8 +53,9 @@ type Held struct {
 // end, when others have left room.
 func PlaceAll(w World, now time.Time) []Plan {
 	a := newAll(w, now)
-	for next := a.next(); next >= 0; next = a.next() {
-		a.decide(next, true)
+	for turn, ok := a.fair.Next(); ok; turn, ok = a.fair.Next() {
+		a.order = append(a.order, turn.Index)
+		a.decide(turn.Index, true)
 	}
 	for _, i := range a.order {
 		if p := &a.plans[i]; !p.Frozen && p.Unplaced+p.FailoverUnplaced > 0 && a.freed {
@@ -71,27 +72,18 @@ type all struct {
 	clusters []Cluster
 	index    map[string]int
 	pots     []Pot
-	total    api.Resources
 	plans    []Plan
 	// held is what each item has now: before its turn, and after.
 	held [][]Held
 	// holders of claims in each cluster; some may have gone.
 	holders [][]int32
-	// queue of each priority and tenant, in order of name.
-	tenants []*tenant
-	order   []int
+	fair    *Fair
+	order   []int // as they were decided
 	verbose bool
 	// freed says that a decision has given something back.
 	freed  bool
 	byID   map[[2]string]int
 	having map[string][]int
-}
-
-type tenant struct {
-	name   string
-	weight float64
-	used   api.Resources
-	queue  []int
 }
 
 func newAll(w World, now time.Time) *all {
@@ -101,21 +93,16 @@ func newAll(w World, now time.Time) *all {
 		byID: map[[2]string]int{}, having: map[string][]int{},
 	}
 	slices.SortFunc(a.clusters, func(x, y Cluster) int { return cmp.Compare(x.ID, y.ID) })
+	var total api.Resources
 	for i := range a.clusters {
 		c := &a.clusters[i]
 		a.index[c.ID], a.pots[i] = i, Pot{OnDemand: c.Free, Spot: c.Spot}
-		a.total = a.total.Add(c.Free).Add(c.Spot)
+		total = total.Add(c.Free).Add(c.Spot)
 	}
-	byName := map[string]*tenant{}
+	a.fair = NewFair(total)
 	for i := range a.items {
 		it := &a.items[i]
-		t := byName[it.Tenant]
-		if t == nil {
-			t = &tenant{name: it.Tenant, weight: float64(max(1, it.Weight))}
-			byName[it.Tenant] = t
-			a.tenants = append(a.tenants, t)
-		}
-		t.queue = append(t.queue, i)
+		a.fair.Add(it.Tenant, it.Weight, Turn{Name: it.Name, Priority: a.priority(i), Index: i})
 		a.byID[[2]string{it.Tenant, it.Workload.ID}] = i
 		if len(it.Workload.Spec.GetPlacement().GetAffinity()) > 0 {
 			a.having[it.Tenant] = append(a.having[it.Tenant], i)
@@ -123,47 +110,10 @@ func newAll(w World, now time.Time) *all {
 		a.held[i] = slices.Clone(it.Held)
 		a.book(i, 1)
 	}
-	slices.SortFunc(a.tenants, func(x, y *tenant) int { return cmp.Compare(x.name, y.name) })
-	for _, t := range a.tenants {
-		slices.SortFunc(t.queue, func(x, y int) int {
-			return cmp.Or(cmp.Compare(a.priority(y), a.priority(x)), cmp.Compare(a.items[x].Name, a.items[y].Name))
-		})
-	}
 	return a
 }
 
 func (a *all) priority(i int) int { return int(a.items[i].Workload.Spec.GetPriority()) }
-
-// next is the workload whose turn it is, or -1.
-func (a *all) next() int {
-	var best *tenant
-	for _, t := range a.tenants {
-		if len(t.queue) == 0 {
-			continue
-		}
-		if best == nil {
-			best = t
-			continue
-		}
-		if p, q := a.priority(t.queue[0]), a.priority(best.queue[0]); p > q || p == q && a.share(t) < a.share(best) {
-			best = t
-		}
-	}
-	if best == nil {
-		return -1
-	}
-	i := best.queue[0]
-	best.queue = best.queue[1:]
-	a.order = append(a.order, i)
-	return i
-}
-
-// share is a tenant's dominant share, for its weight.
-func (a *all) share(t *tenant) float64 {
-	cpu := float64(t.used.CPUMilli) / float64(max(1, a.total.CPUMilli))
-	mem := float64(t.used.MemoryBytes) / float64(max(1, a.total.MemoryBytes))
-	return max(cpu, mem) / t.weight
-}
 
 // book enters (1) or takes out (-1) all that an item has.
 func (a *all) book(i int, sign int64) {
@@ -180,12 +130,7 @@ func (a *all) bookOne(i int, cluster string, r api.Resources) {
 	if c, ok := a.index[cluster]; ok {
 		a.pots[c].Book(it.Workload.Spec.GetPlacement().GetCapacity(), r)
 	}
-	n, _ := slices.BinarySearchFunc(a.tenants, it.Tenant, func(t *tenant, name string) int { return cmp.Compare(t.name, name) })
-	if n < len(a.tenants) && a.tenants[n].name == it.Tenant {
-		t := a.tenants[n]
-		t.used.CPUMilli += r.CPUMilli
-		t.used.MemoryBytes += r.MemoryBytes
-	}
+	a.fair.Use(it.Tenant, r)
 }
 
 // decide makes one decision on what is free now, and books it.

@@ -37,8 +37,9 @@ type decision struct {
 	declared int
 	doms     []int32
 	near     []relation
-	// roomFromLower says that claims of lower priority count as room.
+	// roomFromLower says that claims of lower priority count as room, up to level.
 	roomFromLower bool
+	level         int
 	missing       int // units that found no place
 	extraMissing  int
 	desired       int
@@ -136,7 +137,7 @@ func (d *decision) judges() {
 	for i := range d.cells {
 		x := &d.cells[i]
 		x.index = i
-		for _, r := range d.w.running() {
+		for _, r := range d.w.Running() {
 			q := r.requestsIn(x.Cluster)
 			x.unit = x.unit.Add(q.Times(int64(d.running)))
 			x.surge = x.surge.Add(q.Times(int64(r.Surge)))

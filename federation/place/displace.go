@@ -2,6 +2,7 @@ package place
 
 import (
 	"cmp"
+	"math"
 	"slices"
 
 	"github.com/portolan-io/portolan/federation/api"
@@ -17,7 +18,7 @@ func (d *decision) lower(x *cell) []Claimant {
 	}
 	out := slices.DeleteFunc(slices.Clone(x.Lower), func(l Claimant) bool {
 		own := int(d.w.Spec.GetPriority())
-		return l.Replicas <= 0 || l.Priority > own || l.Priority == own && !plant.displacesEquals
+		return l.Replicas <= 0 || l.Priority > min(own, d.level) || l.Priority == own && !plant.displacesEquals
 	})
 	slices.SortFunc(out, func(a, b Claimant) int {
 		return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(b.Claim.CPUMilli, a.Claim.CPUMilli),
@@ -32,29 +33,51 @@ func (d *decision) displace() {
 	if d.missing == 0 {
 		return
 	}
-	grown, before := false, make([]int, len(d.cells))
+	before := make([]int, len(d.cells))
+	for i := range d.cells {
+		before[i] = d.cells[i].room
+	}
 	d.roomFromLower = true
-	for i := range d.cells {
-		x := &d.cells[i]
-		before[i] = x.room
-		if x.barred || x.closed || len(x.Lower) == 0 {
-			continue
-		}
-		if room := max(x.room, d.roomIn(x)); room > x.room {
-			x.room, grown = room, true
+	levels := d.levels()
+	for _, d.level = range levels {
+		if d.missing > 0 {
+			d.spreadOver(before)
 		}
 	}
-	if grown {
-		d.spread()
-	}
-	d.roomFromLower = false
 	for i := range d.cells {
 		x := &d.cells[i]
-		if grown && len(x.Lower) > 0 && x.n > 0 {
+		if len(levels) > 0 && len(x.Lower) > 0 && x.n > 0 {
 			d.victims(x)
 		}
 		x.room = max(before[i], x.n)
 	}
+	d.roomFromLower = false
+}
+
+// levels are the priorities that may be displaced, the lowest first: a higher one
+// loses nothing while a lower one anywhere could.
+func (d *decision) levels() []int {
+	var out []int
+	d.level = math.MaxInt
+	for i := range d.cells {
+		if x := &d.cells[i]; !x.barred && !x.closed {
+			for _, l := range d.lower(x) {
+				out = append(out, l.Priority)
+			}
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// spreadOver goes on placing, with the room of claims up to the level.
+func (d *decision) spreadOver(room []int) {
+	for i := range d.cells {
+		if x := &d.cells[i]; !x.barred && !x.closed && len(x.Lower) > 0 {
+			x.room = max(room[i], d.roomIn(x))
+		}
+	}
+	d.spread()
 }
 
 // victims are who loses what in a cluster. What was held before is not new, and
@@ -104,7 +127,7 @@ func (w Workload) Claimant(name string, c *Cluster, p Previous) (l Claimant, ok 
 		return Claimant{}, false
 	}
 	l = Claimant{Workload: name, Priority: int(w.Spec.GetPriority()), Replicas: n, Claim: p.Claim, per: d.perUnit}
-	for _, r := range w.running() {
+	for _, r := range w.Running() {
 		l.Each = l.Each.Add(r.requestsIn(c).Times(int64(d.running)))
 	}
 	return l, true

@@ -113,17 +113,14 @@ type Previous struct {
 
 // PreviousOf reads it from the stored placement.
 func PreviousOf(p *portolanv1.PlacementSpec) Previous {
-	out := Previous{Present: true, Claim: api.Resources{CPUMilli: p.GetReservedCpuMilli(), MemoryBytes: p.GetReservedMemoryBytes()}}
+	out := Previous{Present: true, Basis: p.GetBasis(), Claim: api.Resources{CPUMilli: p.GetReservedCpuMilli(), MemoryBytes: p.GetReservedMemoryBytes()}}
 	for _, r := range p.GetRevisions() {
 		out.Declared = max(out.Declared, int(r.GetReplicas()), int(r.GetMaxReplicas()))
 	}
 	for _, r := range p.GetReasons() {
-		switch r.GetCode() {
-		case Failover:
+		if r.GetCode() == Failover {
 			out.Failover = min(int(r.GetCount()), out.Declared)
 			out.Declared -= out.Failover
-		case Basis:
-			out.Basis = r.GetMessage()
 		}
 	}
 	return out

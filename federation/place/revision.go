@@ -86,14 +86,14 @@ func (w Workload) Claim(n int) api.Resources {
 	if n <= 0 {
 		return sum
 	}
-	for _, r := range w.running() {
+	for _, r := range w.Running() {
 		sum = sum.Add(r.Requests.Times(int64(n + r.Surge)))
 	}
 	return sum
 }
 
-// running revisions are all, but of an exclusive workload only the first.
-func (w Workload) running() []Revision {
+// Running revisions are all, but of an exclusive workload only the first.
+func (w Workload) Running() []Revision {
 	if w.Spec.GetPlacement().GetExclusive() && len(w.Revisions) > 1 {
 		return w.Revisions[:1]
 	}

@@ -172,6 +172,12 @@ func (c *checker) resources(field string, ctr *portolanv1.Container) {
 	if limMem > 0 && limMem < minMemory {
 		c.add(field+".limits.memory", "%s is less than the 4Mi that a container needs to start: is a suffix missing?", ctr.GetLimits().GetMemory())
 	}
+	for _, l := range []struct {
+		name string
+		list *portolanv1.ResourceList
+	}{{"requests", ctr.GetRequests()}, {"limits", ctr.GetLimits()}} {
+		c.quantity(field+"."+l.name+".storage", l.list.GetStorage(), api.ParseBytes)
+	}
 	if ctr.GetRequests().GetPids() != 0 {
 		c.add(field+".requests.pids", "process counts are limited, not requested: use limits.pids")
 	}
@@ -274,14 +280,34 @@ func (c *checker) tmpfs(field string, list []string) {
 		if !c.absolute(f, p) {
 			continue
 		}
-		system := slices.Contains(systemDirs, p)
-		for _, t := range systemTrees {
-			system = system || p == t || strings.HasPrefix(p, t+"/") || strings.HasPrefix(t, p+"/") && p != "/run"
-		}
-		if system {
+		if ofSystem(p) {
 			c.add(f, "%q is a path of the system", p)
 		} else if slices.Contains(list[:i], p) {
 			c.add(f, "%q is there twice", p)
 		}
 	}
+}
+
+// ofSystem says that a path may not be covered.
+func ofSystem(p string) bool {
+	system := slices.Contains(systemDirs, p)
+	for _, t := range systemTrees {
+		system = system || within(p, t) || within(t, p) && p != "/run"
+	}
+	return system
+}
+
+// within says that a canonical path is another one or below it.
+func within(p, top string) bool { return p == top || strings.HasPrefix(p, top+"/") }
+
+// mountPath checks where a volume goes.
+func (c *checker) mountPath(field, p string) bool {
+	if !c.absolute(field, p) {
+		return false
+	}
+	if ofSystem(p) {
+		c.add(field, "%q is a path of the system", p)
+		return false
+	}
+	return true
 }

@@ -124,6 +124,10 @@ func (c *checker) tolerations(field string, list []*portolanv1.Toleration) {
 		if _, ok := portolanv1.TaintEffect_name[int32(t.GetEffect())]; !ok {
 			c.add(at(field, i)+".effect", "is no known effect")
 		}
+		if t.GetStay() != nil && t.GetEffect() != portolanv1.TaintEffect_TAINT_EFFECT_NO_EXECUTE {
+			c.add(at(field, i)+".stay", "only counts for TAINT_EFFECT_NO_EXECUTE")
+		}
+		c.duration(at(field, i)+".stay", t.GetStay(), bounds{0, 30 * 24 * time.Hour})
 	}
 }
 

@@ -17,6 +17,12 @@ func (c *checker) tenant(t *portolanv1.Tenant) {
 		c.add("spec.display_name", "use at most 128 bytes, without control characters")
 	}
 	c.uniqueIDs("spec.allowed_regions", s.GetAllowedRegions())
+	if p := s.GetMaxPriority(); p < -1000 || p > 1000 {
+		c.add("spec.max_priority", "%d is not between -1000 and 1000", p)
+	}
+	if w := s.GetWeight(); w < 0 || w > 1_000_000 {
+		c.add("spec.weight", "%d is not between 1 and 1000000", w)
+	}
 	for i, suffix := range s.GetIngressSuffixes() {
 		f := at("spec.ingress_suffixes", i)
 		if !c.dns(f, suffix) {
@@ -45,6 +51,20 @@ func (c *checker) cluster(cl *portolanv1.Cluster) {
 	}
 	if s.GetMemoryGibHourMicros() < 0 {
 		c.add("spec.memory_gib_hour_micros", "a price is not negative")
+	}
+	if len(s.GetPools()) > 64 {
+		c.add("spec.pools", "has %d entries; at most 64 are allowed", len(s.GetPools()))
+	} else {
+		c.pools(s.GetPools())
+	}
+	for _, r := range keys(s.GetRttMillis()) {
+		c.id(key("spec.rtt_millis", r), r)
+		if v := s.GetRttMillis()[r]; v < 0 || v > 60_000 {
+			c.add(key("spec.rtt_millis", r), "%d ms is not between 0 and 60000", v)
+		}
+	}
+	if r := s.GetRebalance(); r.GetMaxMovesPerHour() < 0 || r.GetMinGainPercent() < 0 || r.GetMinGainPercent() > 100 {
+		c.add("spec.rebalance", "moves per hour are not negative, and the gain is between 0 and 100 percent")
 	}
 	type taint struct {
 		key    string

@@ -37,19 +37,19 @@ func defaultWorkload(w *portolanv1.Workload) {
 	switch s.Kind {
 	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
 		defaultJob(s)
-	case portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE:
-		if s.Replicas == nil {
-			s.Replicas = proto.Int32(1)
-		}
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_CRON:
+		defaultCron(s)
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE, portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL:
+		defaultAutoscale(s.Autoscale)
+		defaultReplicas(s)
 		defaultUpdate(s)
 	default:
 	}
+	defaultScheduling(s.Scheduling)
 	if s.Placement == nil {
 		s.Placement = &portolanv1.WorkloadSpec_Placement{}
 	}
-	if s.Placement.Objective == portolanv1.Objective_OBJECTIVE_UNSPECIFIED {
-		s.Placement.Objective = portolanv1.Objective_OBJECTIVE_SPREAD
-	}
+	defaultPlacement(s.Placement)
 	if f := s.Placement.Failover; f != nil && f.After == nil {
 		f.After = durationpb.New(defaultFailoverAfter)
 	}
@@ -82,9 +82,32 @@ func defaultJob(s *portolanv1.WorkloadSpec) {
 	}
 }
 
+// defaultReplicas begins at one, and within the bounds of autoscale.
+func defaultReplicas(s *portolanv1.WorkloadSpec) {
+	if s.Replicas == nil {
+		s.Replicas = proto.Int32(1)
+		if a := s.Autoscale; a != nil && a.GetMax() > 0 {
+			s.Replicas = new(min(max(1, a.GetMin()), a.GetMax()))
+		}
+	}
+}
+
 func defaultUpdate(s *portolanv1.WorkloadSpec) {
 	if s.Update == nil {
 		s.Update = &portolanv1.WorkloadSpec_UpdateStrategy{}
+	}
+	if s.Update.Type == portolanv1.UpdateType_UPDATE_TYPE_UNSPECIFIED {
+		s.Update.Type = portolanv1.UpdateType_UPDATE_TYPE_ROLLING
+	}
+	if s.Update.AutoRollback == nil {
+		s.Update.AutoRollback = new(true)
+	}
+	if s.Update.MaxFailures == nil {
+		s.Update.MaxFailures = proto.Int32(defaultMaxFailures)
+	}
+	// A stateful replica keeps its name, so there is no second one beside it.
+	if s.Kind == portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL && s.Update.MaxSurge == nil && s.Update.MaxUnavailable == nil {
+		s.Update.MaxSurge, s.Update.MaxUnavailable = proto.Int32(0), proto.Int32(1)
 	}
 	if s.Update.MaxSurge == nil && s.Update.MaxUnavailable == nil {
 		s.Update.MaxSurge, s.Update.MaxUnavailable = proto.Int32(1), proto.Int32(0)
@@ -112,7 +135,8 @@ func (c *checker) workload(w *portolanv1.Workload) {
 	c.byKind(s)
 	c.placement(s)
 	c.scheduling(s)
-	c.update(s.GetUpdate())
+	c.update(s)
+	c.priority(s)
 	c.duration("spec.grace_period", s.GetGracePeriod(), anyDelay)
 	c.revision(w)
 }
@@ -131,93 +155,6 @@ func (c *checker) gateway(w *portolanv1.Workload) {
 	if len(s.GetInitContainers()) > 0 {
 		c.add("spec.init_containers", "a gateway has no containers of its own")
 	}
-}
-
-// byKind checks that only fields of the kind are set.
-func (c *checker) byKind(s *portolanv1.WorkloadSpec) {
-	kind := s.GetKind()
-	job := kind == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB
-	daemon := kind == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON
-	if job && s.Replicas != nil {
-		c.add("spec.replicas", "a job has completions and parallelism instead (spec.job)")
-	}
-	if daemon && s.Replicas != nil {
-		c.add("spec.replicas", "a daemon has one replica on every eligible node: leave it out")
-	}
-	if !job && s.GetJob() != nil {
-		c.add("spec.job", "only for WORKLOAD_KIND_JOB")
-	}
-	if job && s.GetUpdate() != nil {
-		c.add("spec.update", "a job is not updated: start another")
-	}
-	if daemon && s.GetPlacement().GetFailover() != nil {
-		c.add("spec.placement.failover", "a daemon belongs to its nodes and fails over nowhere")
-	}
-	if daemon && s.GetPlacement().GetSpread() != nil {
-		c.add("spec.placement.spread", "a daemon runs on every eligible node: there is nothing to spread")
-	}
-	if j := s.GetJob(); job && j != nil {
-		if j.GetParallelism() > j.GetCompletions() {
-			c.add("spec.job.parallelism", "%d is more than the %d completions", j.GetParallelism(), j.GetCompletions())
-		}
-		c.duration("spec.job.deadline", j.GetDeadline(), bounds{time.Second, 7 * 24 * time.Hour})
-	}
-}
-
-func (c *checker) placement(s *portolanv1.WorkloadSpec) {
-	p := s.GetPlacement()
-	const field = "spec.placement"
-	c.uniqueIDs(field+".allowed_regions", p.GetAllowedRegions())
-	c.uniqueIDs(field+".forbidden_regions", p.GetForbiddenRegions())
-	residency := c.snap.Tenant.GetSpec().GetAllowedRegions()
-	for i, r := range p.GetAllowedRegions() {
-		if slices.Contains(p.GetForbiddenRegions(), r) {
-			c.add(at(field+".allowed_regions", i), "region %q is allowed and forbidden at once", r)
-		}
-		if len(residency) > 0 && !slices.Contains(residency, r) {
-			c.add(at(field+".allowed_regions", i), "the tenant may not run in region %q; it may in %v", r, residency)
-		}
-	}
-	c.labels(field+".cluster_selector", p.GetClusterSelector(), 32)
-	c.tolerations(field+".tolerations", p.GetTolerations())
-	if sp := p.GetSpread(); sp != nil {
-		n := len(p.GetAllowedRegions())
-		if sp.GetOver() == portolanv1.SpreadDomain_SPREAD_DOMAIN_REGION && n > 0 && int(sp.GetMinGroups()) > n {
-			c.add(field+".spread.min_groups", "%d regions are asked for, but only %d are allowed", sp.GetMinGroups(), n)
-		}
-		if s.Replicas != nil && sp.GetMinGroups() > 1 && sp.GetMinGroups() > s.GetReplicas() {
-			c.add(field+".spread.min_groups", "%d replicas cannot be in %d domains", s.GetReplicas(), sp.GetMinGroups())
-		}
-	}
-	c.duration(field+".failover.after", p.GetFailover().GetAfter(), longWait)
-}
-
-func (c *checker) scheduling(s *portolanv1.WorkloadSpec) {
-	sc := s.GetScheduling()
-	c.labels("spec.scheduling.node_selector", sc.GetNodeSelector(), 32)
-	c.tolerations("spec.scheduling.tolerations", sc.GetTolerations())
-	if k := sc.GetSpreadKey(); k != "" {
-		c.labelKey("spec.scheduling.spread_key", k)
-	} else if sc.GetMaxSkew() > 0 {
-		c.add("spec.scheduling.max_skew", "needs spread_key, the node label over whose values replicas spread")
-	}
-}
-
-func (c *checker) update(u *portolanv1.WorkloadSpec_UpdateStrategy) {
-	if u == nil {
-		return
-	}
-	if u.MaxSurge != nil && u.MaxUnavailable != nil && u.GetMaxSurge() == 0 && u.GetMaxUnavailable() == 0 {
-		c.add("spec.update.max_unavailable", "max_surge and max_unavailable are both 0: no update could begin")
-	}
-	if u.MaxSurge == nil && u.MaxUnavailable != nil && u.GetMaxUnavailable() == 0 {
-		c.add("spec.update.max_unavailable", "0 without a max_surge: no update could begin")
-	}
-	if u.MaxUnavailable == nil && u.MaxSurge != nil && u.GetMaxSurge() == 0 {
-		c.add("spec.update.max_surge", "0 without a max_unavailable: no update could begin")
-	}
-	c.duration("spec.update.min_ready", u.GetMinReady(), anyDelay)
-	c.duration("spec.update.progress_deadline", u.GetProgressDeadline(), longWait)
 }
 
 // revision checks the name of the revision against those that exist.
@@ -243,12 +180,40 @@ func (c *checker) revision(w *portolanv1.Workload) {
 	}
 }
 
-// Template is the part of a spec that makes a revision: what runs in a replica.
-// How many there are, where they are and how they are exchanged is not.
+// Template is the part of a spec that makes a revision: what runs in a replica,
+// also where it differs from cluster to cluster, and what it is given. How many
+// there are, where and when they are and how they are exchanged is not.
 func Template(s *portolanv1.WorkloadSpec) *portolanv1.WorkloadSpec {
 	t := proto.CloneOf(s)
 	t.Replicas, t.Revision, t.Placement, t.Scheduling, t.Update = nil, "", nil, nil, nil
+	t.Cron, t.Autoscale, t.Disruption, t.Priority, t.NeverPreempt = nil, nil, nil, 0, false
+	if o := s.GetPlacement().GetOverrides(); len(o) > 0 {
+		t.Placement = &portolanv1.WorkloadSpec_Placement{Overrides: o}
+	}
+	if d := s.GetScheduling().GetDevices(); len(d) > 0 {
+		t.Scheduling = &portolanv1.WorkloadSpec_Scheduling{Devices: d}
+	}
 	return t
+}
+
+// Overlay puts what is no part of the template from one spec into a copy of
+// another: how the newest spec schedules and updates also holds for replicas of
+// older revisions. It gives the spec itself when nothing differs.
+func Overlay(revision, now *portolanv1.WorkloadSpec) *portolanv1.WorkloadSpec {
+	out := proto.CloneOf(revision)
+	out.Cron, out.Autoscale, out.Disruption, out.Priority, out.NeverPreempt = now.GetCron(), now.GetAutoscale(), now.GetDisruption(), now.GetPriority(), now.GetNeverPreempt()
+	out.Update = now.GetUpdate()
+	out.Scheduling = proto.CloneOf(now.GetScheduling())
+	if own := revision.GetScheduling().GetDevices(); len(own) > 0 || len(out.GetScheduling().GetDevices()) > 0 {
+		if out.Scheduling == nil {
+			out.Scheduling = &portolanv1.WorkloadSpec_Scheduling{}
+		}
+		out.Scheduling.Devices = own
+	}
+	if proto.Equal(out, revision) {
+		return revision
+	}
+	return out
 }
 
 // TemplateHash is the hex SHA-256 of the template.

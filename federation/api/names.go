@@ -32,6 +32,8 @@ func clip(s string) string {
 const (
 	TenantPattern       = "tenants/*"
 	ClusterPattern      = "clusters/*"
+	NodePattern         = "clusters/*/nodes/*"
+	PoolPattern         = "clusters/*/pools/*"
 	RoleBindingPattern  = "roleBindings/*"
 	WorkloadPattern     = "tenants/*/workloads/*"
 	RevisionPattern     = "tenants/*/workloads/*/revisions/*"

@@ -23,6 +23,7 @@ func (a *app) applyCommand() *cobra.Command {
 	var files []string
 	var dryRun, wait bool
 	var timeout time.Duration
+	var plan string
 	c := &cobra.Command{
 		Use: "apply -f FILE…", Short: "Create or change objects to be as in files", GroupID: "objects", Args: cobra.NoArgs,
 		Long: `Makes objects as the manifests say. Files, folders and stdin (-) are read, all
@@ -31,6 +32,7 @@ each other. Repeating it is harmless.`,
 		Example: `  portolan apply -f shop/                  # a folder
   portolan apply -f web.yaml --dry-run     # what would happen, and whether it is allowed
   portolan apply -f web.yaml --wait        # return when it serves everywhere
+  portolan apply -f web.yaml --plan 5b2c…  # exactly what plan showed, or nothing
   cat web.yaml | portolan apply -f -`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			objs, err := manifest.ReadPaths(files, a.in)
@@ -41,7 +43,11 @@ each other. Repeating it is harmless.`,
 			if err != nil {
 				return err
 			}
-			newest, err := a.apply(cmd.Context(), objects{cc}, objs, dryRun)
+			plans, err := splitPlan(plan, objs)
+			if err != nil {
+				return err
+			}
+			newest, err := a.apply(cmd.Context(), objects{cc: cc, plans: plans}, objs, dryRun)
 			if err != nil || !wait || dryRun {
 				return err
 			}
@@ -50,6 +56,7 @@ each other. Repeating it is harmless.`,
 	}
 	c.Flags().StringArrayVarP(&files, "filename", "f", nil, "file, folder or - for stdin; may be given again")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "check with the server, store nothing")
+	c.Flags().StringVar(&plan, "plan", "", "token of `portolan plan`: refuse when it would do something else by now")
 	c.Flags().BoolVar(&wait, "wait", false, "wait until every live proxy and node has it and workloads are ready")
 	c.Flags().DurationVar(&timeout, "timeout", 5*time.Minute, "how long --wait waits")
 	_ = c.MarkFlagRequired("filename")
@@ -158,7 +165,7 @@ func (a *app) deleteCommand() *cobra.Command {
 				if t.kind.ReadOnly {
 					return fmt.Errorf("a %s cannot be deleted: it follows from other objects", strings.ToLower(t.kind.Name))
 				}
-				if err := (objects{cc}).remove(cmd.Context(), t.kind, t.name, len(files) > 0); err != nil {
+				if err := (objects{cc: cc}).remove(cmd.Context(), t.kind, t.name, len(files) > 0); err != nil {
 					return err
 				}
 				a.printf("%s deleted\n", short(t.name))
@@ -186,7 +193,7 @@ included. The exit code is 0 without and 1 with differences.`,
 			if err != nil {
 				return err
 			}
-			o := objects{cc}
+			o := objects{cc: cc}
 			differs := false
 			for _, obj := range objs {
 				var before proto.Message
@@ -413,6 +420,13 @@ func (a *app) waitWorkload(ctx context.Context, name string) error {
 			if on && (c.GetType() == "Failed" || c.GetType() == "Halted") {
 				return fmt.Errorf("%s: %s: %s; see `portolan describe workload %s -t %s`", short(name), c.GetReason(), c.GetMessage(), last(name), api.TenantOf(name))
 			}
+		}
+		if r := s.GetRollout(); r.GetState() == portolanv1.RolloutState_ROLLOUT_STATE_ROLLED_BACK && r.GetReason().GetCode() == "RolledBack" {
+			return fmt.Errorf("%s went %s", short(name), r.GetReason().GetMessage())
+		}
+		if w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON && s.GetObservedGeneration() >= w.GetGeneration() {
+			a.printf("%s runs at its times: %s\n", short(name), w.GetSpec().GetCron().GetSchedule())
+			return nil
 		}
 		job := w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB
 		if !job && current(s) >= s.GetDesiredReplicas() && s.GetObservedGeneration() >= w.GetGeneration() {

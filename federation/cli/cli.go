@@ -65,9 +65,9 @@ Start with a local fleet: portolan up --detach`,
 		&cobra.Group{ID: "local", Title: "On this machine:"},
 	)
 	root.AddCommand(
-		a.applyCommand(), a.getCommand(), a.describeCommand(), a.deleteCommand(), a.diffCommand(), a.explainCommand(), a.waitCommand(),
+		a.applyCommand(), a.getCommand(), a.describeCommand(), a.deleteCommand(), a.diffCommand(), a.planCommand(), a.explainCommand(), a.waitCommand(),
 		a.logsCommand(), a.execCommand(), a.eventsCommand(),
-		a.clusterCommand(), a.policyCommand(), a.configCommand(),
+		a.clusterCommand(), a.nodeCommand(), a.policyCommand(), a.configCommand(),
 		a.upCommand(), a.downCommand(), a.statusCommand(), a.localCommand(),
 	)
 	return root

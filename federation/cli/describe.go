@@ -41,7 +41,7 @@ func (a *app) describeCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			m, err := (objects{cc}).get(ctx, k, name)
+			m, err := (objects{cc: cc}).get(ctx, k, name)
 			if err != nil {
 				return err
 			}
@@ -97,6 +97,7 @@ func (a *app) describeWorkload(ctx context.Context, cc grpc.ClientConnInterface,
 	if s.GetUnplacedReplicas() > 0 {
 		a.printf("Unplaced:    %d\n", s.GetUnplacedReplicas())
 	}
+	a.rollout(s.GetRollout())
 	a.printf("\nContainers:\n")
 	for _, c := range append(append([]*portolanv1.Container{}, w.GetSpec().GetInitContainers()...), w.GetSpec().GetContainers()...) {
 		a.printf("  %s: %s\n", c.GetName(), c.GetImage())
@@ -119,6 +120,17 @@ func (a *app) describeWorkload(ctx context.Context, cc grpc.ClientConnInterface,
 		a.print(replicaTable(rs, time.Now()))
 	}
 	return a.tailEvents(ctx, cc, w.GetName())
+}
+
+// rollout says how the change to the newest template goes.
+func (a *app) rollout(r *portolanv1.RolloutStatus) {
+	if r == nil {
+		return
+	}
+	a.printf("Rollout:     %s for %s: %s\n", word(r.GetState().String(), "ROLLOUT_STATE_"), age(r.GetStateTime(), time.Now()), r.GetReason().GetMessage())
+	if r.GetActive() != "" {
+		a.printf("Serving:     revision %s\n", r.GetActive())
+	}
 }
 
 func (a *app) describePlacements(ctx context.Context, cc grpc.ClientConnInterface, workload string) error {
@@ -276,7 +288,7 @@ func (a *app) nodes(ctx context.Context, cc grpc.ClientConnInterface, cluster st
 		if err != nil {
 			return nil, err
 		}
-		cs, err := (objects{cc}).list(ctx, k, "", nil)
+		cs, err := (objects{cc: cc}).list(ctx, k, "", nil)
 		if err != nil {
 			return nil, err
 		}
@@ -357,10 +369,34 @@ func (a *app) explain(name string, r *portolanv1.ExplainWorkloadResponse) {
 	a.print(t)
 	if len(r.GetNodes()) > 0 {
 		a.printf("\nReplicas that wait for a node:\n")
-		n := newTable("CLUSTER", "REPLICA", "WHY")
+		n := newTable("CLUSTER", "REVISION", "WHY", "WOULD FIT WITH", "NEAREST NODE")
 		for _, v := range r.GetNodes() {
-			n.add(v.GetCluster(), v.GetReplica(), reasonsText(v.GetReasons()))
+			n.add(v.GetCluster(), v.GetReplica(), reasonsText(v.GetReasons()), remediesText(v.GetRemedies(), ", or "), orDash(v.GetNearest()))
 		}
 		a.print(n)
 	}
+	a.remedies(r.GetClusters())
+}
+
+// remedies says of clusters that cannot take a replica what would let them.
+func (a *app) remedies(cs []*portolanv1.ClusterVerdict) {
+	head := false
+	for _, c := range cs {
+		if c.GetFeasible() || len(c.GetRemedies()) == 0 {
+			continue
+		}
+		if !head {
+			a.printf("\nIt would fit:\n")
+			head = true
+		}
+		a.printf("  in %s, %s\n", last(c.GetCluster()), remediesText(c.GetRemedies(), " and "))
+	}
+}
+
+func remediesText(rs []*portolanv1.Reason, joint string) string {
+	var out []string
+	for _, r := range rs {
+		out = append(out, r.GetMessage())
+	}
+	return orDash(strings.Join(out, joint))
 }

@@ -139,7 +139,7 @@ func (a *app) applyFiles(ctx context.Context, contexts string, files []string) e
 	}
 	defer func() { _ = cc.Close() }()
 	quiet := &app{out: io.Discard, err: a.err}
-	_, err = quiet.apply(ctx, objects{cc}, objs, false)
+	_, err = quiet.apply(ctx, objects{cc: cc}, objs, false)
 	return err
 }
 

@@ -65,7 +65,7 @@ func (a *app) getObjects(cmd *cobra.Command, args []string, selector map[string]
 	if err != nil {
 		return err
 	}
-	o := objects{cc}
+	o := objects{cc: cc}
 	var msgs []proto.Message
 	if len(args) == 1 {
 		parent := ""
@@ -397,7 +397,7 @@ func (a *app) getNodes(cmd *cobra.Command, cluster string) error {
 	if done, err := a.machine(false, msgs); done {
 		return err
 	}
-	t := newTable("CLUSTER", "NODE", "READY", "ADDRESS", "REPLICAS", "CPU", "MEMORY", "+RANGE", "+LABELS", "SEEN")
+	t := newTable("CLUSTER", "NODE", "READY", "MODE", "+POOL", "ADDRESS", "REPLICAS", "CPU", "MEMORY", "+RANGE", "+LABELS", "SEEN")
 	for _, n := range nodes {
 		ready := "no"
 		if n.GetReady() {
@@ -408,10 +408,17 @@ func (a *app) getNodes(cmd *cobra.Command, cluster string) error {
 			labels = append(labels, k+"="+v)
 		}
 		sort.Strings(labels)
-		t.add(strings.Split(n.GetName(), "/")[1], last(n.GetName()), ready, n.GetAddress(), fmt.Sprint(n.GetReplicas()),
+		t.add(strings.Split(n.GetName(), "/")[1], last(n.GetName()), ready, modeText(n.GetMode()), orDash(n.GetPool()), n.GetAddress(), fmt.Sprint(n.GetReplicas()),
 			coresText(n.GetAllocatedCpuMilli())+"/"+coresText(n.GetCpuMilli()), bytesText(n.GetAllocatedMemoryBytes())+"/"+bytesText(n.GetMemoryBytes()),
 			n.GetReplicaCidr(), strings.Join(labels, ","), age(n.GetLastSeenTime(), time.Now()))
 	}
 	a.print(t)
 	return nil
+}
+
+func modeText(m portolanv1.NodeMode) string {
+	if m == portolanv1.NodeMode_NODE_MODE_UNSPECIFIED {
+		return "-"
+	}
+	return word(m.String(), "NODE_MODE_")
 }

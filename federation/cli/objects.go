@@ -14,7 +14,11 @@ import (
 
 // objects calls the standard methods of any kind: their messages have the same
 // fields, so one piece of code serves all.
-type objects struct{ cc grpc.ClientConnInterface }
+type objects struct {
+	cc grpc.ClientConnInterface
+	// plans are tokens by workload, which its change must match.
+	plans map[string]string
+}
 
 func message(name string) (protoreflect.Message, error) {
 	t, err := protoregistry.GlobalTypes.FindMessageByName(protoreflect.FullName("portolan.v1." + name))
@@ -123,6 +127,9 @@ func (o objects) put(ctx context.Context, obj manifest.Object, validateOnly bool
 	set(req, "validate_only", validateOnly)
 	if !validateOnly {
 		set(req, "request_id", uuid.NewString())
+	}
+	if p := o.plans[obj.Name()]; p != "" {
+		set(req, "plan_token", p)
 	}
 	out := obj.Kind.New()
 	return out, o.call(ctx, obj.Kind, "Update"+obj.Kind.Name, req, out)

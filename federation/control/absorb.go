@@ -24,7 +24,8 @@ func (l *loop) absorb(v *store.View) {
 		}
 	}
 	l.view, l.all = v, false
-	l.ledger = ledgerOf(viewSource{v})
+	src := viewSource{v: v}
+	l.ledger, l.near = ledgerOf(src), relationsOf(src)
 	l.markAll()
 	// Placements whose workload is gone.
 	for rec := range v.List(store.Placement, store.ListOptions{}) {
@@ -34,8 +35,10 @@ func (l *loop) absorb(v *store.View) {
 
 func (l *loop) changed(before *store.View, c store.Change) {
 	switch r := c.Record; r.Kind {
-	case store.Workload:
+	case store.Workload, store.Rollout:
 		l.dirty[r.Name] = true
+		w, _ := store.One[*portolanv1.Workload](l.view, store.Workload, r.Name)
+		l.near.set(r.Name, w.GetSpec())
 	case store.Revision:
 		l.dirty[workloadOf(r.Name)] = true
 	case store.Tenant, store.Service, store.Route:
@@ -45,7 +48,7 @@ func (l *loop) changed(before *store.View, c store.Change) {
 	case store.Placement:
 		l.placementChanged(c)
 	case store.PlacementStatus:
-		if w := workloadOf(r.Name); l.standing[w] {
+		if w := workloadOf(r.Name); l.standing[w] || l.rolling[w] {
 			l.dirty[w] = true
 		}
 	case store.Cluster:
@@ -59,14 +62,14 @@ func (l *loop) changed(before *store.View, c store.Change) {
 func (l *loop) placementChanged(c store.Change) {
 	name := c.Record.Name
 	l.dirty[workloadOf(name)] = true
-	var now api.Resources
+	for _, other := range l.near.of(workloadOf(name)) {
+		l.dirty[other] = true
+	}
+	var now claim
 	if !c.Deleted {
-		now = reservation(message[*portolanv1.Placement](c.Record).GetSpec())
+		now = claimOf(viewSource{l.view, l.near}, name, message[*portolanv1.Placement](c.Record).GetSpec())
 	}
-	if old := l.ledger.claims[name]; !old.Fits(now) {
-		l.markShort() // room became free
-	}
-	l.ledger.set(name, now)
+	l.book(name, now)
 }
 
 // statusChanged marks what a cluster's status decides: everything when it comes

@@ -1,7 +1,7 @@
 // Package control decides where workloads run: it follows the store, asks
 // federation/place, checks the answer again and commits it. It is the one writer
-// of Placement records and the reservations in them; it writes nothing else and
-// speaks to no cluster.
+// of Placement records with the reservations in them and of Rollout records; it
+// writes nothing else and speaks to no cluster.
 //
 // Any number of replicas may run; the one that holds the lease decides, under an
 // epoch that each of its transactions checks. The others follow and take over
@@ -72,7 +72,7 @@ func (c *Config) Validate() error {
 
 // mirrored are the kinds that decisions depend on.
 var mirrored = []store.Kind{
-	store.Tenant, store.Cluster, store.Workload, store.Revision, store.Service, store.Route, store.Placement, store.ClusterStatus, store.PlacementStatus,
+	store.Tenant, store.Cluster, store.Workload, store.Revision, store.Service, store.Route, store.Placement, store.Rollout, store.ClusterStatus, store.PlacementStatus,
 }
 
 // Control runs the loop.
@@ -121,6 +121,8 @@ type loop struct {
 	retry time.Time // next attempt after a failure; zero when there was none
 	fails int
 
+	// whatIf is what decisions read instead of the view when they are only thought of.
+	whatIf source
 	// view is what was taken in last; looked is the revision that is dealt with.
 	view   *store.View
 	looked int64
@@ -129,16 +131,18 @@ type loop struct {
 	frozen bool
 	dirty  map[string]bool
 	ledger *ledger
+	near   relations
 	// short workloads wait for room; standing ones have replicas that stand in
-	// for lost clusters; due ones are decided again at a time.
-	short, standing map[string]bool
-	due             map[string]time.Time
+	// for lost clusters; rolling ones are on the way to another template; due ones
+	// are decided again at a time.
+	short, standing, rolling map[string]bool
+	due                      map[string]time.Time
 }
 
 func (l *loop) reset() {
 	l.view, l.looked, l.all = nil, 0, true
-	l.dirty, l.short, l.standing, l.due = map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]time.Time{}
-	l.ledger = newLedger()
+	l.dirty, l.short, l.standing, l.rolling, l.due = map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]time.Time{}
+	l.ledger, l.near = newLedger(), newRelations()
 }
 
 // run wakes for new revisions, for the lease, for what is due, and after a

@@ -2,8 +2,10 @@ package control
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
+	"github.com/portolan-io/portolan/federation/admit"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
@@ -16,9 +18,16 @@ import (
 type source interface {
 	get(kind store.Kind, name string) (store.Record, bool)
 	under(kind store.Kind, prefix string) []store.Record
+	// naming are the workloads whose affinity names this one.
+	naming(workload string) []string
 }
 
-type viewSource struct{ v *store.View }
+type viewSource struct {
+	v    *store.View
+	near relations
+}
+
+func (s viewSource) naming(workload string) []string { return s.near.of(workload) }
 
 func (s viewSource) get(kind store.Kind, name string) (store.Record, bool) {
 	return s.v.Get(kind, name)
@@ -62,6 +71,8 @@ func (s *readerSource) under(kind store.Kind, prefix string) []store.Record {
 	return out
 }
 
+func (s *readerSource) naming(workload string) []string { return relationsOf(s).of(workload) }
+
 func message[T any](r store.Record) T {
 	m, _ := r.Message.(T)
 	return m
@@ -86,26 +97,37 @@ func currentRevision(w *portolanv1.Workload) string {
 	return fmt.Sprintf("r%d", w.GetGeneration())
 }
 
-// runningRevisions are the current revision and those that routes name, each
-// with what placement needs of it; the current one comes first.
-func runningRevisions(s source, name string, w *portolanv1.Workload) ([]place.Revision, error) {
-	current := currentRevision(w)
-	cur, err := place.NewRevision(current, w.GetSpec())
-	out := []place.Revision{cur}
-	if err != nil {
-		return nil, err
+// runningRevisions are those that are to run, in that order, and those that routes
+// name, each with what placement needs of it.
+func runningRevisions(s source, name string, w *portolanv1.Workload, want []string) ([]place.Revision, error) {
+	var out []place.Revision
+	add := func(id string, spec *portolanv1.WorkloadSpec) error {
+		r, err := place.NewRevision(id, spec)
+		out = append(out, r)
+		return err
+	}
+	for _, id := range want {
+		spec := w.GetSpec()
+		if id != currentRevision(w) {
+			rec, ok := s.get(store.Revision, name+"/revisions/"+id)
+			if !ok {
+				continue
+			}
+			spec = admit.Overlay(message[*portolanv1.WorkloadRevision](rec).GetSpec(), w.GetSpec())
+		}
+		if err := add(id, spec); err != nil {
+			return nil, err
+		}
 	}
 	named := namedRevisions(s, name)
 	for _, rec := range s.under(store.Revision, name+"/revisions/") {
 		id := lastID(rec.Name)
-		if id == current || !named[id] {
+		if slices.Contains(want, id) || !named[id] {
 			continue
 		}
-		r, err := place.NewRevision(id, message[*portolanv1.WorkloadRevision](rec).GetSpec())
-		if err != nil {
+		if err := add(id, admit.Overlay(message[*portolanv1.WorkloadRevision](rec).GetSpec(), w.GetSpec())); err != nil {
 			return nil, err
 		}
-		out = append(out, r)
 	}
 	return out, nil
 }
@@ -140,41 +162,54 @@ func namedRevisions(s source, workload string) map[string]bool {
 }
 
 // snapshot gathers what the decision on one workload depends on.
-func snapshot(s source, led *ledger, name string, w *portolanv1.Workload) (place.Snapshot, error) {
-	revs, err := runningRevisions(s, name, w)
+func snapshot(s source, led *ledger, name string, w *portolanv1.Workload, want []string) (place.Snapshot, error) {
+	revs, err := runningRevisions(s, name, w, want)
 	if err != nil {
 		return place.Snapshot{}, err
 	}
-	out := place.Snapshot{Workload: place.Workload{Spec: w.GetSpec(), Revisions: revs}}
+	out := place.Snapshot{Workload: place.Workload{ID: lastID(name), Spec: w.GetSpec(), Revisions: revs}, Others: othersOf(s, name, w.GetSpec())}
 	if rec, ok := s.get(store.Tenant, api.TenantName(api.TenantOf(name))); ok {
 		out.Workload.Residency = message[*portolanv1.Tenant](rec).GetSpec().GetAllowedRegions()
 	}
 	for _, rec := range s.under(store.Cluster, "") {
-		out.Clusters = append(out.Clusters, clusterOf(s, led, name, rec, revs))
+		out.Clusters = append(out.Clusters, clusterOf(s, led, name, rec, out.Workload))
 	}
 	return out, nil
 }
 
-func clusterOf(s source, led *ledger, workload string, rec store.Record, revs []place.Revision) place.Cluster {
+// clusterOf is one cluster as the decision on a workload sees it.
+func clusterOf(s source, led *ledger, workload string, rec store.Record, w place.Workload) place.Cluster {
 	cl := message[*portolanv1.Cluster](rec)
-	c := place.Cluster{ID: lastID(rec.Name), Labels: cl.GetLabels(), Spec: cl.GetSpec()}
+	c := place.Cluster{ID: lastID(rec.Name), Labels: cl.GetLabels(), Spec: cl.GetSpec(), Changed: cl.GetUpdateTime().AsTime()}
+	var room place.Pot
 	if st, ok := s.get(store.ClusterStatus, rec.Name); ok {
 		status := message[*storev1.ClusterStatusRecord](st).GetStatus()
-		c.State, c.LastSeen, c.Nodes = status.GetState(), status.GetLastSeenTime().AsTime(), int(status.GetNodes())
-		c.Free = api.Resources{CPUMilli: status.GetCpuMilli(), MemoryBytes: status.GetMemoryBytes()}
+		c.State, c.LastSeen, c.Nodes, c.Pools = status.GetState(), status.GetLastSeenTime().AsTime(), int(status.GetNodes()), status.GetPools()
+		room = place.PotOf(status)
 	}
-	placement := workload + "/placements/" + c.ID
-	taken := led.total[c.ID]
-	if p, ok := s.get(store.Placement, placement); ok {
-		c.Previous = place.PreviousOf(message[*portolanv1.Placement](p).GetSpec())
+	name := workload + "/placements/" + c.ID
+	var generation int64
+	if p, ok := s.get(store.Placement, name); ok {
+		placement := message[*portolanv1.Placement](p)
+		generation = placement.GetGeneration()
+		c.Previous = led.cut(name, &c, w, place.PreviousOf(placement.GetSpec()))
 	}
-	mine := led.claims[placement]
-	c.Free.CPUMilli -= taken.CPUMilli - mine.CPUMilli
-	c.Free.MemoryBytes -= taken.MemoryBytes - mine.MemoryBytes
-	if st, ok := s.get(store.PlacementStatus, placement); ok {
-		c.Ready = readyOf(message[*storev1.PlacementStatusRecord](st).GetStatus(), revs)
+	c.Free, c.Spot = led.free(c.ID, room, led.claims[name])
+	if st, ok := s.get(store.PlacementStatus, name); ok {
+		status := message[*storev1.PlacementStatusRecord](st).GetStatus()
+		c.Ready = readyOf(status, w.Revisions)
+		c.Stopped = status.GetObservedGeneration() >= generation && !runsSome(status)
 	}
 	return c
+}
+
+func runsSome(st *portolanv1.PlacementStatus) bool {
+	for _, r := range st.GetRevisions() {
+		if r.GetReplicas() > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // readyOf is how many replicas of every one of the revisions are ready.
@@ -188,40 +223,4 @@ func readyOf(st *portolanv1.PlacementStatus, revs []place.Revision) int {
 		least = min(least, ready[r.ID])
 	}
 	return least
-}
-
-// ledger is what every placement reserves, and the sums by cluster.
-type ledger struct {
-	claims map[string]api.Resources // by placement name
-	total  map[string]api.Resources
-}
-
-func newLedger() *ledger {
-	return &ledger{claims: map[string]api.Resources{}, total: map[string]api.Resources{}}
-}
-
-// set books a placement's reservation; none is the zero value.
-func (l *ledger) set(placement string, r api.Resources) {
-	cluster := lastID(placement)
-	t, old := l.total[cluster], l.claims[placement]
-	t.CPUMilli += r.CPUMilli - old.CPUMilli
-	t.MemoryBytes += r.MemoryBytes - old.MemoryBytes
-	l.total[cluster] = t
-	if r == (api.Resources{}) {
-		delete(l.claims, placement)
-	} else {
-		l.claims[placement] = r
-	}
-}
-
-func reservation(p *portolanv1.PlacementSpec) api.Resources {
-	return api.Resources{CPUMilli: p.GetReservedCpuMilli(), MemoryBytes: p.GetReservedMemoryBytes()}
-}
-
-func ledgerOf(s source) *ledger {
-	l := newLedger()
-	for _, rec := range s.under(store.Placement, "") {
-		l.set(rec.Name, reservation(message[*portolanv1.Placement](rec).GetSpec()))
-	}
-	return l
 }

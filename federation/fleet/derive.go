@@ -7,11 +7,11 @@ import (
 	"slices"
 	"strings"
 
-	"google.golang.org/protobuf/proto"
-
+	"github.com/portolan-io/portolan/federation/admit"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/place"
 	"github.com/portolan-io/portolan/federation/store"
 )
 
@@ -143,7 +143,7 @@ func (t *tenantView) addWorkloads(v *store.View) {
 			if !ok {
 				continue
 			}
-			i := t.workload(v, w, rec.Revision, p)
+			i := t.workload(v, c, w, rec.Revision, p)
 			if i == nil {
 				continue
 			}
@@ -157,9 +157,10 @@ func (t *tenantView) addWorkloads(v *store.View) {
 	}
 }
 
-// workload makes one workload intent; nil when none of its revisions exists.
-func (t *tenantView) workload(v *store.View, w string, derived int64, p *portolanv1.Placement) *linkv1.Intent {
-	out := &linkv1.WorkloadIntent{Tenant: t.id, Workload: w, Epoch: p.GetSpec().GetEpoch()}
+// workload makes one workload intent for a cluster; nil when none of its revisions
+// exists.
+func (t *tenantView) workload(v *store.View, cluster, w string, derived int64, p *portolanv1.Placement) *linkv1.Intent {
+	out := &linkv1.WorkloadIntent{Tenant: t.id, Workload: w, Epoch: p.GetSpec().GetEpoch(), ActiveRevision: p.GetSpec().GetActiveRevision()}
 	newest, newestGeneration := "", int64(-1)
 	for _, r := range p.GetSpec().GetRevisions() {
 		rec, ok := v.Get(store.Revision, api.RevisionName(t.id, w, r.GetRevision()))
@@ -168,7 +169,9 @@ func (t *tenantView) workload(v *store.View, w string, derived int64, p *portola
 			continue
 		}
 		m := rec.Message.(*portolanv1.WorkloadRevision)
-		out.Revisions = append(out.Revisions, &linkv1.RevisionIntent{Revision: r.GetRevision(), Replicas: r.GetReplicas(), Spec: m.GetSpec()})
+		out.Revisions = append(out.Revisions, &linkv1.RevisionIntent{
+			Revision: r.GetRevision(), Replicas: r.GetReplicas(), MinReplicas: r.GetMinReplicas(), MaxReplicas: r.GetMaxReplicas(), Spec: m.GetSpec(),
+		})
 		derived = max(derived, rec.Revision)
 		if g := max(m.GetGeneration(), rec.Revision); g > newestGeneration {
 			newest, newestGeneration = r.GetRevision(), g
@@ -190,22 +193,25 @@ func (t *tenantView) workload(v *store.View, w string, derived int64, p *portola
 			}
 		}
 	}
+	if rec, ok := v.Get(store.Cluster, api.ClusterName(cluster)); ok {
+		m := rec.Message.(*portolanv1.Cluster)
+		for _, r := range out.Revisions {
+			r.Spec = place.Override(r.GetSpec(), cluster, m.GetSpec(), m.GetLabels())
+		}
+	}
 	return &linkv1.Intent{Revision: derived, Body: &linkv1.Intent_Workload{Workload: out}}
 }
 
 // overlay puts what is no part of a template, and therefore makes no revision of
-// its own, into the specs that a cluster is told: how replicas are spread over
-// nodes and how they are updated. It says whether anything changed.
+// its own, into the specs that a cluster is told: how replicas are scheduled,
+// scaled and updated. It says whether anything changed.
 func overlay(revisions []*linkv1.RevisionIntent, now *portolanv1.WorkloadSpec) bool {
 	changed := false
 	for _, r := range revisions {
-		if proto.Equal(r.GetSpec().GetScheduling(), now.GetScheduling()) && proto.Equal(r.GetSpec().GetUpdate(), now.GetUpdate()) {
-			continue
-		}
 		// The record's own spec is shared and never changed.
-		spec := proto.CloneOf(r.GetSpec())
-		spec.Scheduling, spec.Update = now.GetScheduling(), now.GetUpdate()
-		r.Spec, changed = spec, true
+		if spec := admit.Overlay(r.GetSpec(), now); spec != r.GetSpec() {
+			r.Spec, changed = spec, true
+		}
 	}
 	return changed
 }

@@ -164,7 +164,7 @@ func checkAssignments(t *rapid.T, s Snapshot, p Plan, byID map[string]Cluster) {
 		}
 		declared += a.Replicas - a.Failover
 		taken[a.Cluster] = a.Replicas
-		g := domainOf(spec.GetPlacement().GetSpread().GetOver())(&cell{Cluster: c})
+		g := fmt.Sprint(domainOf(spec.GetPlacement().GetSpread().GetOver(), &c))
 		groups[g] += a.Replicas - a.Failover
 		lost[g] = lost[g] || isLost
 	}

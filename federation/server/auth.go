@@ -57,6 +57,8 @@ var rules = map[string]rule{
 	"/portolan.v1.ClusterService/CreateClusterJoinToken": {operate, true},
 	"/portolan.v1.ClusterService/CreateNodeJoinToken":    {operate, true},
 	"/portolan.v1.ClusterService/ListNodes":              {operate, false},
+	"/portolan.v1.ClusterService/SetNodeMode":            {operate, true},
+	"/portolan.v1.ClusterService/GetCapacity":            {operate, false},
 
 	"/portolan.v1.WorkloadService/GetWorkload":           {read, false},
 	"/portolan.v1.WorkloadService/ListWorkloads":         {read, false},
@@ -68,6 +70,7 @@ var rules = map[string]rule{
 	"/portolan.v1.WorkloadService/GetPlacement":          {read, false},
 	"/portolan.v1.WorkloadService/ListPlacements":        {read, false},
 	"/portolan.v1.WorkloadService/ExplainWorkload":       {read, false},
+	"/portolan.v1.WorkloadService/Plan":                  {read, false},
 
 	"/portolan.v1.MeshService/GetService":    {read, false},
 	"/portolan.v1.MeshService/ListServices":  {read, false},

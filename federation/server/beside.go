@@ -146,6 +146,11 @@ func (s *Server) trimRevisions(tx store.Tx, w *portolanv1.Workload, current stri
 	g.routes(tenant)
 	kept := admit.ReferencedRevisions(id, g.snap.Services, g.snap.Routes)
 	kept[current] = true
+	each(g, store.Rollout, store.ListOptions{Prefix: w.GetName()}, func(name string, r *storev1.Rollout) {
+		if name == w.GetName() {
+			kept[r.GetStatus().GetStable()], kept[r.GetStatus().GetActive()], kept[r.GetKeep()] = true, true, true
+		}
+	})
 	each(g, store.Placement, store.ListOptions{Prefix: w.GetName() + "/placements/"}, func(_ string, p *portolanv1.Placement) {
 		for _, r := range p.GetSpec().GetRevisions() {
 			kept[r.GetRevision()] = true

@@ -26,6 +26,7 @@ type joiner struct {
 	reported   map[string]*storev1.PlacementStatusRecord // by placement
 	clusters   map[string]*storev1.ClusterStatusRecord   // by cluster's name
 	nacks      map[string][]*storev1.NackRecord          // by intent resource
+	rollouts   map[string]*portolanv1.RolloutStatus      // by workload
 	// heard of clusters, by ID, when it was asked for before.
 	heard  map[string]heard
 	loaded struct{ placements, clusters, nacks bool }
@@ -152,10 +153,36 @@ func (j *joiner) workload(w *portolanv1.Workload) error {
 	} else {
 		st.ObservedGeneration = max(w.GetGeneration()-1, 0)
 	}
+	if err := j.rollout(w.GetName(), st); err != nil {
+		return err
+	}
 	acc, err := j.accepted("workload", w)
 	st.Conditions = append(workloadConditions(w, st), append(st.Conditions, acc...)...)
 	w.Status = st
 	return err
+}
+
+// rollout adds how the change to the newest template goes.
+func (j *joiner) rollout(name string, st *portolanv1.WorkloadStatus) error {
+	if j.rollouts == nil {
+		j.rollouts = map[string]*portolanv1.RolloutStatus{}
+		opts := store.ListOptions{Prefix: j.scope}
+		if j.scope == "" {
+			opts.Tenants = j.c.filter()
+		}
+		for rec, err := range j.r.List(store.Rollout, opts) {
+			if err != nil {
+				return err
+			}
+			if r, ok := rec.Message.(*storev1.Rollout); ok {
+				j.rollouts[rec.Name] = r.GetStatus()
+			}
+		}
+	}
+	if r := j.rollouts[name]; r.GetTarget() == st.GetCurrentRevision() {
+		st.Rollout = proto.CloneOf(r)
+	}
+	return nil
 }
 
 // desired is how many replicas there should be at a time; a daemon's number is

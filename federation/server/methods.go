@@ -124,7 +124,7 @@ func (x *workloadService) CreateWorkload(ctx context.Context, req *portolanv1.Cr
 }
 
 func (x *workloadService) UpdateWorkload(ctx context.Context, req *portolanv1.UpdateWorkloadRequest) (*portolanv1.Workload, error) {
-	return updateObject(ctx, x.s, store.Workload, req.GetWorkload(), req)
+	return writeObject[*portolanv1.Workload](ctx, x.s, updateOf(x.s, store.Workload, req.GetWorkload(), req, req.GetPlanToken()))
 }
 
 func (x *workloadService) DeleteWorkload(ctx context.Context, req *portolanv1.DeleteWorkloadRequest) (*emptypb.Empty, error) {

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -133,6 +134,48 @@ func (x *clusterService) ListNodes(ctx context.Context, req *portolanv1.ListNode
 	return &portolanv1.ListNodesResponse{Nodes: resp.GetNodes()}, nil
 }
 
+// SetNodeMode cordons, drains or frees nodes. Their records are the cluster's.
+func (x *clusterService) SetNodeMode(ctx context.Context, req *portolanv1.SetNodeModeRequest) (*portolanv1.ListNodesResponse, error) {
+	doing := "set the mode of " + clip(req.GetName())
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := x.s.checkRequest(doing, req); err != nil {
+		return nil, err
+	}
+	ids, err := api.ParseName(req.GetName(), api.NodePattern, api.PoolPattern)
+	if err != nil {
+		return nil, api.InvalidFields(doing, []api.Violation{{Field: "name", Message: err.Error()}})
+	}
+	ask := &linkv1.SetNodeRequest{Mode: req.GetMode()}
+	if strings.Contains(req.GetName(), "/pools/") {
+		ask.Pool = ids[1]
+	} else {
+		ask.Node = ids[1]
+	}
+	if d := req.GetDeadline(); d != nil {
+		if req.GetMode() != portolanv1.NodeMode_NODE_MODE_DRAINING || d.CheckValid() != nil || d.AsDuration() <= 0 {
+			return nil, api.InvalidFields(doing, []api.Violation{{Field: "deadline", Message: "is a positive duration, of a drain only"}})
+		}
+		ask.Deadline = timestamppb.New(time.Now().Add(d.AsDuration()))
+	}
+	admin, err := x.s.admin(ctx, doing, api.ClusterName(ids[0]))
+	if err != nil {
+		return nil, err
+	}
+	if err := x.s.auditAlone(ctx, newEntry(c, time.Now(), req.GetName(), "")); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, clusterCallTimeout)
+	defer cancel()
+	resp, err := admin.SetNode(ctx, ask)
+	if err != nil {
+		return nil, err
+	}
+	return &portolanv1.ListNodesResponse{Nodes: resp.GetNodes()}, nil
+}
+
 // ExplainWorkload runs the deciding function again on one snapshot, and reads
 // through why replicas of it are pending inside clusters.
 func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.ExplainWorkloadRequest) (*portolanv1.ExplainWorkloadResponse, error) {
@@ -183,6 +226,9 @@ func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.E
 	for _, cluster := range clusters {
 		for _, v := range got[cluster] {
 			v.Cluster = cluster
+			if !c.fleet {
+				v.Nearest = "" // nodes are no tenant's business
+			}
 			resp.Nodes = append(resp.Nodes, v)
 		}
 	}

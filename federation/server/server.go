@@ -78,10 +78,12 @@ type Resolver interface {
 	Resolve(ctx context.Context, image string) (string, error)
 }
 
-// Explainer runs the deciding function of placement again on a snapshot.
-// federation/control has it.
+// Explainer runs the deciding function of placement on a snapshot, as it is or as
+// it would be. federation/control has it.
 type Explainer interface {
 	Explain(r store.Reader, w *portolanv1.Workload) (*portolanv1.ExplainWorkloadResponse, error)
+	// Plan leaves revision, token and admission of its answer to the caller.
+	Plan(r store.Reader, what api.WhatIf) (*portolanv1.PlanResponse, error)
 }
 
 // TokenMinter makes the opaque token of a joining cluster. identity/attest has it.

@@ -58,6 +58,8 @@ type change struct {
 	dry          bool
 	request      proto.Message
 	requestID    string
+	// planToken, when given, is of the plan that the user looked at.
+	planToken string
 }
 
 // errMoved says that what was decided on is no longer so: decide again.
@@ -68,10 +70,14 @@ func createObject[T object](ctx context.Context, s *Server, kind store.Kind, o T
 }
 
 func updateObject[T object](ctx context.Context, s *Server, kind store.Kind, o T, req updateRequest) (T, error) {
-	return writeObject[T](ctx, s, &change{
+	return writeObject[T](ctx, s, updateOf(s, kind, o, req, ""))
+}
+
+func updateOf(s *Server, kind store.Kind, o object, req updateRequest, planToken string) *change {
+	return &change{
 		k: s.kinds[kind], op: opUpdate, object: o, request: req, dry: req.GetValidateOnly(), requestID: req.GetRequestId(),
-		etag: o.GetEtag(), mask: req.GetUpdateMask(), allowMissing: req.GetAllowMissing(),
-	})
+		etag: o.GetEtag(), mask: req.GetUpdateMask(), allowMissing: req.GetAllowMissing(), planToken: planToken,
+	}
 }
 
 func deleteObject(ctx context.Context, s *Server, kind store.Kind, req deleteRequest) (*emptypb.Empty, error) {
@@ -104,20 +110,15 @@ var verbs = map[operation]string{opCreate: "create ", opUpdate: "update ", opDel
 // write decides on a snapshot and commits on the present state, again if that
 // moved meanwhile.
 func (s *Server) write(ctx context.Context, ch *change) (proto.Message, error) {
-	c, err := callerOf(ctx)
-	if err != nil {
-		return nil, err
-	}
-	ch.c, ch.doing = c, verbs[ch.op]+clip(ch.name)
-	if err := s.edge(ch); err != nil {
-		return nil, err
-	}
-	if err := c.mayWrite(ch.k, ch.doing, ch.name); err != nil {
+	if err := s.begin(ctx, ch); err != nil {
 		return nil, err
 	}
 	for range maxTransactionTries {
 		d, err := s.decide(ctx, ch)
 		if err != nil {
+			return nil, err
+		}
+		if err := s.checkToken(ctx, ch, d); err != nil {
 			return nil, err
 		}
 		if d.result != nil {
@@ -143,6 +144,15 @@ type decision struct {
 
 // decide runs defaults, validation, image resolution and policy on a snapshot.
 func (s *Server) decide(ctx context.Context, ch *change) (*decision, error) {
+	d, set, err := s.consider(ctx, ch)
+	if err != nil || d.result != nil {
+		return d, err
+	}
+	return d, s.askPolicy(ctx, ch, d, set)
+}
+
+// consider runs all of it but policy, and gives the bundles to ask.
+func (s *Server) consider(ctx context.Context, ch *change) (*decision, bundleSet, error) {
 	d := &decision{op: ch.op}
 	var set bundleSet
 	_, err := s.cfg.Store.View(ctx, func(r store.Reader) error {
@@ -159,20 +169,20 @@ func (s *Server) decide(ctx context.Context, ch *change) (*decision, error) {
 		return err
 	})
 	if err != nil || d.result != nil {
-		return d, err
+		return d, set, err
 	}
 	if w, ok := d.next.(*portolanv1.Workload); ok {
 		if err := s.resolveImages(ctx, ch.doing, w); err != nil {
-			return nil, err
+			return nil, set, err
 		}
 	}
 	if b, ok := d.next.(*portolanv1.PolicyBundle); ok {
 		if err := api.InvalidFields(ch.doing, s.cfg.Policies.Check(ctx, policyBundle(b))); err != nil {
-			return nil, err
+			return nil, set, err
 		}
 	}
 	d.policy = set.key
-	return d, s.askPolicy(ctx, ch, d, set)
+	return d, set, nil
 }
 
 // prepare makes the next state of the object and validates it; d.result is set

@@ -24,6 +24,7 @@ const (
 	VirtualIP       Kind = "VirtualIP"             // server
 	AuditEntry      Kind = "AuditEntry"            // server
 	Placement       Kind = "Placement"             // control
+	Rollout         Kind = "Rollout"               // control
 	ClusterStatus   Kind = "ClusterStatusRecord"   // fleet
 	PlacementStatus Kind = "PlacementStatusRecord" // fleet
 	ServiceExport   Kind = "ServiceExport"         // fleet
@@ -51,6 +52,7 @@ func kinds() []KindInfo {
 		{VirtualIP, func() proto.Message { return &storev1.VirtualIP{} }},
 		{Route, func() proto.Message { return &portolanv1.Route{} }},
 		{Placement, func() proto.Message { return &portolanv1.Placement{} }},
+		{Rollout, func() proto.Message { return &storev1.Rollout{} }},
 		{ClusterStatus, func() proto.Message { return &storev1.ClusterStatusRecord{} }},
 		{PlacementStatus, func() proto.Message { return &storev1.PlacementStatusRecord{} }},
 		{ServiceExport, func() proto.Message { return &linkv1.ServiceExport{} }},

@@ -2615,8 +2615,11 @@ type PlacementSpec struct {
 	Daemon bool `protobuf:"varint,7,opt,name=daemon,proto3" json:"daemon,omitempty"`
 	// Revision that serves; empty: all that run.
 	ActiveRevision string `protobuf:"bytes,8,opt,name=active_revision,json=activeRevision,proto3" json:"active_revision,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What the decision was asked to bring about, in short: the next one keeps what
+	// is there while that is the same.
+	Basis         string `protobuf:"bytes,9,opt,name=basis,proto3" json:"basis,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PlacementSpec) Reset() {
@@ -2701,6 +2704,13 @@ func (x *PlacementSpec) GetDaemon() bool {
 func (x *PlacementSpec) GetActiveRevision() string {
 	if x != nil {
 		return x.ActiveRevision
+	}
+	return ""
+}
+
+func (x *PlacementSpec) GetBasis() string {
+	if x != nil {
+		return x.Basis
 	}
 	return ""
 }
@@ -3273,7 +3283,7 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06status\x18\v \x01(\v2\x1c.portolan.v1.PlacementStatusB\x04\xe2A\x01\x03R\x06status\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd7\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xed\x02\n" +
 	"\rPlacementSpec\x12;\n" +
 	"\trevisions\x18\x01 \x03(\v2\x1d.portolan.v1.RevisionReplicasR\trevisions\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12,\n" +
@@ -3282,7 +3292,8 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\fwriter_epoch\x18\x05 \x01(\x03R\vwriterEpoch\x12-\n" +
 	"\areasons\x18\x06 \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12\x16\n" +
 	"\x06daemon\x18\a \x01(\bR\x06daemon\x12'\n" +
-	"\x0factive_revision\x18\b \x01(\tR\x0eactiveRevision\"\xb7\x01\n" +
+	"\x0factive_revision\x18\b \x01(\tR\x0eactiveRevision\x12\x14\n" +
+	"\x05basis\x18\t \x01(\tR\x05basis\"\xb7\x01\n" +
 	"\x0fPlacementStatus\x12/\n" +
 	"\x13observed_generation\x18\x01 \x01(\x03R\x12observedGeneration\x12;\n" +
 	"\trevisions\x18\x02 \x03(\v2\x1d.portolan.v1.RevisionReplicasR\trevisions\x126\n" +

@@ -421,10 +421,8 @@ type Rollout struct {
 	// Lease epoch of the control loop that wrote it.
 	WriterEpoch int64 `protobuf:"varint,4,opt,name=writer_epoch,json=writerEpoch,proto3" json:"writer_epoch,omitempty"`
 	// Blue-green: what is kept after a switch, until when.
-	Keep      string                 `protobuf:"bytes,5,opt,name=keep,proto3" json:"keep,omitempty"`
-	KeepUntil *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=keep_until,json=keepUntil,proto3" json:"keep_until,omitempty"`
-	// spec.update.blue_green.active when it was last looked at.
-	AskedActive   string `protobuf:"bytes,7,opt,name=asked_active,json=askedActive,proto3" json:"asked_active,omitempty"`
+	Keep          string                 `protobuf:"bytes,5,opt,name=keep,proto3" json:"keep,omitempty"`
+	KeepUntil     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=keep_until,json=keepUntil,proto3" json:"keep_until,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -501,13 +499,6 @@ func (x *Rollout) GetKeepUntil() *timestamppb.Timestamp {
 	return nil
 }
 
-func (x *Rollout) GetAskedActive() string {
-	if x != nil {
-		return x.AskedActive
-	}
-	return ""
-}
-
 var File_portolan_store_v1_records_proto protoreflect.FileDescriptor
 
 const file_portolan_store_v1_records_proto_rawDesc = "" +
@@ -542,7 +533,7 @@ const file_portolan_store_v1_records_proto_rawDesc = "" +
 	"expireTime\"d\n" +
 	"\tVirtualIP\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12=\n" +
-	"\frelease_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\vreleaseTime\"\x84\x02\n" +
+	"\frelease_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\vreleaseTime\"\xe1\x01\n" +
 	"\aRollout\x122\n" +
 	"\x06status\x18\x01 \x01(\v2\x1a.portolan.v1.RolloutStatusR\x06status\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x1e\n" +
@@ -552,8 +543,7 @@ const file_portolan_store_v1_records_proto_rawDesc = "" +
 	"\fwriter_epoch\x18\x04 \x01(\x03R\vwriterEpoch\x12\x12\n" +
 	"\x04keep\x18\x05 \x01(\tR\x04keep\x129\n" +
 	"\n" +
-	"keep_until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tkeepUntil\x12!\n" +
-	"\fasked_active\x18\a \x01(\tR\vaskedActiveB@Z>github.com/portolan-io/portolan/federation/api/storev1;storev1b\x06proto3"
+	"keep_until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tkeepUntilB@Z>github.com/portolan-io/portolan/federation/api/storev1;storev1b\x06proto3"
 
 var (
 	file_portolan_store_v1_records_proto_rawDescOnce sync.Once

@@ -1,0 +1,219 @@
+package place
+
+import "math"
+
+// fill is one distribution of the declared units over the clusters: what was
+// there stays, as far as it is still allowed; then units are taken away or added
+// one by one in the order of the objective; at last what is broken is repaired by
+// moves.
+type fill struct {
+	d    *decision
+	left int // units without a place
+}
+
+// spread fills the declared units.
+func (d *decision) spread() {
+	f := &fill{d: d, left: d.want}
+	f.start()
+	f.take()
+	f.add()
+	f.balance()
+	f.goBack()
+	f.improve()
+	f.search()
+	d.missing = f.left
+}
+
+// start counts what is there.
+func (f *fill) start() {
+	d := f.d
+	for j := range d.spreads {
+		s := &d.spreads[j]
+		s.used = 0
+		for i := range s.groups {
+			g := &s.groups[i]
+			g.n, g.room, g.fixed = 0, 0, 0
+		}
+	}
+	for i := range d.cells {
+		x := &d.cells[i]
+		switch {
+		case x.lost(): // keepLost has set it
+		case d.roomFromLower: // goes on from what is placed
+		case d.afresh || plant.forgetsPrevious:
+			x.n = 0
+			if x.closed && !x.away {
+				x.n = min(x.had, x.room)
+			}
+		default:
+			x.n = min(x.had, x.room)
+		}
+		f.left -= x.n
+		for j := range d.spreads {
+			g := d.of(x, j)
+			if g.n == 0 && x.n > 0 {
+				d.spreads[j].used++
+			}
+			g.n += x.n
+			if x.lost() {
+				g.fixed += x.fixed
+				g.room += x.fixed
+			} else {
+				g.room += x.room
+			}
+		}
+	}
+	for j := range d.spreads {
+		f.choose(&d.spreads[j])
+		d.spreads[j].mark()
+	}
+}
+
+// change moves the count of a cell and its groups.
+func (f *fill) change(x *cell, by int) {
+	x.n += by
+	f.left -= by
+	for j := range f.d.spreads {
+		s, g := &f.d.spreads[j], f.d.of(x, j)
+		if g.n > 0 {
+			s.used--
+		}
+		if g.n += by; g.n > 0 {
+			s.used++
+		}
+		s.mark()
+	}
+}
+
+// open clusters can take one more as far as room goes.
+func (x *cell) open() bool { return x.n < x.room && !x.lost() }
+
+// allowed says whether the spreads let a cluster have one more; wishes too when
+// they count.
+func (f *fill) allowed(x *cell, wishes bool) bool {
+	for j := range f.d.spreads {
+		if s := &f.d.spreads[j]; (wishes || !s.prefer) && s.bounds() && f.d.of(x, j).full {
+			return false
+		}
+	}
+	return true
+}
+
+// best is the cluster for the next unit, among those that ok lets through; nil
+// when there is none. Spreads that are wishes count while that leaves any.
+func (f *fill) best(ok func(*cell) bool) *cell {
+	var hard, soft *cell
+	var hardKey, softKey key
+	for i := range f.d.cells {
+		x := &f.d.cells[i]
+		if !x.open() || ok != nil && !ok(x) || !f.allowed(x, false) {
+			continue
+		}
+		k := f.d.key(x, x.n, 0)
+		if hard == nil || k.less(hardKey) {
+			hard, hardKey = x, k
+		}
+		if (soft == nil || k.less(softKey)) && f.allowed(x, true) {
+			soft, softKey = x, k
+		}
+	}
+	if soft != nil {
+		return soft
+	}
+	return hard
+}
+
+// take takes away what is too much: the last in the order of the objective whose
+// loss keeps the spreads, else the last of the largest group.
+func (f *fill) take() {
+	for f.left < 0 {
+		x := f.toShrink(nil)
+		if x == nil {
+			return
+		}
+		f.change(x, -1)
+	}
+}
+
+// toShrink is the cluster that gives a unit, among those that ok lets through;
+// nil when none has one to give.
+func (f *fill) toShrink(ok func(*cell) bool) *cell {
+	var best, rest *cell
+	var bestKey, restKey key
+	for i := range f.d.cells {
+		x := &f.d.cells[i]
+		if x.n <= x.fixed || ok != nil && !ok(x) {
+			continue
+		}
+		k := f.d.key(x, x.n-1, 1)
+		if f.spared(x) {
+			if rest == nil || !k.less(restKey) {
+				rest, restKey = x, k
+			}
+		} else if best == nil || !k.less(bestKey) {
+			best, bestKey = x, k
+		}
+	}
+	if best == nil {
+		return rest
+	}
+	return best
+}
+
+// spared says that a spread would break when the cluster gave a unit.
+func (f *fill) spared(x *cell) bool {
+	for j := range f.d.spreads {
+		s, g := &f.d.spreads[j], f.d.of(x, j)
+		if g.n == 1 && s.used <= s.least {
+			return true
+		}
+		if g.n > 1 && s.bounds() && g.live() {
+			if _, high := s.extremes(); high-(g.n-1) > s.skew {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// add places units one by one: first one in each domain that a spread asks for.
+func (f *fill) add() {
+	for j := range f.d.spreads {
+		s := &f.d.spreads[j]
+		for f.left > 0 && s.used < s.least {
+			x := f.best(func(x *cell) bool { return f.d.of(x, j).n == 0 })
+			if x == nil {
+				break
+			}
+			f.change(x, 1)
+		}
+	}
+	for f.left > 0 {
+		x := f.best(nil)
+		if x == nil && !f.giveUp() {
+			return
+		}
+		if x != nil {
+			f.change(x, 1)
+		}
+	}
+}
+
+// giveUp stops waiting for a chosen domain that cannot be used after all, because
+// another spread keeps units out of it, and lets others grow.
+func (f *fill) giveUp() bool {
+	for j := range f.d.spreads {
+		s := &f.d.spreads[j]
+		if s.skew == math.MaxInt || s.prefer {
+			continue
+		}
+		for i := range s.groups {
+			if g := &s.groups[i]; g.chosen && g.n == 0 {
+				g.chosen = false
+				s.mark()
+				return true
+			}
+		}
+	}
+	return false
+}

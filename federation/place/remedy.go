@@ -1,0 +1,144 @@
+package place
+
+import (
+	"fmt"
+	"math"
+	"strings"
+
+	"github.com/portolan-io/portolan/federation/api"
+)
+
+// remedies are the smallest changes after which the cluster could take one more:
+// one for each fault that keeps it out, and room where that is lacking. None where
+// it could anyway.
+func (d *decision) remedies(x *cell) []Remedy {
+	if d.frozen || d.plain.GetExclusive() && d.missing == 0 || d.duplicated() && x.n >= d.want || d.isDaemon() && x.n > 0 {
+		return nil
+	}
+	var out []Remedy
+	for _, f := range x.faults {
+		if r := d.remedy(x, f); r.Code != "" {
+			out = append(out, r)
+		}
+	}
+	if need := d.shortfall(x); need != (api.Resources{}) {
+		out = append(out, Remedy{Code: Capacity, Amount: need, Message: "free " + amount(need) + d.capacityName()})
+	}
+	if d.isDaemon() || d.duplicated() {
+		return out
+	}
+	for j := range d.spreads {
+		out = append(out, d.loosen(x, j)...)
+	}
+	return out
+}
+
+// remedy lifts one fault.
+func (d *decision) remedy(x *cell, f fault) Remedy {
+	r := Remedy{Code: f.code, Key: f.key, Value: f.value}
+	name := f.key
+	if f.value != "" {
+		name += "=" + f.value
+	}
+	switch f.code {
+	case Residency:
+		r.Message = "add region " + f.key + " to the tenant's allowed_regions"
+	case NotAllowed:
+		r.Message = "add region " + f.key + " to spec.placement.allowed_regions"
+	case Forbidden:
+		r.Message = "take region " + f.key + " out of spec.placement.forbidden_regions"
+	case ClusterNotAllowed:
+		r.Message = "add " + f.key + " to spec.placement.allowed_clusters"
+	case ClusterForbidden:
+		r.Message = "take " + f.key + " out of spec.placement.forbidden_clusters"
+	case Selector:
+		r.Message = "label the cluster " + name
+	case Taint, Staying:
+		r.Message = "tolerate taint " + name
+	case NoGroup:
+		r.Message = "add the cluster to the last of spec.placement.fallbacks"
+		r.Key = x.ID
+	case NoWeight:
+		r.Message = "give the cluster a weight in spec.placement.weights"
+		r.Key = x.ID
+	case Device:
+		r.Message = "add devices of " + name
+		r.Number = d.devicesWanted(f)
+	case Affinity:
+		r.Message = "run workload " + f.key + " in this " + f.value
+	case AntiAffinity:
+		r.Message = "run workload " + f.key + " in no cluster of this " + f.value
+	case Cordoned:
+		r.Message = "uncordon the cluster"
+	case Lost:
+		if !f.at.IsZero() {
+			return Remedy{}
+		}
+		r.Message = "connect the cluster again"
+	case Pending:
+		r.Message = "join the cluster"
+	default: // a wish keeps nothing out
+		return Remedy{}
+	}
+	return r
+}
+
+func (d *decision) devicesWanted(f fault) int {
+	for _, r := range d.w.Spec.GetScheduling().GetDevices() {
+		if kindOf(r) == f.key && modelsOf(r) == f.value {
+			return max(1, int(r.GetCount()))
+		}
+	}
+	return 1
+}
+
+// shortfall is how much more must be free for one more unit.
+func (d *decision) shortfall(x *cell) api.Resources {
+	next, free := x.claim(x.n+x.extra+1), d.free(x)
+	if d.isDaemon() {
+		next = d.daemonClaim(x)
+	}
+	if !d.isDaemon() && next.Fits(x.Previous.Claim) {
+		return api.Resources{}
+	}
+	need := minus(next, free)
+	return api.Resources{CPUMilli: max(0, need.CPUMilli), MemoryBytes: max(0, need.MemoryBytes)}
+}
+
+func amount(r api.Resources) string {
+	var parts []string
+	if r.CPUMilli > 0 {
+		parts = append(parts, fmt.Sprintf("%dm CPU", r.CPUMilli))
+	}
+	if r.MemoryBytes > 0 {
+		parts = append(parts, fmt.Sprintf("%d bytes of memory", r.MemoryBytes))
+	}
+	return strings.Join(parts, " and ")
+}
+
+// loosen is the least bound of a spread with which one more fits beside what is
+// placed now.
+func (d *decision) loosen(x *cell, j int) []Remedy {
+	s, g := &d.spreads[j], d.of(x, j)
+	if s.prefer || d.missing == 0 || d.leaves() {
+		return nil
+	}
+	if j >= d.declared {
+		if g.n+1 <= s.most {
+			return nil
+		}
+		return []Remedy{{Code: Spread, Index: j, Number: 0, Message: "drop the anti-affinity to itself over " + plural(s.over)}}
+	}
+	if s.skew == math.MaxInt {
+		return nil
+	}
+	low, high := s.extremes()
+	if g.n == 0 {
+		low = 1
+	}
+	need := max(high, g.n+1) - min(low, g.n+1)
+	if need <= s.skew {
+		return nil
+	}
+	return []Remedy{{Code: Spread, Index: j, Number: need, Message: fmt.Sprintf("raise max_skew of %s to %d", d.spreadField(j), need)}}
+}

@@ -105,6 +105,13 @@ func (f *Fleet) TryApply(yaml string) error {
 	return nil
 }
 
+// Put creates or changes a workload.
+func (f *Fleet) Put(w *portolanv1.Workload) {
+	f.t.Helper()
+	_, err := portolanv1.NewWorkloadServiceClient(f.conn).UpdateWorkload(f.call(), &portolanv1.UpdateWorkloadRequest{Workload: w, AllowMissing: true, RequestId: uuid.NewString()})
+	f.must("put "+w.GetName(), err)
+}
+
 // Apply applies, and fails the test when something is refused.
 func (f *Fleet) Apply(yaml string) {
 	f.t.Helper()
@@ -180,4 +187,55 @@ func (f *Fleet) Write(kind store.Kind, name string, m proto.Message) {
 	f.t.Helper()
 	_, err := f.store.Update(f.ctx, func(tx store.Tx) error { return tx.Put(kind, name, m) })
 	f.must("write "+name, err)
+}
+
+// Events gives the messages of the events of a type on a workload of tenant shop or
+// its replicas, oldest first.
+func (f *Fleet) Events(workload, typ string) []string {
+	f.t.Helper()
+	res, err := portolanv1.NewRuntimeServiceClient(f.conn).ListEvents(f.call(), &portolanv1.ListEventsRequest{Parent: "tenants/shop/workloads/" + workload, Limit: 5000})
+	f.must("list events of "+workload, err)
+	var out []string
+	for _, e := range res.GetEvents() {
+		if e.GetType() == typ {
+			out = append(out, e.GetMessage())
+		}
+	}
+	return out
+}
+
+// SetMode cordons, drains or frees a node.
+func (f *Fleet) SetMode(node string, mode portolanv1.NodeMode) {
+	f.t.Helper()
+	_, err := portolanv1.NewClusterServiceClient(f.conn).SetNodeMode(f.call(), &portolanv1.SetNodeModeRequest{
+		Name: "clusters/" + f.node(node).cluster.name + "/nodes/" + node, Mode: mode,
+	})
+	f.must("set the mode of "+node, err)
+}
+
+// Node asks what an operator sees of a node.
+func (f *Fleet) Node(node string) *portolanv1.NodeInfo {
+	f.t.Helper()
+	cluster := "clusters/" + f.node(node).cluster.name
+	res, err := portolanv1.NewClusterServiceClient(f.conn).ListNodes(f.call(), &portolanv1.ListNodesRequest{Cluster: cluster})
+	f.must("list nodes", err)
+	for _, n := range res.GetNodes() {
+		if n.GetName() == cluster+"/nodes/"+node {
+			return n
+		}
+	}
+	f.t.Fatalf("node %s is not listed", node)
+	return nil
+}
+
+// Condition gives a condition of a workload of tenant shop; nil when it has none of
+// the type.
+func (f *Fleet) Condition(workload, typ string) *portolanv1.Condition {
+	f.t.Helper()
+	for _, c := range Get(f, &portolanv1.Workload{}, "tenants/shop/workloads/"+workload).GetStatus().GetConditions() {
+		if c.GetType() == typ {
+			return c
+		}
+	}
+	return nil
 }

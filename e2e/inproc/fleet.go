@@ -28,6 +28,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/store/mem"
 	"github.com/portolan-io/portolan/identity/ca"
+	"github.com/portolan-io/portolan/nodeagent/engine/enginetest"
 	"github.com/portolan-io/portolan/nodeagent/proxy/proxytest"
 
 	clustermem "github.com/portolan-io/portolan/cluster/state/mem"
@@ -61,8 +62,10 @@ type Fleet struct {
 	running    map[string]*process
 	conn       *grpc.ClientConn
 
-	mu   sync.Mutex // guards vips, which callers in the background read
-	vips map[string]netip.Addr
+	mu    sync.Mutex // guards what follows, which callers and containers in the background read
+	vips  map[string]netip.Addr
+	procs map[*enginetest.Proc]bool
+	load  map[string]int64 // thousandths of a core that replicas use, by workload
 }
 
 // Run makes a fleet in a bubble of virtual time, waits until it serves, and runs
@@ -99,7 +102,7 @@ func newFleet(t *testing.T, dir string) *Fleet {
 	f := &Fleet{
 		t: t, dir: dir, log: slog.New(slog.DiscardHandler), wires: newWires(), mesh: proxytest.NewMesh(), store: mem.New(mem.Config{}),
 		federation: []string{"fed-1", "fed-2"}, makers: map[string]func() (*process, error){}, running: map[string]*process{},
-		vips: map[string]netip.Addr{},
+		vips: map[string]netip.Addr{}, procs: map[*enginetest.Proc]bool{}, load: map[string]int64{},
 	}
 	f.ctx, f.stop = context.WithCancel(context.Background())
 	if os.Getenv("INPROC_LOG") != "" {

@@ -3,11 +3,13 @@ package inproc
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -61,7 +63,7 @@ func (f *Fleet) newNode(c *cluster, name string, address netip.Addr) *node {
 		name: name, cluster: c, address: address, data: filepath.Join(dir, "data"), run: filepath.Join(dir, "run"),
 		engine: enginetest.NewFake(), network: networktest.NewFake(filepath.Join(dir, "net")),
 	}
-	n.engine.Script(registry+"/shop/", application)
+	n.engine.Script(registry+"/shop/", f.application)
 	n.proxies = proxytest.NewFake(proxytest.FakeConfig{Dial: func(ctx context.Context, s proxy.Spec) (net.Conn, error) {
 		return f.wires.Dial(ctx, "proxy/"+s.ID, s.XDSSocket)
 	}})
@@ -69,8 +71,14 @@ func (f *Fleet) newNode(c *cluster, name string, address netip.Addr) *node {
 }
 
 // application is what the shop's images do: answer probes on port 8080 until
-// SIGTERM.
-func application(p *enginetest.Proc) int {
+// SIGTERM, use as much CPU as Load says, and note each start in a volume at /data.
+func (f *Fleet) application(p *enginetest.Proc) int {
+	for _, m := range p.Spec.Mounts {
+		if m.Target == "/data" {
+			note(p, filepath.Join(m.Source, "starts"))
+		}
+	}
+	defer f.follow(p)()
 	srv := &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), ReadHeaderTimeout: time.Second}
 	done := make(chan struct{})
 	l := p.Listen(8080)
@@ -85,6 +93,51 @@ func application(p *enginetest.Proc) int {
 		case <-p.Killed:
 			return 137
 		}
+	}
+}
+
+// note appends the replica's own name to a file.
+func note(p *enginetest.Proc, path string) {
+	w, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return
+	}
+	_, _ = fmt.Fprintln(w, p.Spec.Hostname)
+	_ = w.Close()
+}
+
+// follow makes a container use the CPU that Load says for its image, until the
+// result is called.
+func (f *Fleet) follow(p *enginetest.Proc) (stop func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.procs[p] = true
+	p.SetCPU(f.loadOf(p))
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		delete(f.procs, p)
+	}
+}
+
+// loadOf is called under mu.
+func (f *Fleet) loadOf(p *enginetest.Proc) int64 {
+	for workload, milli := range f.load {
+		if strings.HasPrefix(p.Spec.ID, workload+"-") {
+			return milli
+		}
+	}
+	return 0
+}
+
+// Load makes every replica of a workload use so many thousandths of a core, those
+// that are to come too.
+func (f *Fleet) Load(workload string, milli int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.load[workload] = milli
+	for p := range f.procs {
+		p.SetCPU(f.loadOf(p))
 	}
 }
 
@@ -122,7 +175,7 @@ func (f *Fleet) agentProcess(n *node) (*process, error) {
 	}
 	a, err := agent.New(agent.Config{
 		Node: n.name, DataDir: n.data, RunDir: n.run,
-		Facts:  &nodev1.NodeFacts{Address: n.address.String(), CpuMilli: 8000, MemoryBytes: 8 << 30},
+		Facts:  &nodev1.NodeFacts{Address: n.address.String(), CpuMilli: 8000, MemoryBytes: 8 << 30, StorageBytes: 64 << 30},
 		Token:  func() (string, error) { return n.token, nil },
 		Engine: n.engine, Network: n.network, Proxies: placed{n.proxies, f, n}, Warden: w,
 		Upstream: upstream{f, n}, Dial: n.engine.Dial, Log: f.log.With("process", n.agent()),

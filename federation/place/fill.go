@@ -9,6 +9,8 @@ import "math"
 type fill struct {
 	d    *decision
 	left int // units without a place
+	// repaired says that units were moved to restore a spread.
+	repaired bool
 }
 
 // spread fills the declared units.

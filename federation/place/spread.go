@@ -17,6 +17,8 @@ type spread struct {
 	prefer            bool
 	groups            []group
 	used              int
+	// settled spreads no longer wait for chosen groups.
+	settled bool
 }
 
 // group is one domain of a spread: its clusters, and its units.
@@ -58,14 +60,14 @@ func (s *spread) mark() {
 	}
 	low := math.MaxInt
 	for i := range s.groups {
-		if g := &s.groups[i]; g.live() && (g.chosen || g.n > 0) {
+		if g := &s.groups[i]; g.live() && (g.chosen && !s.settled || g.n > 0) {
 			low = min(low, g.n)
 		}
 	}
 	_, high := s.extremes()
 	for i := range s.groups {
 		g := &s.groups[i]
-		g.full = g.n >= s.most || !g.chosen && g.n == 0 && s.skew < math.MaxInt
+		g.full = g.n >= s.most || !g.chosen && !s.settled && g.n == 0 && s.skew < math.MaxInt
 		if s.skew < math.MaxInt {
 			skew := s.skew
 			if plant.ignoresSkew {
@@ -99,6 +101,7 @@ func (s *spread) holds(groups []*group, units int) int {
 // saving, else the most; never fewer than are in use or asked for. Where the
 // order of the objective holds less than the largest groups would, these are used.
 func (f *fill) choose(s *spread) {
+	s.settled = false
 	var usable []*group
 	inUse := 0
 	for i := range s.groups {

@@ -327,7 +327,9 @@ func TestGreedy(t *testing.T) {
 		}
 	})
 	t.Logf("%d cases: %d placed less than possible, %d were worse by the objective, by %.3f %% in the mean", cases, unplaced, worse, 100*ratio/float64(cases))
-	if unplaced*50 > cases || worse*100 > cases || ratio > 0.01*float64(cases) {
+	// A share of the cases, and three standard deviations for few of them.
+	most := func(share float64) float64 { n := share * float64(cases); return n + 3*math.Sqrt(n) }
+	if float64(unplaced) > most(0.02) || float64(worse) > most(0.01) || ratio > most(0.01) {
 		t.Error("the greedy way is out of its bounds")
 	}
 }

@@ -25,6 +25,7 @@ type spread struct {
 type group struct {
 	name  domain
 	cells []int32
+	size  int
 	n     int
 	room  int // declared units that fit
 	fixed int // units of lost clusters, which count but cannot move
@@ -102,19 +103,21 @@ func (s *spread) holds(groups []*group, units int) int {
 // order of the objective holds less than the largest groups would, these are used.
 func (f *fill) choose(s *spread) {
 	s.settled = false
+	all := s.prefer || s.skew == math.MaxInt
+	for i := range s.groups {
+		s.groups[i].chosen = all && s.groups[i].room > 0
+	}
+	if all {
+		return
+	}
 	var usable []*group
 	inUse := 0
 	for i := range s.groups {
 		g := &s.groups[i]
-		if g.chosen = g.room > 0 && (s.prefer || s.skew == math.MaxInt); g.room > 0 {
+		if g.room > 0 {
 			usable = append(usable, g)
 		}
-		if g.n > 0 {
-			inUse++
-		}
-	}
-	if s.prefer || s.skew == math.MaxInt {
-		return
+		inUse += min(1, g.n)
 	}
 	slices.SortStableFunc(usable, f.rank)
 	most := min(len(usable), max(f.d.want, inUse))

@@ -50,7 +50,7 @@ type Held struct {
 //
 // A workload that finds no room takes it from lower priorities, and they look for
 // another place in their own turn. Who found too little is asked once more at the
-// end, when others have left room.
+// end, when others have left room or are where it must be.
 func PlaceAll(w World, now time.Time) []Plan {
 	a := newAll(w, now)
 	for turn, ok := a.fair.Next(); ok; turn, ok = a.fair.Next() {
@@ -58,7 +58,10 @@ func PlaceAll(w World, now time.Time) []Plan {
 		a.decide(turn.Index, true)
 	}
 	for _, i := range a.order {
-		if p := &a.plans[i]; !p.Frozen && p.Unplaced+p.FailoverUnplaced > 0 && a.freed {
+		p := &a.plans[i]
+		// Room may have been left since, or the workload that it must be near placed.
+		again := a.freed || len(a.items[i].Workload.Spec.GetPlacement().GetAffinity()) > 0
+		if !p.Frozen && p.Unplaced+p.FailoverUnplaced > 0 && again {
 			a.decide(i, false)
 		}
 	}

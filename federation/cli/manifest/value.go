@@ -107,6 +107,13 @@ func (p *parser) single(n *yaml.Node, fd protoreflect.FieldDescriptor, path stri
 		return p.integer(n, path, math.MinInt32, math.MaxInt32)
 	case protoreflect.Int64Kind:
 		return p.integer(n, path, math.MinInt64, math.MaxInt64)
+	case protoreflect.DoubleKind:
+		v, err := strconv.ParseFloat(n.Value, 64)
+		if err != nil || math.IsInf(v, 0) || math.IsNaN(v) || (n.Tag != "!!int" && n.Tag != "!!float") {
+			p.fault(n, path, "must be a number, not %q", clip(n.Value))
+			return nil
+		}
+		return v
 	}
 	p.fault(n, path, "cannot be set in a manifest")
 	return nil

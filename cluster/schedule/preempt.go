@@ -12,7 +12,7 @@ type victimSearch struct {
 	candidates []*replica
 	chosen     []*replica
 	best       []*replica
-	coming     []*replica // leave already
+	coming     []*replica    // leave already
 	kept       []*nomination // of lower priority
 	left       int
 }

@@ -25,6 +25,9 @@ const (
 	maxAlarms  = 100
 	maxNacks   = 64
 	maxMessage = 2048
+	maxImages  = 1000
+	maxDevices = 256
+	maxGauges  = 8 // as many as a spec can name metrics
 )
 
 // session is one node's report stream. The goroutine of the stream changes it;
@@ -236,7 +239,7 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 		next.Allocations, next.Proxies, next.RemovedVolumes = maps.Clone(s.st.Allocations), maps.Clone(s.st.Proxies), maps.Clone(s.st.RemovedVolumes)
 	}
 	if m.GetFacts() != nil {
-		next.Facts = m.GetFacts()
+		next.Facts = boundedFacts(m.GetFacts())
 	}
 	if m.GetApplied() != nil {
 		next.Applied = m.GetApplied()
@@ -248,6 +251,10 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 			s.alarm("allocation "+a.GetAllocation(), "it is not assigned to the node")
 		case a.GetAddress() != "" && a.GetAddress() != own.GetAddress():
 			s.alarm("address "+a.GetAddress(), "it is not the allocation's")
+		case len(a.GetUsage().GetCustom()) > maxGauges:
+			a.Usage = nil
+			s.alarm("usage of "+a.GetAllocation(), "it has too many gauges")
+			next.Allocations[a.GetAllocation()] = a
 		default:
 			next.Allocations[a.GetAllocation()] = a
 		}
@@ -284,6 +291,13 @@ func (s *session) mergeRemovals(next *state.NodeStatus, removed []string, snapsh
 			s.alarm("volume "+id, "it is not one that the node was to delete")
 		}
 	}
+}
+
+// boundedFacts cuts what a node tells of itself to what is kept.
+func boundedFacts(f *nodev1.NodeFacts) *nodev1.NodeFacts {
+	f.Images = f.GetImages()[:min(len(f.GetImages()), maxImages)]
+	f.Devices = f.GetDevices()[:min(len(f.GetDevices()), maxDevices)]
+	return f
 }
 
 // bounded cuts a proxy's refusals to what is kept.

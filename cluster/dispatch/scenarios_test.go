@@ -385,6 +385,45 @@ func TestForeignAllocationsAreDropped(t *testing.T) {
 	})
 }
 
+// A node is believed about the volumes that it was told to delete, and no others;
+// usage alone is kept and wakes nobody.
+func TestRemovedVolumesAndUsage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, mem.New())
+		r.cluster()
+		r.commit(state.Change{PutVolumes: []*clusterv1.Volume{
+			{Volume: "shop.web-0.a", Node: "n1", Delete: true}, {Volume: "shop.web-1.a", Node: "n1"}, {Volume: "shop.web-2.a", Node: "n2", Delete: true},
+		}})
+		s := r.report("n1")
+		say(t, s, &nodev1.NodeReport{
+			Session: 1, Sequence: 1, Full: true, Allocations: []*nodev1.AllocationStatus{running("web-aaaaa")},
+			RemovedVolumes: []string{"shop.web-0.a", "shop.web-1.a", "shop.web-2.a", "made.up-0.a"},
+		})
+		if got := r.store.Snapshot().NodeStatus["n1"].RemovedVolumes; len(got) != 1 || !got["shop.web-0.a"] {
+			t.Errorf("believed %v", got)
+		}
+		before := r.store.Snapshot().Generation
+		used := running("web-aaaaa")
+		used.Usage = &nodev1.Usage{CpuMilli: 70}
+		say(t, s, &nodev1.NodeReport{Session: 1, Sequence: 2, Allocations: []*nodev1.AllocationStatus{used}})
+		got := r.store.Snapshot()
+		if got.Generation != before || got.NodeStatus["n1"].Allocations["web-aaaaa"].GetUsage().GetCpuMilli() != 70 || !got.NodeStatus["n1"].RemovedVolumes["shop.web-0.a"] {
+			t.Errorf("generation %d after %d, %v", got.Generation, before, got.NodeStatus["n1"])
+		}
+		r.commit(state.Change{DeleteVolumes: []string{"shop.web-0.a"}})
+		many := running("web-aaaaa")
+		many.Usage = &nodev1.Usage{Custom: map[string]float64{}}
+		for i := range 100 {
+			many.Usage.Custom[string(rune('a'+i))] = 1
+		}
+		say(t, s, &nodev1.NodeReport{Session: 1, Sequence: 3, Allocations: []*nodev1.AllocationStatus{many}})
+		st := r.store.Snapshot().NodeStatus["n1"]
+		if len(st.RemovedVolumes) != 0 || st.Allocations["web-aaaaa"].GetUsage() != nil {
+			t.Errorf("kept %v and %v", st.RemovedVolumes, st.Allocations["web-aaaaa"].GetUsage())
+		}
+	})
+}
+
 func TestGapsAndOlderSessions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, mem.New())

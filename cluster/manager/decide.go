@@ -191,12 +191,16 @@ func (d *decider) disrupted(k reconcile.Key, uid string, n int) {
 
 // removedVolumes deletes the records of volumes that their nodes have deleted.
 func (d *decider) removedVolumes() {
-	for _, id := range slices.Sorted(maps.Keys(d.s.Volumes)) {
-		v := d.s.Volumes[id]
+	var gone []*clusterv1.Volume
+	for id, v := range d.s.Volumes {
 		if st := d.s.NodeStatus[v.GetNode()]; v.GetDelete() && st != nil && st.RemovedVolumes[id] {
-			d.out.change.DeleteVolumes = append(d.out.change.DeleteVolumes, id)
-			d.out.events = append(d.out.events, d.m.workloadEvent(reconcile.Key{Tenant: v.GetTenant(), Workload: v.GetWorkload()}, "VolumeDeleted", id, d.now))
+			gone = append(gone, v)
 		}
+	}
+	slices.SortFunc(gone, func(a, b *clusterv1.Volume) int { return cmp.Compare(a.GetVolume(), b.GetVolume()) })
+	for _, v := range gone {
+		d.out.change.DeleteVolumes = append(d.out.change.DeleteVolumes, v.GetVolume())
+		d.out.events = append(d.out.events, d.m.workloadEvent(reconcile.Key{Tenant: v.GetTenant(), Workload: v.GetWorkload()}, "VolumeDeleted", v.GetVolume(), d.now))
 	}
 }
 

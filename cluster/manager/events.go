@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/portolan-io/portolan/cluster/reconcile"
+	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
@@ -105,6 +106,10 @@ func (m *Manager) notePending(pending map[string][]state.PendingReason, now time
 	for _, key := range slices.Sorted(maps.Keys(pending)) {
 		is[key] = true
 		if m.pending[key] || len(pending[key]) == 0 {
+			continue
+		}
+		if pending[key][0].Code == schedule.Nominated.String() {
+			delete(is, key) // room is being made, which was told of
 			continue
 		}
 		e := m.clusterEvent("Unschedulable", fmt.Sprintf("%s: %s", pending[key][0].Code, pending[key][0].Message), now)

@@ -178,12 +178,15 @@ func ownerKey(a *clusterv1.Allocation) string {
 
 // blocked says of the nodes that are drained what still runs there, and why.
 func blocked(s *state.Snapshot, draining map[reconcile.Key]reconcile.Note) map[string][]state.Blocked {
-	out := map[string][]state.Blocked{}
-	for _, id := range slices.Sorted(maps.Keys(s.Allocations)) {
-		a := s.Allocations[id]
-		if a.GetFinal() != nil || s.Nodes[a.GetNode()].GetMode() != portolanv1.NodeMode_NODE_MODE_DRAINING {
-			continue
+	var left []*clusterv1.Allocation
+	for _, a := range s.Allocations {
+		if a.GetFinal() == nil && s.Nodes[a.GetNode()].GetMode() == portolanv1.NodeMode_NODE_MODE_DRAINING {
+			left = append(left, a)
 		}
+	}
+	slices.SortFunc(left, func(a, b *clusterv1.Allocation) int { return cmp.Compare(a.GetAllocation(), b.GetAllocation()) })
+	out := map[string][]state.Blocked{}
+	for _, a := range left {
 		b := state.Blocked{Code: "Waiting", Message: "it is about to be looked at", Count: 1}
 		if note, ok := draining[reconcile.Key{Tenant: a.GetTenant(), Workload: a.GetWorkload()}]; ok {
 			b.Code, b.Message = note.Code, note.Message

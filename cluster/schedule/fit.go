@@ -271,7 +271,7 @@ func (t *Table) tryMove(r *replica, minGain int) (Move, bool) {
 		here := u.keyAt(from)
 		gain := pointsOf(here.lo) - pointsOf(to.lo)
 		better := here.hi > to.hi || (here.hi == to.hi && gain >= float64(minGain))
-		m = Move{Replica: r.ID, From: t.ids[from], To: t.ids[to.node], GainPercent: int(math.Round(max(gain, 0)))}
+		m = Move{Replica: r.ID, From: t.ids[from], To: t.ids[to.node], GainPercent: int(math.Round(min(max(gain, 0), 100)))}
 		if here.hi > to.hi {
 			m.GainPercent = 100
 			m.Message = fmt.Sprintf("node %s meets wishes and spreading that %s does not", m.To, m.From)

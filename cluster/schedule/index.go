@@ -36,7 +36,7 @@ type index struct {
 type cell struct {
 	values []int32 // of the columns
 	heap   []int32
-	nodes  int32 // that the mask allows
+	nodes  int32  // that the mask allows
 	own    []item // of the group at hand: nodes whose key is not the index's
 }
 
@@ -54,6 +54,7 @@ const (
 
 // indexOf gives the index for a class, up to date.
 func (t *Table) indexOf(r *resolved) *index {
+	t.fragments.freshen(t)
 	m := t.masked(r)
 	t.tick++
 	if x := r.x; x != nil && !x.gone && x.m == m && r.xVersion == r.work.version {
@@ -113,6 +114,10 @@ func (t *Table) topology(r *resolved) []*column {
 			add(s.column)
 		}
 	}
+	if len(r.c.ask.devices) > 0 && t.fragments.used {
+		// Models have prices that change more often than keys.
+		add(t.column(modelKey))
+	}
 	slices.SortFunc(out, func(a, b *column) int { return strings.Compare(a.key, b.key) })
 	t.work.columns = out
 	return out
@@ -154,6 +159,7 @@ func (x *index) build() {
 	for k := range x.byVal {
 		x.byVal[k] = map[int32][]int32{}
 	}
+	x.frag = fragmentCache{}
 	x.dearest, x.epoch, x.mix = t.dearest(x.ask), t.poolEpoch, t.fragments.epoch
 	if len(x.columns) == 0 {
 		x.cells = append(x.cells, cell{})

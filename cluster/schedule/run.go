@@ -428,6 +428,9 @@ func (u *run) rank(c int32) {
 		u.out(c)
 		return
 	}
+	if u.x.frag.ok {
+		b.key += min(u.t.priceOf(b.node, u.x)<<loadShift, (loadOne<<loadShift)-b.key&(loadOne<<loadShift))
+	}
 	rk := ranked{hi: (b.key>>wishShift+uint64(wish))<<40 | min(count, 1<<40-1), lo: b.key & rest, node: b.node, cell: c}
 	k := u.place[c]
 	if k < 0 {

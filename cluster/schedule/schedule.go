@@ -70,7 +70,6 @@ func Schedule(t *Table, b Batch) Result {
 // serve decides one group.
 func (t *Table) serve(g *Group, p *Placed) {
 	w, r := &t.work, t.resolve(g.Class)
-	t.fragments.observe(t, g)
 	start := len(w.ops)
 	waiting := t.useKept(g, r)
 	u := &w.run
@@ -196,23 +195,28 @@ func (t *Table) placedSince(since int) int {
 // how many have to wait for their victims.
 func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
 	w := &t.work
-	for k, n := range t.nominations[g.Key] {
-		if k == g.Count {
-			break
-		}
+	kept := t.nominations[g.Key]
+	kept = kept[:min(len(kept), g.Count)]
+	for _, n := range kept {
 		t.reserve(n, 1)
+		t.touch(n.slot)
+	}
+	at := len(w.ops)
+	for _, n := range kept {
 		u := &w.run
 		t.begin(u, g, r)
-		codes := u.check(n.slot)
-		u.finish()
-		if codes != 0 {
-			t.reserve(n, -1)
-			waiting++
-			continue
+		if u.check(n.slot) == 0 {
+			w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
+			u.pinned(n.slot)
 		}
-		t.touch(n.slot)
-		w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
-		u.pinned(n.slot)
+		u.finish()
+	}
+	for _, n := range kept {
+		if !slices.ContainsFunc(w.ops[at:], func(o op) bool { return o.kept == n }) {
+			t.reserve(n, -1)
+			t.touch(n.slot)
+			waiting++
+		}
 	}
 	return waiting
 }
@@ -223,7 +227,11 @@ func (t *Table) seat(since int) {
 	for k := since; k < len(w.ops); k++ {
 		if o := &w.ops[k]; o.kind == occupied {
 			kept := k > 0 && k > since && w.ops[k-1].kind == unkept
-			w.seats = append(w.seats, Binding{Node: t.ids[o.node], Devices: w.shares[o.lo:o.hi:o.hi], Kept: kept})
+			b := Binding{Node: t.ids[o.node], Kept: kept}
+			if o.hi > o.lo {
+				b.Devices = w.shares[o.lo:o.hi:o.hi]
+			}
+			w.seats = append(w.seats, b)
 		}
 	}
 }

@@ -31,14 +31,15 @@ type Table struct {
 
 	// Capacity that may be promised, and what is left of it: below 0 when a node
 	// shrank.
-	capCPU, capMemory, capStorage     []int64
-	freeCPU, freeMemory, freeStorage  []int64
-	perCPU, perMemory                 []float64 // 1 ÷ capacity
-	freeAddress                       []int32
-	ports                             [][]int32
-	devices                           [][]device
-	scopes                            [][]presence
-	bound                             [][]*replica
+	capCPU, capMemory, capStorage    []int64
+	freeCPU, freeMemory, freeStorage []int64
+	perCPU, perMemory                []float64 // 1 ÷ capacity
+	freeAddress                      []int32
+	ports                            [][]int32
+	devices                          [][]device
+	model                            []int8 // of all devices of the node; -1 when there is no one
+	scopes                           [][]presence
+	bound                            [][]*replica
 
 	pools       []pool
 	poolIndex   map[string]int32
@@ -77,11 +78,11 @@ type Table struct {
 
 // pool is a NodePool made ready.
 type pool struct {
-	name                  string
-	scoring               portolanv1.Scoring
+	name                   string
+	scoring                portolanv1.Scoring
 	cpuPercent, memPercent int64
-	reserved              api.Resources
-	reservedStorage       int64
+	reserved               api.Resources
+	reservedStorage        int64
 	// Price of a millicore-hour and of a GiB-hour, in thousandths of a micro-unit.
 	cpuPrice, memPrice float64
 	spot               bool
@@ -109,6 +110,7 @@ func NewTable(seed uint64) *Table {
 		log: make([]int32, logSize), taintSets: [][]*portolanv1.Taint{nil},
 	}
 	t.taintIndex[""] = 0
+	t.fragments.demand = map[shape]float64{}
 	t.poolFor(DefaultPool)
 	return t
 }
@@ -142,6 +144,9 @@ func (t *Table) before(a, b int32) bool {
 func (t *Table) touch(i int32) {
 	t.log[t.seq&(uint64(len(t.log))-1)] = i
 	t.seq++
+	if int(i) < len(t.fragments.nodes) {
+		t.fragments.nodes[i].valid = false
+	}
 }
 
 // slot gives a free slot, growing every column if there is none.
@@ -157,7 +162,7 @@ func (t *Table) slot() int32 {
 	t.capCPU, t.capMemory, t.capStorage = append(t.capCPU, 0), append(t.capMemory, 0), append(t.capStorage, 0)
 	t.freeCPU, t.freeMemory, t.freeStorage = append(t.freeCPU, 0), append(t.freeMemory, 0), append(t.freeStorage, 0)
 	t.perCPU, t.perMemory, t.freeAddress = append(t.perCPU, 0), append(t.perMemory, 0), append(t.freeAddress, 0)
-	t.ports, t.devices, t.scopes = append(t.ports, nil), append(t.devices, nil), append(t.scopes, nil)
+	t.ports, t.devices, t.scopes, t.model = append(t.ports, nil), append(t.devices, nil), append(t.scopes, nil), append(t.model, -1)
 	t.bound, t.keeps, t.stamp = append(t.bound, nil), append(t.keeps, nil), append(t.stamp, 0)
 	for _, c := range t.columns {
 		c.of = append(c.of, 0)
@@ -208,6 +213,9 @@ func (t *Table) PutNode(n Node) {
 		t.readFacts(i)
 	}
 	t.recount(i)
+	if !sameFacts {
+		t.relabel(i)
+	}
 	t.rejudge(i)
 	if !ok {
 		t.settle(i)
@@ -231,7 +239,6 @@ func (t *Table) readFacts(i int32) {
 			t.images[i][d] = struct{}{}
 		}
 	}
-	t.relabel(i)
 }
 
 // relabel brings the columns up to date, and what is counted by their values.
@@ -306,7 +313,7 @@ func (t *Table) DeleteNode(id string) {
 	}
 	delete(t.index, id)
 	t.ids[i], t.facts[i], t.down[i] = "", nil, NoNode
-	t.images[i], t.taintSet[i] = nil, 0
+	t.images[i], t.taintSet[i], t.model[i] = nil, 0, -1
 	t.relabel(i)
 	t.addCapacity(i, -1)
 	t.capCPU[i], t.capMemory[i], t.capStorage[i], t.devices[i] = 0, 0, 0, nil
@@ -394,6 +401,11 @@ func (t *Table) SetPools(p Pools) {
 	t.poolEpoch++
 	for k := range t.pools {
 		t.pools[k] = t.poolOf(t.pools[k].name)
+	}
+	if slices.ContainsFunc(p.Pools, func(p *portolanv1.NodePool) bool {
+		return p.GetScoring() == portolanv1.Scoring_SCORING_LEAST_FRAGMENTATION
+	}) {
+		t.fragments.prepare(t)
 	}
 	for i := range t.ids {
 		if t.ids[i] != "" {

@@ -138,13 +138,15 @@ func Test06SelfHealing(t *testing.T) {
 
 // inReplica sends a request from inside a replica's namespace, over lo, as a
 // probe does.
-func inReplica(t *testing.T, r *portolanv1.Replica, method, path string) {
+func inReplica(t *testing.T, r *portolanv1.Replica, method, path string) string {
 	t.Helper()
 	pid := strconv.Itoa(int(r.GetContainers()[0].GetPid()))
 	script := fmt.Sprintf(`exec 3<>/dev/tcp/127.0.0.1/8080 && printf '%s %s HTTP/1.0\r\n\r\n' >&3 && timeout 3 cat <&3`, method, path)
-	if out, err := exec.CommandContext(always(t), "nsenter", "-n", "-t", pid, "--", "bash", "-c", script).CombinedOutput(); err != nil {
+	out, err := exec.CommandContext(always(t), "nsenter", "-n", "-t", pid, "--", "bash", "-c", script).CombinedOutput()
+	if err != nil {
 		t.Fatalf("%s %s in %s: %v %s", method, path, last(r.GetName()), err, out)
 	}
+	return string(out)
 }
 
 func crashLoop(t *testing.T) {

@@ -111,7 +111,7 @@ func (r *runner) do(ctx context.Context, as *nodev1.Assignment, act task.Action)
 
 func replicaOf(as *nodev1.Assignment) network.Replica {
 	addr, _ := netip.ParseAddr(as.GetAddress()) // checked when it came
-	return network.Replica{Allocation: as.GetAllocation(), Tenant: as.GetTenant(), Address: addr, Capture: true}
+	return network.Replica{Allocation: as.GetAllocation(), Tenant: as.GetTenant(), Address: addr, Hostname: replicaName(as), Capture: true}
 }
 
 func (r *runner) ensureNetwork(ctx context.Context, as *nodev1.Assignment) error {

@@ -225,7 +225,11 @@ func (l *Linux) writeFiles(r Replica) error {
 	if r.Tenant != "" {
 		resolv = "search " + r.Tenant + ".mesh mesh\n" + resolv
 	}
-	hosts := "127.0.0.1 localhost\n" + r.Address.String() + " " + r.Allocation + "\n"
+	hosts := "127.0.0.1 localhost\n" + r.Address.String() + " " + r.Allocation
+	if r.Hostname != "" && r.Hostname != r.Allocation {
+		hosts += " " + r.Hostname
+	}
+	hosts += "\n"
 	return errors.Join(writeFile(filepath.Join(dir, "resolv.conf"), resolv), writeFile(filepath.Join(dir, "hosts"), hosts))
 }
 

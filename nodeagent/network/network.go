@@ -32,6 +32,8 @@ type Replica struct {
 	// Tenant whose services answer to short names; empty: none do.
 	Tenant  string
 	Address netip.Addr
+	// Hostname of its containers, which must lead to it; empty: the allocation.
+	Hostname string
 	// Capture is off for gateways, which use the node's own namespace: then
 	// nothing is made and NetNS is empty.
 	Capture bool

@@ -1,6 +1,6 @@
 // Command shop is every service of the sample application in one binary; the
-// first argument chooses the part: web, catalog, cart, payments, or the job
-// restock. Each part counts what it saw of its callers and callees, so that tests
+// first argument chooses the part: web, catalog, cart, payments, the job restock;
+// or keeper and batch, which tests use. Each part counts what it saw of its callers and callees, so that tests
 // and people can check identity, version and region end to end.
 package main
 
@@ -31,14 +31,17 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: shop web|catalog|cart|payments|restock")
+		fmt.Fprintln(os.Stderr, "usage: shop web|catalog|cart|payments|restock|keeper|batch")
 		os.Exit(2)
 	}
 	s := newShop(os.Args[1], log)
 	var err error
-	if os.Args[1] == "restock" {
+	switch os.Args[1] {
+	case "restock":
 		err = s.restock(ctx)
-	} else {
+	case "batch":
+		err = batch(ctx, os.Args[2:])
+	default:
 		err = s.serve(ctx)
 	}
 	if err != nil {
@@ -119,6 +122,7 @@ func (s *shop) serve(ctx context.Context) error {
 	mux.HandleFunc("GET /metrics", s.metrics)
 	mux.HandleFunc("POST /fail/liveness", s.failLiveness)
 	mux.HandleFunc("POST /eat", eat)
+	mux.HandleFunc("POST /burn", burn)
 	switch s.part {
 	case "web":
 		s.web(mux)
@@ -128,6 +132,10 @@ func (s *shop) serve(ctx context.Context) error {
 		s.cart(mux)
 	case "payments":
 		mux.HandleFunc("POST /pay", s.pay)
+	case "keeper":
+		if err := s.keep(mux); err != nil {
+			return err
+		}
 	default:
 		return fmt.Errorf("no part %q", s.part)
 	}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path"
 	"sort"
@@ -23,7 +24,7 @@ const module = "github.com/portolan-io/portolan"
 // it is below them in the tree or named in sideways.
 var layers = map[string]int{
 	"federation/api": 0, "policy": 0, "identity": 0,
-	"federation/admit": 1, "federation/place": 1, "federation/rollout": 1,
+	"federation/admit": 1, "federation/place": 1, "federation/rollout": 1, "federation/capacity": 1,
 	"cluster/reconcile": 1, "cluster/schedule": 1, "cluster/autoscale": 1,
 	"xds/model": 1, "xds/translate": 1, "nodeagent/task": 1,
 	"federation/store": 2, "federation/client": 2, "nodeagent/engine": 2,
@@ -300,6 +301,27 @@ func TestDependencyBudgets(t *testing.T) {
 	for b := range budgets {
 		if !found[b] {
 			t.Errorf("binary %s is gone; mend the table", b)
+		}
+	}
+}
+
+// TestPeersStayApart: what benchmarks are held against is a module of its own, and
+// none of it is linked here.
+func TestPeersStayApart(t *testing.T) {
+	peers, err := os.ReadFile("e2e/peers/go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, peer := range []string{"github.com/moby/swarmkit"} {
+		if !strings.Contains(string(peers), peer) {
+			t.Errorf("e2e/peers does not require %s", peer)
+		}
+		if strings.Contains(string(own), peer) {
+			t.Errorf("go.mod requires %s: peers belong to e2e/peers", peer)
 		}
 	}
 }

@@ -473,23 +473,3 @@ func BenchmarkGrowPools(b *testing.B) {
 		}
 	}
 }
-
-func TestShapeOf(t *testing.T) {
-	spec := &portolanv1.WorkloadSpec{
-		Priority: 7,
-		Containers: []*portolanv1.Container{
-			{Requests: &portolanv1.ResourceList{Cpu: "500m", Memory: "1Gi", Storage: "1Gi"}},
-			{Limits: &portolanv1.ResourceList{Cpu: "1", Memory: "1Gi", Storage: "2Gi"}},
-		},
-		Volumes:    []*portolanv1.Volume{{Name: "data", Size: "10Gi"}},
-		Scheduling: &portolanv1.WorkloadSpec_Scheduling{NodeSelector: map[string]string{"disk": "ssd"}, Devices: []*portolanv1.DeviceRequest{{Count: 1}}},
-	}
-	s, err := ShapeOf("t/db/r1", 3, spec, api.Resources{CPUMilli: 50, MemoryBytes: 50 << 20})
-	if err != nil || s.Request != (api.Resources{CPUMilli: 1550, MemoryBytes: 2<<30 + 50<<20}) || s.StorageBytes != 13<<30 || s.Count != 3 || s.Priority != 7 || s.Selector["disk"] != "ssd" || len(s.Devices) != 1 {
-		t.Errorf("%+v, %v", s, err)
-	}
-	spec.Volumes[0].Size = "much"
-	if _, err := ShapeOf("t/db/r1", 3, spec, api.Resources{}); err == nil || !strings.Contains(err.Error(), "spec.volumes[0].size") {
-		t.Errorf("a size that nobody can read: %v", err)
-	}
-}

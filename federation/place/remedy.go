@@ -64,9 +64,12 @@ func (d *decision) remedy(x *cell, f fault) Remedy {
 		r.Message = "give the cluster a weight in spec.placement.weights"
 		r.Key = x.ID
 	case Affinity:
-		r.Message = "run workload " + f.key + " in this " + f.value
+		r.Message = "drop the affinity to workload " + f.key
 	case AntiAffinity:
-		r.Message = "run workload " + f.key + " in no cluster of this " + f.value
+		r.Message = "drop the anti-affinity to workload " + f.key
+		if f.have == "theirs" {
+			r.Message = "drop the anti-affinity of workload " + f.key + " to this one"
+		}
 	case Cordoned:
 		r.Message = "uncordon the cluster"
 	case Lost:

@@ -35,8 +35,10 @@ type decision struct {
 	// in each of them.
 	spreads  []spread
 	declared int
-	doms     []int32
-	near     []relation
+	// wishes says that some of them are, with a bound.
+	wishes bool
+	doms   []int32
+	near   []relation
 	// roomFromLower says that claims of lower priority count as room, up to level.
 	roomFromLower bool
 	level         int
@@ -47,6 +49,10 @@ type decision struct {
 	reasons       []Reason
 	frozen        bool
 	again         time.Time
+	// phrases are the latest of explain.
+	phrases    [8]phrase
+	slab       []Reason
+	nextPhrase int
 }
 
 // units is how a workload is counted: units wanted, replicas per unit, and replicas
@@ -115,9 +121,11 @@ func newDecision(s *Snapshot, now time.Time) *decision {
 	for i := range s.Clusters {
 		d.cells[i].Cluster = &s.Clusters[i]
 	}
-	byID := func(a, b cell) int { return cmp.Compare(a.ID, b.ID) }
-	if !slices.IsSortedFunc(d.cells, byID) {
-		slices.SortFunc(d.cells, byID)
+	for i := 1; i < len(d.cells); i++ {
+		if d.cells[i-1].ID > d.cells[i].ID {
+			slices.SortFunc(d.cells, func(a, b cell) int { return cmp.Compare(a.ID, b.ID) })
+			break
+		}
 	}
 	d.judges()
 	d.group()
@@ -297,6 +305,7 @@ func (d *decision) freeFor(x *cell) api.Resources {
 func (d *decision) group() {
 	add := func(over portolanv1.SpreadDomain, s spread) {
 		s.over = over
+		d.wishes = d.wishes || s.prefer && s.bounds()
 		d.spreads = append(d.spreads, s)
 	}
 	all := d.plain.GetSpreads()
@@ -318,21 +327,47 @@ func (d *decision) group() {
 	}
 	d.doms = make([]int32, len(d.cells)*len(d.spreads))
 	for j := range d.spreads {
-		s := &d.spreads[j]
-		seen := make(map[domain]int32, len(d.cells))
-		for i := range d.cells {
-			x := &d.cells[i]
-			key := domainOf(s.over, x.Cluster)
-			g, ok := seen[key]
-			if !ok {
-				g = int32(len(s.groups))
-				seen[key] = g
-				s.groups = append(s.groups, group{name: key})
-			}
-			s.groups[g].cells = append(s.groups[g].cells, int32(i))
-			d.doms[i*len(d.spreads)+j] = g
-		}
+		d.groupBy(j)
 	}
+}
+
+// groupBy finds the groups of one spread.
+func (d *decision) groupBy(j int) {
+	s, stride := &d.spreads[j], len(d.spreads)
+	backing := make([]int32, len(d.cells))
+	if perCluster(s.over) {
+		s.groups = make([]group, len(d.cells))
+		for i := range d.cells {
+			backing[i], d.doms[i*stride+j] = int32(i), int32(i)
+			s.groups[i] = group{name: domain{a: d.cells[i].ID}, cells: backing[i : i+1 : i+1]}
+		}
+		return
+	}
+	seen := make(map[domain]int32, 32)
+	for i := range d.cells {
+		key := domainOf(s.over, d.cells[i].Cluster)
+		g, ok := seen[key]
+		if !ok {
+			g = int32(len(s.groups))
+			seen[key] = g
+			s.groups = append(s.groups, group{name: key})
+		}
+		s.groups[g].size++
+		d.doms[i*stride+j] = g
+	}
+	at := 0
+	for g := range s.groups {
+		s.groups[g].cells = backing[at : at : at+s.groups[g].size]
+		at += s.groups[g].size
+	}
+	for i := range d.cells {
+		g := &s.groups[d.doms[i*stride+j]]
+		g.cells = append(g.cells, int32(i))
+	}
+}
+
+func perCluster(over portolanv1.SpreadDomain) bool {
+	return over == portolanv1.SpreadDomain_SPREAD_DOMAIN_CLUSTER || over == portolanv1.SpreadDomain_SPREAD_DOMAIN_UNSPECIFIED
 }
 
 // domain is the name of a region, zone, provider or cluster.

@@ -122,7 +122,7 @@ func nearSentence(f fault) string {
 
 // explain is a cluster's reasons: its faults, and what the decision made of it.
 func (d *decision) explain(x *cell) []Reason {
-	out := make([]Reason, 0, len(x.faults)+2)
+	out := d.reserve(len(x.faults) + 2)
 	for _, f := range x.faults {
 		out = append(out, Reason{Code: f.code, Message: d.sentence(x, f)})
 	}
@@ -146,10 +146,10 @@ func (d *decision) explain(x *cell) []Reason {
 		return out
 	}
 	if kept := min(x.had, x.n) * d.perUnit; kept > 0 {
-		note(Kept, kept, strconv.Itoa(kept)+" replicas were here before")
+		note(Kept, kept, d.phrase(kept, " replicas were here before", ""))
 	}
 	if added := (x.n - x.had) * d.perUnit; added > 0 {
-		note(Chosen, added, strconv.Itoa(added)+" replicas placed here: "+d.because())
+		note(Chosen, added, d.phrase(added, " replicas placed here: ", d.because()))
 	}
 	if x.extra > 0 {
 		note(Failover, x.extra*d.perUnit, strconv.Itoa(x.extra*d.perUnit)+" replicas stand in for lost clusters")
@@ -187,7 +187,38 @@ func (d *decision) explainLimit(x *cell, out []Reason, note func(code string, co
 	case d.missing > 0:
 		return add(Spread, "one more here would break "+d.broken(x))
 	}
-	return add(NotNeeded, "has room, but "+d.because())
+	return add(NotNeeded, d.phrase(0, "has room, but ", d.because()))
+}
+
+// reserve gives room for some reasons, out of one piece for many clusters.
+func (d *decision) reserve(n int) []Reason {
+	if len(d.slab) < n {
+		d.slab = make([]Reason, max(n, 2*len(d.cells)))
+	}
+	out := d.slab[:0:n]
+	d.slab = d.slab[n:]
+	return out
+}
+
+// phrase is a number with words; many clusters have the same.
+func (d *decision) phrase(n int, text, more string) string {
+	for i := range d.phrases {
+		if p := &d.phrases[i]; p.n == n && p.text == text {
+			return p.all
+		}
+	}
+	all := text + more
+	if n > 0 {
+		all = strconv.Itoa(n) + all
+	}
+	d.phrases[d.nextPhrase%len(d.phrases)] = phrase{n, text, all}
+	d.nextPhrase++
+	return all
+}
+
+type phrase struct {
+	n         int
+	text, all string
 }
 
 // broken names the spread that one more would break.

@@ -9,11 +9,18 @@ import "math"
 type fill struct {
 	d    *decision
 	left int // units without a place
+	// repaired says that units were moved to restore a spread.
+	repaired bool
+	// keys of the next unit in each cell, none where there is no room.
+	keys []key
 }
+
+// none comes after every key.
+var none = key{math.MaxUint64, math.MaxUint64}
 
 // spread fills the declared units.
 func (d *decision) spread() {
-	f := &fill{d: d, left: d.want}
+	f := &fill{d: d, left: d.want, keys: make([]key, len(d.cells))}
 	f.start()
 	f.take()
 	f.add()
@@ -67,6 +74,17 @@ func (f *fill) start() {
 		f.choose(&d.spreads[j])
 		d.spreads[j].mark()
 	}
+	for i := range d.cells {
+		f.rekey(&d.cells[i])
+	}
+}
+
+func (f *fill) rekey(x *cell) {
+	if x.open() {
+		f.keys[x.index] = f.d.key(x, x.n, 0)
+	} else {
+		f.keys[x.index] = none
+	}
 }
 
 // change moves the count of a cell and its groups.
@@ -81,7 +99,20 @@ func (f *fill) change(x *cell, by int) {
 		if g.n += by; g.n > 0 {
 			s.used++
 		}
-		s.mark()
+		if s.bounds() {
+			s.mark()
+		}
+	}
+	f.rekey(x)
+	if f.d.order == byWeight || f.d.order == byFree {
+		return // their keys count no domains
+	}
+	for j := range min(2, f.d.declared) {
+		if cells := f.d.of(x, j).cells; len(cells) > 1 {
+			for _, i := range cells {
+				f.rekey(&f.d.cells[i])
+			}
+		}
 	}
 }
 
@@ -102,25 +133,29 @@ func (f *fill) allowed(x *cell, wishes bool) bool {
 // best is the cluster for the next unit, among those that ok lets through; nil
 // when there is none. Spreads that are wishes count while that leaves any.
 func (f *fill) best(ok func(*cell) bool) *cell {
-	var hard, soft *cell
-	var hardKey, softKey key
-	for i := range f.d.cells {
-		x := &f.d.cells[i]
-		if !x.open() || ok != nil && !ok(x) || !f.allowed(x, false) {
+	hard, soft := -1, -1
+	for i, k := range f.keys {
+		if k == none || hard >= 0 && !k.less(f.keys[hard]) && (!f.d.wishes || soft >= 0 && !k.less(f.keys[soft])) {
 			continue
 		}
-		k := f.d.key(x, x.n, 0)
-		if hard == nil || k.less(hardKey) {
-			hard, hardKey = x, k
+		x := &f.d.cells[i]
+		if ok != nil && !ok(x) || !f.allowed(x, false) {
+			continue
 		}
-		if (soft == nil || k.less(softKey)) && f.allowed(x, true) {
-			soft, softKey = x, k
+		if hard < 0 || k.less(f.keys[hard]) {
+			hard = i
+		}
+		if f.d.wishes && (soft < 0 || k.less(f.keys[soft])) && f.allowed(x, true) {
+			soft = i
 		}
 	}
-	if soft != nil {
-		return soft
+	switch {
+	case soft >= 0:
+		return &f.d.cells[soft]
+	case hard >= 0:
+		return &f.d.cells[hard]
 	}
-	return hard
+	return nil
 }
 
 // take takes away what is too much: the last in the order of the objective whose

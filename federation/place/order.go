@@ -136,12 +136,8 @@ func (d *decision) key(x *cell, n, less int) key {
 		k.hi |= clip(x.latency, wideMax)
 		k.lo |= count(g)<<44 | count(n)<<24
 	case byFullest:
-		room := x.room
-		if d.declared > 0 {
-			room = d.of(x, 0).room
-		}
-		k.hi |= (countMax-count(g))<<22 | (countMax - count(room))
-		k.lo |= (countMax-count(n))<<44 | (countMax-count(x.room))<<24
+		k.hi |= (countMax-count(n))<<22 | (countMax - count(x.room))
+		k.lo |= (countMax - count(g)) << 44
 	default:
 		k.hi |= count(g)<<countBits | count(h)
 		k.lo |= count(n) << 44

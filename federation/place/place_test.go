@@ -2,6 +2,7 @@ package place
 
 import (
 	"fmt"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/cockroachdb/datadriven"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 	"sigs.k8s.io/yaml"
 
@@ -236,18 +238,33 @@ func BenchmarkT5_PlaceDecision(b *testing.B) {
 					}
 				}
 			}
+			// The thread's own time: on a shared machine the clock on the wall also counts
+			// the others.
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
 			var took []time.Duration
+			b.ReportAllocs()
 			for b.Loop() {
-				start := time.Now()
+				start := threadTime(b)
 				if p := Place(s, now); p.Unplaced > 0 {
 					b.Fatalf("unplaced: %d", p.Unplaced)
 				}
-				took = append(took, time.Since(start))
+				took = append(took, threadTime(b)-start)
 			}
 			slices.Sort(took)
 			b.ReportMetric(float64(took[len(took)*99/100])/1e6, "p99-ms")
+			b.ReportMetric(float64(took[len(took)/2])/1e6, "p50-ms")
 		})
 	}
+}
+
+func threadTime(b *testing.B) time.Duration {
+	b.Helper()
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(ts.Nano())
 }
 
 func hundred(o portolanv1.Objective, over portolanv1.SpreadDomain) Snapshot {

@@ -11,6 +11,9 @@ func (d *decision) plan() Plan {
 		Basis: d.basis, Reasons: d.reasons, Frozen: d.frozen, Again: d.again, Displaced: d.displaced,
 	}
 	bounds := d.divide()
+	if !d.s.Brief {
+		p.Verdicts = make([]Verdict, 0, len(d.cells))
+	}
 	gone, came := 0, 0
 	for i := range d.cells {
 		x := &d.cells[i]
@@ -23,17 +26,19 @@ func (d *decision) plan() Plan {
 			}
 			a.Reasons = d.explain(x)
 			p.Assignments = append(p.Assignments, a)
-		}
-		if !d.s.Brief {
-			p.Verdicts = append(p.Verdicts, d.verdict(x))
+			if !d.s.Brief {
+				p.Verdicts = append(p.Verdicts, d.verdict(x, a.Reasons))
+			}
+		} else if !d.s.Brief {
+			p.Verdicts = append(p.Verdicts, d.verdict(x, d.explain(x)))
 		}
 	}
 	p.Moved = min(gone, came) * d.perUnit
 	return p
 }
 
-func (d *decision) verdict(x *cell) Verdict {
-	v := Verdict{Cluster: x.ID, Replicas: d.assignment(x).Replicas, Score: -x.priceOf(x.n + 1), Reasons: d.explain(x)}
+func (d *decision) verdict(x *cell, reasons []Reason) Verdict {
+	v := Verdict{Cluster: x.ID, Replicas: d.assignment(x).Replicas, Score: -x.priceOf(x.n + 1), Reasons: reasons}
 	if d.order == byLatency {
 		v.Score = -x.latency
 	}
@@ -62,8 +67,8 @@ func (d *decision) assignment(x *cell) Assignment {
 	switch {
 	case d.frozen:
 		a.Replicas, a.Failover, a.Claim = x.Previous.Declared+x.Previous.Failover, x.Previous.Failover, x.Previous.Claim
-	case x.leaving:
-		a.Claim = x.Previous.Claim
+	case x.leaving, x.lost() && d.plain.GetExclusive():
+		a.Claim = x.Previous.Claim // what it is, whatever the template is now
 	case d.isDaemon():
 		a.Replicas, a.Claim = 0, api.Resources{}
 		if x.n > 0 {

@@ -11,5 +11,6 @@ var plant struct {
 	exclusiveHurries    bool // moves before the old cluster has stopped
 	returnsNever        bool // overflow does not go back
 	forgetsPrevious     bool // places as if nothing had been there
+	searchesNever       bool // the greedy way alone
 	overridesUncounted  bool // claims what the template requests
 }

@@ -6,16 +6,18 @@ import (
 	"strings"
 
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
 // remedies are the smallest changes after which the cluster could take one more:
 // one for each fault that keeps it out, and room where that is lacking. None where
 // it could anyway.
 func (d *decision) remedies(x *cell) []Remedy {
-	if d.frozen || d.plain.GetExclusive() && d.missing == 0 || d.duplicated() && x.n >= d.want || d.isDaemon() && x.n > 0 {
+	if d.frozen || d.plain.GetExclusive() && (d.missing == 0 || d.leaves()) || d.duplicated() && x.n >= d.want || d.isDaemon() && x.n > 0 {
 		return nil
 	}
 	var out []Remedy
+	out = append(out, d.moreDevices(x)...)
 	for _, f := range x.faults {
 		if r := d.remedy(x, f); r.Code != "" {
 			out = append(out, r)
@@ -56,18 +58,18 @@ func (d *decision) remedy(x *cell, f fault) Remedy {
 	case Taint, Staying:
 		r.Message = "tolerate taint " + name
 	case NoGroup:
-		r.Message = "add the cluster to the last of spec.placement.fallbacks"
+		r.Message = "add a group with the cluster to spec.placement.fallbacks"
 		r.Key = x.ID
 	case NoWeight:
 		r.Message = "give the cluster a weight in spec.placement.weights"
 		r.Key = x.ID
-	case Device:
-		r.Message = "add devices of " + name
-		r.Number = d.devicesWanted(f)
 	case Affinity:
-		r.Message = "run workload " + f.key + " in this " + f.value
+		r.Message = "drop the affinity to workload " + f.key
 	case AntiAffinity:
-		r.Message = "run workload " + f.key + " in no cluster of this " + f.value
+		r.Message = "drop the anti-affinity to workload " + f.key
+		if f.have == "theirs" {
+			r.Message = "drop the anti-affinity of workload " + f.key + " to this one"
+		}
 	case Cordoned:
 		r.Message = "uncordon the cluster"
 	case Lost:
@@ -77,19 +79,34 @@ func (d *decision) remedy(x *cell, f fault) Remedy {
 		r.Message = "connect the cluster again"
 	case Pending:
 		r.Message = "join the cluster"
-	default: // a wish keeps nothing out
+	default: // a wish keeps nothing out, and moreDevices speaks of devices
 		return Remedy{}
 	}
 	return r
 }
 
-func (d *decision) devicesWanted(f fault) int {
+// moreDevices are the devices that are missing for one more unit.
+func (d *decision) moreDevices(x *cell) []Remedy {
+	var out []Remedy
+	replicas := (x.n + x.extra + 1) * d.running
 	for _, r := range d.w.Spec.GetScheduling().GetDevices() {
-		if kindOf(r) == f.key && modelsOf(r) == f.value {
-			return max(1, int(r.GetCount()))
+		if devicesFor(r, x.Cluster) >= replicas {
+			continue
 		}
+		whole := &portolanv1.DeviceRequest{Kind: r.GetKind(), Count: 1, Models: r.GetModels()}
+		need := replicas * max(1, int(r.GetCount()))
+		if r.GetShareMilli() > 0 {
+			each := 1000 / int(r.GetShareMilli())
+			need = (replicas + each - 1) / each
+		}
+		need -= devicesFor(whole, x.Cluster)
+		name := kindOf(r)
+		if m := modelsOf(r); m != "" {
+			name += " " + m
+		}
+		out = append(out, Remedy{Code: Device, Key: kindOf(r), Value: modelsOf(r), Number: need, Message: fmt.Sprintf("add %d devices of %s", need, name)})
 	}
-	return 1
+	return out
 }
 
 // shortfall is how much more must be free for one more unit.
@@ -98,7 +115,7 @@ func (d *decision) shortfall(x *cell) api.Resources {
 	if d.isDaemon() {
 		next = d.daemonClaim(x)
 	}
-	if !d.isDaemon() && next.Fits(x.Previous.Claim) {
+	if !d.isDaemon() && x.n+x.extra < x.had+x.hadExtra && next.Fits(x.Previous.Claim) {
 		return api.Resources{}
 	}
 	need := minus(next, free)

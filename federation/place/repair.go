@@ -17,11 +17,15 @@ func (f *fill) balance() {
 			f.widen(j)
 		}
 	}
-	for j := range f.d.spreads {
-		if !f.d.spreads[j].prefer {
-			f.level(j)
+	// One spread's repair can break another; at the end units are only taken away.
+	for round := 0; !f.lawful() && round < 8; round++ {
+		for j := range f.d.spreads {
+			if !f.d.spreads[j].prefer {
+				f.level(j, round < 4)
+			}
 		}
 	}
+	f.add()
 }
 
 // widen moves units into domains that are not used, while the spread asks for
@@ -40,6 +44,7 @@ func (f *fill) widen(j int) {
 			return
 		}
 		f.change(to, 1)
+		f.repaired = true
 	}
 }
 
@@ -55,8 +60,9 @@ func (f *fill) keepsUsed(from *cell) bool {
 	return true
 }
 
-// level moves units from the fullest domain to others until the bound holds.
-func (f *fill) level(j int) {
+// level moves units from the fullest domain to others until the bound holds, or
+// only takes them away.
+func (f *fill) level(j int, move bool) {
 	s := &f.d.spreads[j]
 	for s.bounds() {
 		low, high := s.extremes()
@@ -74,7 +80,10 @@ func (f *fill) level(j int) {
 		if from == nil {
 			return
 		}
-		f.change(from, -1)
+		f.repaired = true
+		if f.change(from, -1); !move {
+			continue
+		}
 		to := f.best(func(x *cell) bool {
 			g := f.d.of(x, j)
 			return g != over && g.n > 0 && g.n+1 < high
@@ -144,6 +153,9 @@ func (f *fill) improve() {
 	if f.d.order != byPrice && f.d.order != byLatency || len(f.d.spreads) == 0 {
 		return
 	}
+	for j := range f.d.spreads {
+		f.d.spreads[j].settle()
+	}
 	for range 2 * f.d.want {
 		moved := false
 		for i := range f.d.cells {
@@ -164,6 +176,16 @@ func (f *fill) improve() {
 			return
 		}
 	}
+}
+
+// settle opens every domain: those that were not chosen may be used as well, as far
+// as the bound allows beside the used ones.
+func (s *spread) settle() {
+	for i := range s.groups {
+		s.groups[i].chosen = s.groups[i].n > 0
+	}
+	s.settled = true
+	s.mark()
 }
 
 // value of the n-th unit by the objective; less is better.

@@ -47,7 +47,7 @@ func NewRevision(id string, spec *portolanv1.WorkloadSpec) (Revision, error) {
 
 // requestsIn is what one replica requests in a cluster.
 func (r *Revision) requestsIn(c *Cluster) api.Resources {
-	if r.spec == nil {
+	if r.spec == nil || plant.overridesUncounted {
 		return r.Requests
 	}
 	laid := Override(r.spec, c.ID, c.Spec, c.Labels)

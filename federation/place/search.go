@@ -5,15 +5,20 @@ import (
 	"slices"
 )
 
-// Bounds of the search: clusters with room, and distributions looked at.
+// Bounds of the search: clusters with room, and distributions looked at; and how
+// many there may be in all to look for one that is better only by the objective.
 const (
 	searchCells  = 12
 	searchBudget = 1 << 15
+	searchPolish = 1 << 12
+	weightScale  = 1 << 20
 )
 
 // search looks for a distribution that places more, or uses more of the domains
 // that are asked for, where the greedy way is stuck although there is room: several
-// spreads at once can stand in each other's way. Up to its bounds it is exact.
+// spreads at once can stand in each other's way. Where something was moved to repair
+// a spread it looks for one that moves less, and where there are few distributions
+// for the best by the objective. Up to its bounds it is exact.
 func (f *fill) search() {
 	s := &searcher{f: f, budget: searchBudget}
 	if !s.worth() {
@@ -64,31 +69,37 @@ type searcher struct {
 // worth says whether there is something to gain, and the search can be done.
 func (s *searcher) worth() bool {
 	d := s.f.d
-	room, bound := 0, false
+	if plant.searchesNever {
+		return false
+	}
+	room, bound, all := 0, false, 1
 	for i := range d.cells {
 		if x := &d.cells[i]; x.room > 0 || x.n > 0 {
 			s.cells = append(s.cells, int32(i))
 			room += max(x.room, x.n)
+			all = min(all, searchPolish) * (1 + min(x.room, d.want))
 		}
 	}
 	for j := range d.spreads {
 		if sp := &d.spreads[j]; !sp.prefer {
-			bound = bound || sp.bounds() || sp.least > 1
+			bound = bound || sp.bounds() || sp.least > 1 || j > 0
 		}
 	}
 	st := s.f.standing()
-	return bound && len(s.cells) <= searchCells && (st.short > 0 || st.left > 0 && room > d.want-s.f.left)
+	return bound && len(s.cells) <= searchCells && (st.short > 0 || st.left > 0 && room > d.want-s.f.left || s.f.repaired || all <= searchPolish)
 }
 
 // standing is how good a distribution is: domains that are short of what spreads
-// ask for, units without a place, units that leave, and the objective.
+// ask for, units without a place, units in later groups of the fallbacks, units
+// that leave, what is to be avoided, and the objective.
 type standing struct {
-	short, left, moved int
-	value              int64
+	short, left, back, moved, avoid int
+	value                           int64
 }
 
 func (a standing) compare(b standing) int {
-	return cmp.Or(cmp.Compare(a.short, b.short), cmp.Compare(a.left, b.left), cmp.Compare(a.moved, b.moved), cmp.Compare(a.value, b.value))
+	return cmp.Or(cmp.Compare(a.short, b.short), cmp.Compare(a.left, b.left), cmp.Compare(a.back, b.back),
+		cmp.Compare(a.moved, b.moved), cmp.Compare(a.avoid, b.avoid), cmp.Compare(a.value, b.value))
 }
 
 func (f *fill) standing() standing {
@@ -100,21 +111,41 @@ func (f *fill) standing() standing {
 	}
 	for i := range f.d.cells {
 		x := &f.d.cells[i]
+		st.back += x.n * x.tier
+		st.avoid += x.n * (x.soft<<11 + x.wish)
 		if !f.d.afresh {
 			st.moved += max(0, min(x.had, x.room)-x.n)
 		}
-		switch {
-		case f.d.order == byPrice || f.d.order == byLatency:
-			for n := 1; n <= x.n; n++ {
-				st.value += f.value(x, n)
-			}
-		case f.d.order == byFullest:
-			st.value += int64(min(1, x.n))
-		default:
-			st.value += int64(x.n) * int64(x.n)
-		}
+		st.value += f.valueOf(x)
 	}
 	return st
+}
+
+// valueOf is what a cluster adds to the sum by the objective.
+func (f *fill) valueOf(x *cell) int64 {
+	n := int64(x.n)
+	switch {
+	case f.d.order == byPrice || f.d.order == byLatency:
+		var sum int64
+		for k := 1; k <= x.n; k++ {
+			sum += f.value(x, k)
+		}
+		return sum
+	case f.d.order == byFullest:
+		return min(1, n)
+	case f.d.order == byWeight || f.d.order == byFree:
+		return n * n * weightScale / max(1, x.weight)
+	}
+	// Evenly over the first two spreads, then over clusters: the units of a domain, each
+	// times all of them, add up to its square.
+	sum := n * n
+	if f.d.declared > 0 {
+		sum += n * int64(f.d.of(x, 0).n) << 32
+	}
+	if f.d.declared > 1 {
+		sum += n * int64(f.d.of(x, 1).n) << 16
+	}
+	return sum
 }
 
 // try distributes what is left over the cells from k on.

@@ -17,12 +17,15 @@ type spread struct {
 	prefer            bool
 	groups            []group
 	used              int
+	// settled spreads no longer wait for chosen groups.
+	settled bool
 }
 
 // group is one domain of a spread: its clusters, and its units.
 type group struct {
 	name  domain
 	cells []int32
+	size  int
 	n     int
 	room  int // declared units that fit
 	fixed int // units of lost clusters, which count but cannot move
@@ -58,14 +61,14 @@ func (s *spread) mark() {
 	}
 	low := math.MaxInt
 	for i := range s.groups {
-		if g := &s.groups[i]; g.live() && (g.chosen || g.n > 0) {
+		if g := &s.groups[i]; g.live() && (g.chosen && !s.settled || g.n > 0) {
 			low = min(low, g.n)
 		}
 	}
 	_, high := s.extremes()
 	for i := range s.groups {
 		g := &s.groups[i]
-		g.full = g.n >= s.most || !g.chosen && g.n == 0 && s.skew < math.MaxInt
+		g.full = g.n >= s.most || !g.chosen && !s.settled && g.n == 0 && s.skew < math.MaxInt
 		if s.skew < math.MaxInt {
 			skew := s.skew
 			if plant.ignoresSkew {
@@ -99,19 +102,22 @@ func (s *spread) holds(groups []*group, units int) int {
 // saving, else the most; never fewer than are in use or asked for. Where the
 // order of the objective holds less than the largest groups would, these are used.
 func (f *fill) choose(s *spread) {
+	s.settled = false
+	all := s.prefer || s.skew == math.MaxInt
+	for i := range s.groups {
+		s.groups[i].chosen = all && s.groups[i].room > 0
+	}
+	if all {
+		return
+	}
 	var usable []*group
 	inUse := 0
 	for i := range s.groups {
 		g := &s.groups[i]
-		if g.chosen = g.room > 0 && (s.prefer || s.skew == math.MaxInt); g.room > 0 {
+		if g.room > 0 {
 			usable = append(usable, g)
 		}
-		if g.n > 0 {
-			inUse++
-		}
-	}
-	if s.prefer || s.skew == math.MaxInt {
-		return
+		inUse += min(1, g.n)
 	}
 	slices.SortStableFunc(usable, f.rank)
 	most := min(len(usable), max(f.d.want, inUse))

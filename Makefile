@@ -23,7 +23,7 @@ SIM_EVENTS ?= 1000000
 SIM = ./federation/place ./cluster/schedule ./cluster/reconcile ./cluster/autoscale
 RUN_ENV = PATH="$(TOOLS)/bin:$$PATH"
 
-.PHONY: build images up down test unit e2e check fmt proto proto-check lint sim bench charts fuzz tools clean help
+.PHONY: plots build images up down test unit e2e check fmt proto proto-check lint sim bench charts fuzz tools clean help
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,6 +91,9 @@ charts: ## Lint the Helm charts strictly and compare the rendered goldens
 fuzz: ## Each fuzz target for FUZZTIME (30s)
 	@for p in $$($(GO) list ./...); do d=$$($(GO) list -f '{{.Dir}}' $$p); for f in $$(grep -ohE '^func Fuzz[A-Za-z0-9_]+' $$d/*_test.go 2>/dev/null | sed 's/func //'); do \
 	  echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $${FUZZTIME:-30s} $$p || exit 1; done; done
+
+plots: ## Draw docs/figures from their tables
+	cd e2e/plots && $(GO) vet ./... && $(GO) run . ../../docs/figures
 
 clean: ## Remove built files
 	rm -rf $(BIN)

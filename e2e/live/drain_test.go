@@ -85,7 +85,9 @@ func TestDrain(t *testing.T) {
 	on := func(rs []*portolanv1.Replica) int {
 		n := 0
 		for _, r := range rs {
-			if r.GetNode() == node {
+			// A job that has ended is history, wherever it ran.
+			ended := r.GetState() == portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED || r.GetState() == portolanv1.ReplicaState_REPLICA_STATE_FAILED
+			if r.GetNode() == node && !ended {
 				n++
 			}
 		}

@@ -50,7 +50,7 @@ spec:
   containers:
   - image: %scatalog:v1
     requests: {cpu: %s}
-    limits: {cpu: "1", memory: 32Mi}
+    limits: {cpu: "4", memory: 32Mi}
     readiness: {http: {path: /healthz, port: 8080}, period: 1s}
   placement: {allowed_clusters: [eu-west]}
 %s

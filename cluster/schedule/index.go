@@ -179,10 +179,7 @@ func (x *index) build() {
 		}
 	}
 	for c := range x.cells {
-		h := x.cells[c].heap
-		for k := len(h)/2 - 1; k >= 0; k-- {
-			x.down(h, k)
-		}
+		x.heapify(x.cells[c].heap)
 	}
 	x.seen = t.seq
 }
@@ -226,20 +223,54 @@ func (x *index) refresh() {
 	if behind == 0 && x.epoch == t.poolEpoch && x.mix == t.fragments.epoch {
 		return
 	}
-	stale := x.epoch != t.poolEpoch || (x.mix != t.fragments.epoch && x.frag.use)
-	if stale || behind > uint64(len(t.log)) || behind > uint64(len(t.ids)/2+64) || len(x.cells) > 2*len(t.ids)+64 {
+	if x.epoch != t.poolEpoch || behind > uint64(len(t.log)) || len(x.cells) > 2*len(t.ids)+64 {
 		x.build()
 		return
 	}
-	x.mix = t.fragments.epoch
+	changed := x.changed()
+	if len(changed) > len(t.ids)/2+64 {
+		x.build()
+		return
+	}
+	for _, i := range changed {
+		x.update(i)
+	}
+	if x.mix != t.fragments.epoch && x.frag.use {
+		x.rekey()
+	}
+	x.mix, x.seen = t.fragments.epoch, t.seq
+}
+
+// rekey is for what changes the keys of all nodes and nothing else.
+func (x *index) rekey() {
+	for c := range x.cells {
+		h := x.cells[c].heap
+		for _, i := range h {
+			x.keys[i] = x.t.key(i, x)
+		}
+		x.heapify(h)
+	}
+}
+
+func (x *index) heapify(h []int32) {
+	for k := len(h)/2 - 1; k >= 0; k-- {
+		x.down(h, k)
+	}
+}
+
+// changed gives the slots that changed since the index was used, each once.
+func (x *index) changed() []int32 {
+	t := x.t
 	t.mark++
+	out := t.work.changed[:0]
 	for s := t.seq; s > x.seen; s-- {
 		if i := t.log[(s-1)&(uint64(len(t.log))-1)]; t.stamp[i] != t.mark {
 			t.stamp[i] = t.mark
-			x.update(i)
+			out = append(out, i)
 		}
 	}
-	x.seen = t.seq
+	t.work.changed = out
+	return out
 }
 
 // update works one node out anew.

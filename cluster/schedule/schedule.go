@@ -10,6 +10,7 @@ type scratch struct {
 	shares  []Share
 	run     run
 	columns []*column
+	changed []int32
 	placed  []Placed
 	seats   []Binding
 	bounds  []int // seats and ops by group
@@ -164,7 +165,7 @@ func (t *Table) undo(since int) {
 		case displaced:
 			o.victim.Leaving = false
 			t.attend(o.victim, 1)
-			w.spent[o.victim.Class.owner.key()]--
+			w.spent[o.victim.res.key]--
 		case unkept:
 			t.reserve(o.kept, -1)
 		case carried:
@@ -267,11 +268,16 @@ func (u *run) check(i int32) Code {
 	}
 	_, node := u.nodeKey(i)
 	codes |= node
-	if len(u.x.columns) > 0 {
+	if u.related() {
 		c, _, _ := u.verdict(u.valuesOf(i))
 		codes |= c
 	}
 	return codes
+}
+
+// related says that the group has terms about other replicas, or others about it.
+func (u *run) related() bool {
+	return len(u.r.spreads)+len(u.r.affinity)+len(u.r.work.against) > 0
 }
 
 func (u *run) volumes() int64 {

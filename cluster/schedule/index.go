@@ -154,16 +154,9 @@ func (x *index) build() {
 	if len(x.keys) < n {
 		x.keys, x.at, x.cellOf = make([]uint64, n), make([]int32, n), make([]int32, n)
 	}
-	x.cells, x.chain = x.cells[:0], map[uint64]int32{}
-	x.byVal = make([]map[int32][]int32, len(x.columns))
-	for k := range x.byVal {
-		x.byVal[k] = map[int32][]int32{}
-	}
+	x.resetCells()
 	x.frag = fragmentCache{}
 	x.dearest, x.epoch, x.mix = t.dearest(x.ask), t.poolEpoch, t.fragments.epoch
-	if len(x.columns) == 0 {
-		x.cells = append(x.cells, cell{})
-	}
 	for i := range int32(n) {
 		x.at[i], x.cellOf[i] = -1, -1
 		if !x.m.ok.has(i) {
@@ -182,6 +175,26 @@ func (x *index) build() {
 		x.heapify(x.cells[c].heap)
 	}
 	x.seen = t.seq
+}
+
+// resetCells empties the cells, and forgets them when most are of values that no
+// node has any more.
+func (x *index) resetCells() {
+	if x.chain != nil && len(x.cells) <= 2*len(x.t.ids)+64 {
+		for c := range x.cells {
+			cl := &x.cells[c]
+			cl.heap, cl.own, cl.nodes = cl.heap[:0], cl.own[:0], 0
+		}
+		return
+	}
+	x.cells, x.chain = x.cells[:0], map[uint64]int32{}
+	x.byVal = make([]map[int32][]int32, len(x.columns))
+	for k := range x.byVal {
+		x.byVal[k] = map[int32][]int32{}
+	}
+	if len(x.columns) == 0 {
+		x.cells = append(x.cells, cell{})
+	}
 }
 
 // cellFor gives the cell of a node by the values of its columns.

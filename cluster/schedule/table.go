@@ -317,6 +317,7 @@ func (t *Table) DeleteNode(id string) {
 	delete(t.index, id)
 	t.ids[i], t.facts[i], t.down[i] = "", nil, NoNode
 	t.images[i], t.taintSet[i], t.model[i] = nil, 0, -1
+	t.fragments.stale = t.fragments.stale || t.fragments.seen < firstLearn
 	t.relabel(i)
 	t.addCapacity(i, -1)
 	t.capCPU[i], t.capMemory[i], t.capStorage[i], t.devices[i] = 0, 0, 0, nil

@@ -142,6 +142,4 @@ func TestDrain(t *testing.T) {
 	readyReplicas(t, 60*time.Second, "drained", 4)
 }
 
-func ptr[T any](v T) *T { return &v }
-
 func period(d time.Duration) *durationpb.Duration { return durationpb.New(d) }

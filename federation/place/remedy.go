@@ -111,7 +111,7 @@ func (d *decision) moreDevices(x *cell) []Remedy {
 
 // shortfall is how much more must be free for one more unit.
 func (d *decision) shortfall(x *cell) api.Resources {
-	next, free := x.claim(x.n+x.extra+1), d.free(x)
+	next, free := x.claim(x.n+x.extra+1), d.free(x).Add(x.gained)
 	if d.isDaemon() {
 		next = d.daemonClaim(x)
 	}

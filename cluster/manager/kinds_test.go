@@ -20,8 +20,6 @@ const (
 	cron     = portolanv1.WorkloadKind_WORKLOAD_KIND_CRON
 )
 
-func p32(n int32) *int32 { return &n }
-
 // placed gives "name@node" of a workload's live replicas, sorted.
 func (r *rig) placed(name string) []string {
 	var out []string
@@ -132,7 +130,7 @@ func TestDrainUnderABudget(t *testing.T) {
 			r.addNode(n)
 		}
 		sp := spec(service, "500m")
-		sp.Disruption = &portolanv1.DisruptionBudget{MaxUnavailable: p32(1)}
+		sp.Disruption = &portolanv1.DisruptionBudget{MaxUnavailable: new(int32(1))}
 		r.want("web", "r1", 6, sp)
 		r.within(10*time.Second, "six are ready", func() bool { return r.ready("web") == 6 })
 		if err := r.m.SetMode(t.Context(), "n1", "", portolanv1.NodeMode_NODE_MODE_DRAINING, time.Time{}); err != nil {
@@ -162,7 +160,7 @@ func TestPreemption(t *testing.T) {
 	story(t, func(t *testing.T, r *rig) {
 		r.addNode("n1") // 4 cores
 		low := spec(service, "1500m")
-		low.Disruption = &portolanv1.DisruptionBudget{MaxUnavailable: p32(1)}
+		low.Disruption = &portolanv1.DisruptionBudget{MaxUnavailable: new(int32(1))}
 		r.want("low", "r1", 2, low)
 		r.within(10*time.Second, "low runs", func() bool { return r.ready("low") == 2 })
 		high := spec(service, "2000m")
@@ -193,7 +191,7 @@ func TestAutoscaleUpAndDown(t *testing.T) {
 		r.addNode("n2")
 		sp := spec(service, "100m")
 		sp.Autoscale = &portolanv1.Autoscale{
-			Min: p32(2), Max: 10, Metrics: []*portolanv1.ScaleMetric{{Kind: portolanv1.ScaleMetricKind_SCALE_METRIC_KIND_CPU, Target: 50}},
+			Min: new(int32(2)), Max: 10, Metrics: []*portolanv1.ScaleMetric{{Kind: portolanv1.ScaleMetricKind_SCALE_METRIC_KIND_CPU, Target: 50}},
 			Down: &portolanv1.ScaleRule{Stabilization: durationpb.New(30 * time.Second)},
 		}
 		r.want("web", "r1", 5, sp)

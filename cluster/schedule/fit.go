@@ -188,8 +188,8 @@ func (t *Table) lostDevices(i int32, out map[*replica]Code) map[*replica]Code {
 // the pool's scale of 0 to 100; each proposal counts on the ones before.
 func Moves(t *Table, limit, minGain int) []Move {
 	w := &t.work
-	b := Batch{NoPreemption: true}
-	w.batch, w.ops, w.shares = &b, w.ops[:0], w.shares[:0]
+	w.stored = Batch{NoPreemption: true}
+	w.batch, w.ops, w.shares = &w.stored, w.ops[:0], w.shares[:0]
 	var out []Move
 	moved := map[string]bool{}
 	for len(out) < limit {

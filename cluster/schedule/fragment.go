@@ -135,7 +135,7 @@ func (f *fragments) prepare(t *Table) {
 }
 
 // model gives a device model's number; less than 0 when there are too many.
-func (f *fragments) model(t *Table, name string) int {
+func (f *fragments) model(name string) int {
 	k := slices.Index(f.models, name)
 	if k >= 0 || len(f.models) == maxModels {
 		return k
@@ -149,7 +149,8 @@ func (f *fragments) model(t *Table, name string) int {
 // nodes before anything was asked for.
 func (f *fragments) freshen(t *Table) {
 	if f.used && f.stale {
-		f.build(t, f.orDefault(t))
+		f.build(f.orDefault(t))
+		f.weighBlocks(t)
 		f.epoch++
 	}
 	f.stale = false
@@ -178,7 +179,7 @@ func (t *Table) readModel(i int32) {
 			return
 		}
 	}
-	t.model[i] = int8(t.fragments.model(t, list[0].model))
+	t.model[i] = int8(t.fragments.model(list[0].model))
 	t.fragments.stale = t.fragments.stale || t.fragments.seen < firstLearn
 }
 
@@ -264,9 +265,8 @@ func (t *Table) fragment(i int32, x *index) (load float64, device int) {
 	f := &t.fragments
 	if !x.frag.use {
 		x.frag.use = true
-		x.frag.shape, x.frag.ok = f.shapeOf(t, x.ask)
+		x.frag.shape, x.frag.ok = f.shapeOf(x.ask)
 	}
-	x.mix = f.epoch
 	if t.model[i] < 0 {
 		return 1 - t.load(i, x.ask), -1
 	}
@@ -349,7 +349,7 @@ func (t *Table) fragmentDevice(i int32, a *ask) (int, bool) {
 	if !t.keepsDevices(i) || t.model[i] < 0 || len(a.devices) != 1 || a.devices[0].milli == 0 {
 		return 0, false
 	}
-	s, _ := t.fragments.shapeOf(t, a)
+	s, _ := t.fragments.shapeOf(a)
 	_, d := t.deviceCost(i, a, &s)
 	return d, d >= 0
 }

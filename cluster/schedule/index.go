@@ -154,16 +154,9 @@ func (x *index) build() {
 	if len(x.keys) < n {
 		x.keys, x.at, x.cellOf = make([]uint64, n), make([]int32, n), make([]int32, n)
 	}
-	x.cells, x.chain = x.cells[:0], map[uint64]int32{}
-	x.byVal = make([]map[int32][]int32, len(x.columns))
-	for k := range x.byVal {
-		x.byVal[k] = map[int32][]int32{}
-	}
+	x.resetCells()
 	x.frag = fragmentCache{}
 	x.dearest, x.epoch, x.mix = t.dearest(x.ask), t.poolEpoch, t.fragments.epoch
-	if len(x.columns) == 0 {
-		x.cells = append(x.cells, cell{})
-	}
 	for i := range int32(n) {
 		x.at[i], x.cellOf[i] = -1, -1
 		if !x.m.ok.has(i) {
@@ -179,12 +172,29 @@ func (x *index) build() {
 		}
 	}
 	for c := range x.cells {
-		h := x.cells[c].heap
-		for k := len(h)/2 - 1; k >= 0; k-- {
-			x.down(h, k)
-		}
+		x.heapify(x.cells[c].heap)
 	}
 	x.seen = t.seq
+}
+
+// resetCells empties the cells, and forgets them when most are of values that no
+// node has any more.
+func (x *index) resetCells() {
+	if x.chain != nil && len(x.cells) <= 2*len(x.t.ids)+64 {
+		for c := range x.cells {
+			cl := &x.cells[c]
+			cl.heap, cl.own, cl.nodes = cl.heap[:0], cl.own[:0], 0
+		}
+		return
+	}
+	x.cells, x.chain = x.cells[:0], map[uint64]int32{}
+	x.byVal = make([]map[int32][]int32, len(x.columns))
+	for k := range x.byVal {
+		x.byVal[k] = map[int32][]int32{}
+	}
+	if len(x.columns) == 0 {
+		x.cells = append(x.cells, cell{})
+	}
 }
 
 // cellFor gives the cell of a node by the values of its columns.
@@ -226,20 +236,54 @@ func (x *index) refresh() {
 	if behind == 0 && x.epoch == t.poolEpoch && x.mix == t.fragments.epoch {
 		return
 	}
-	stale := x.epoch != t.poolEpoch || (x.mix != t.fragments.epoch && x.frag.use)
-	if stale || behind > uint64(len(t.log)) || behind > uint64(len(t.ids)/2+64) || len(x.cells) > 2*len(t.ids)+64 {
+	if x.epoch != t.poolEpoch || behind > uint64(len(t.log)) || len(x.cells) > 2*len(t.ids)+64 {
 		x.build()
 		return
 	}
-	x.mix = t.fragments.epoch
+	changed := x.changed()
+	if len(changed) > len(t.ids)/2+64 {
+		x.build()
+		return
+	}
+	for _, i := range changed {
+		x.update(i)
+	}
+	if x.mix != t.fragments.epoch && x.frag.use {
+		x.rekey()
+	}
+	x.mix, x.seen = t.fragments.epoch, t.seq
+}
+
+// rekey is for what changes the keys of all nodes and nothing else.
+func (x *index) rekey() {
+	for c := range x.cells {
+		h := x.cells[c].heap
+		for _, i := range h {
+			x.keys[i] = x.t.key(i, x)
+		}
+		x.heapify(h)
+	}
+}
+
+func (x *index) heapify(h []int32) {
+	for k := len(h)/2 - 1; k >= 0; k-- {
+		x.down(h, k)
+	}
+}
+
+// changed gives the slots that changed since the index was used, each once.
+func (x *index) changed() []int32 {
+	t := x.t
 	t.mark++
+	out := t.work.changed[:0]
 	for s := t.seq; s > x.seen; s-- {
 		if i := t.log[(s-1)&(uint64(len(t.log))-1)]; t.stamp[i] != t.mark {
 			t.stamp[i] = t.mark
-			x.update(i)
+			out = append(out, i)
 		}
 	}
-	x.seen = t.seq
+	t.work.changed = out
+	return out
 }
 
 // update works one node out anew.

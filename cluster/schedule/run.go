@@ -238,8 +238,8 @@ func (u *run) pull(i int32) {
 
 // keep puts a node that is out of the index where the group finds it.
 func (u *run) keep(i int32) {
-	switch key, codes := u.nodeKey(i); {
-	case codes == 0:
+	switch key, codes := u.nodeKey(i); codes {
+	case 0:
 		c := u.x.cellOf[i]
 		own := &u.x.cells[c].own
 		if len(*own) == 0 {
@@ -247,7 +247,7 @@ func (u *run) keep(i int32) {
 		}
 		*own = append(*own, item{key, i})
 		siftUp(u.t, *own, len(*own)-1)
-	case codes == SpreadSkew:
+	case SpreadSkew:
 		u.held = append(u.held, i)
 	}
 }
@@ -259,15 +259,15 @@ func (u *run) nodeKey(i int32) (key uint64, codes Code) {
 	if i == u.notOn {
 		codes |= OtherNode
 	}
-	own := t.countOn(i, r.rev)
+	own := int32(0)
+	if u.nodeSpread || t.spreadsOut(i) {
+		own = t.countOn(i, r.rev)
+	}
 	if u.nodeSkew > 0 && own+1-int32(u.nodeMin) > u.nodeSkew {
 		codes |= SpreadSkew
 	}
 	wish, against := u.nodeAffinity(i)
 	codes |= against
-	if !u.nodeSpread && !t.spreadsOut(i) {
-		own = 0
-	}
 	key = u.x.keys[i]
 	wish += uint32(key >> wishShift)
 	return uint64(min(wish, maxWish))<<wishShift | uint64(min(own, maxOwn))<<ownShift | key&(1<<ownShift-1), codes
@@ -379,11 +379,8 @@ func (u *run) isSpecial(i int32) bool {
 		return true
 	}
 	for k := range u.t.scopes[i] {
-		id := u.t.scopes[i][k].id
-		for _, s := range u.special {
-			if id == s {
-				return true
-			}
+		if slices.Contains(u.special, u.t.scopes[i][k].id) {
+			return true
 		}
 	}
 	return false
@@ -411,7 +408,7 @@ func (u *run) rank(c int32) {
 	}
 	var wish uint32
 	var count uint64
-	if len(u.x.columns) > 0 {
+	if u.related() {
 		var codes Code
 		codes, wish, count = u.verdict(cl.values)
 		if codes != 0 {

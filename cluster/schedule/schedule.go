@@ -4,12 +4,14 @@ import "slices"
 
 // scratch is what a call of Schedule works with, kept from call to call.
 type scratch struct {
-	batch   *Batch
+	stored  Batch
+	batch   *Batch         // stored, while it is decided
 	spent   map[string]int // of the allowances
 	ops     []op
 	shares  []Share
 	run     run
 	columns []*column
+	changed []int32
 	placed  []Placed
 	seats   []Binding
 	bounds  []int // seats and ops by group
@@ -44,17 +46,18 @@ const (
 // Schedule decides a batch, group by group in the order given.
 func Schedule(t *Table, b Batch) Result {
 	w := &t.work
-	w.batch, w.ops, w.shares, w.seats, w.bounds = &b, w.ops[:0], w.shares[:0], w.seats[:0], w.bounds[:0]
+	w.stored = b
+	w.batch, w.ops, w.shares, w.seats, w.bounds = &w.stored, w.ops[:0], w.shares[:0], w.seats[:0], w.bounds[:0]
 	clear(w.spent)
 	for len(w.placed) < len(b.Groups) {
 		w.placed = append(w.placed, Placed{})
 	}
 	w.placed = w.placed[:len(b.Groups)]
-	for k := range b.Groups {
+	for k := range w.stored.Groups {
 		w.placed[k] = Placed{}
 		w.bounds = append(w.bounds, len(w.seats))
-		if b.Groups[k].Count > 0 {
-			t.serve(&b.Groups[k], &w.placed[k])
+		if g := &w.stored.Groups[k]; g.Count > 0 {
+			t.serve(g, &w.placed[k])
 		}
 	}
 	t.undo(0)
@@ -63,7 +66,7 @@ func Schedule(t *Table, b Batch) Result {
 	for k := range w.placed {
 		w.placed[k].Bindings = w.seats[w.bounds[k]:w.bounds[k+1]:w.bounds[k+1]]
 	}
-	w.batch = nil
+	w.batch, w.stored = nil, Batch{}
 	return Result{Placed: w.placed}
 }
 
@@ -83,7 +86,7 @@ func (t *Table) serve(g *Group, p *Placed) {
 	}
 	var noms []Nomination
 	if missing > 0 && g.Class.displaces && !w.batch.NoPreemption {
-		noms = t.preempt(u, missing, start)
+		noms = t.preempt(u, missing)
 		missing -= len(noms)
 	}
 	switch {
@@ -164,7 +167,7 @@ func (t *Table) undo(since int) {
 		case displaced:
 			o.victim.Leaving = false
 			t.attend(o.victim, 1)
-			w.spent[o.victim.Class.owner.key()]--
+			w.spent[o.victim.res.key]--
 		case unkept:
 			t.reserve(o.kept, -1)
 		case carried:
@@ -267,11 +270,16 @@ func (u *run) check(i int32) Code {
 	}
 	_, node := u.nodeKey(i)
 	codes |= node
-	if len(u.x.columns) > 0 {
+	if u.related() {
 		c, _, _ := u.verdict(u.valuesOf(i))
 		codes |= c
 	}
 	return codes
+}
+
+// related says that the group has terms about other replicas, or others about it.
+func (u *run) related() bool {
+	return len(u.r.spreads)+len(u.r.affinity)+len(u.r.work.against) > 0
 }
 
 func (u *run) volumes() int64 {

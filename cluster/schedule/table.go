@@ -48,6 +48,7 @@ type Table struct {
 	taintSets   [][]*portolanv1.Taint
 	taintIndex  map[string]int32
 	replicas    map[string]*replica
+	leaving     int                   // replicas that were told to stop
 	homeless    map[string][]*replica // by the node that is not there
 	volumes     map[string]volume
 	volumesOn   map[string]int64 // bytes by node
@@ -99,7 +100,9 @@ type usage struct {
 	replicas    int
 }
 
-const logSize = 1 << 12
+// logSize is how many changes an index may be behind at least; with more nodes, it
+// is as many as four for each.
+const logSize = 1 << 14
 
 // NewTable gives an empty one. The seed breaks ties.
 func NewTable(seed uint64) *Table {
@@ -180,7 +183,7 @@ func (t *Table) slot() int32 {
 	for _, x := range t.indexes {
 		x.grow()
 	}
-	for len(t.log) < len(t.ids) {
+	for len(t.log) < 4*len(t.ids) {
 		t.growLog()
 	}
 	return i
@@ -314,6 +317,7 @@ func (t *Table) DeleteNode(id string) {
 	delete(t.index, id)
 	t.ids[i], t.facts[i], t.down[i] = "", nil, NoNode
 	t.images[i], t.taintSet[i], t.model[i] = nil, 0, -1
+	t.fragments.stale = t.fragments.stale || t.fragments.seen < firstLearn
 	t.relabel(i)
 	t.addCapacity(i, -1)
 	t.capCPU[i], t.capMemory[i], t.capStorage[i], t.devices[i] = 0, 0, 0, nil

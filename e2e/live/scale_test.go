@@ -18,14 +18,14 @@ func TestAutoscale(t *testing.T) {
 	_, err := portolanv1.NewWorkloadServiceClient(fleet.conn).UpdateWorkload(ctx, &portolanv1.UpdateWorkloadRequest{AllowMissing: true, Workload: &portolanv1.Workload{
 		Name: "tenants/shop/workloads/scaled",
 		Spec: &portolanv1.WorkloadSpec{
-			Replicas: ptr(int32(2)),
+			Replicas: new(int32(2)),
 			Containers: []*portolanv1.Container{{
 				Image: image + "catalog:v1", Requests: &portolanv1.ResourceList{Cpu: "100m"}, Limits: &portolanv1.ResourceList{Cpu: "100m", Memory: "32Mi"},
 				Readiness: &portolanv1.Probe{Check: &portolanv1.Probe_Http{Http: &portolanv1.Probe_HttpCheck{Path: "/healthz", Port: 8080}}, Period: period(time.Second)},
 			}},
 			Placement: &portolanv1.WorkloadSpec_Placement{AllowedClusters: []string{"eu-west"}},
 			Autoscale: &portolanv1.Autoscale{
-				Min: ptr(int32(1)), Max: 4, Metrics: []*portolanv1.ScaleMetric{{Kind: portolanv1.ScaleMetricKind_SCALE_METRIC_KIND_CPU, Target: 50}},
+				Min: new(int32(1)), Max: 4, Metrics: []*portolanv1.ScaleMetric{{Kind: portolanv1.ScaleMetricKind_SCALE_METRIC_KIND_CPU, Target: 50}},
 				Down: &portolanv1.ScaleRule{Stabilization: period(20 * time.Second)},
 			},
 		},

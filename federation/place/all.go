@@ -152,10 +152,10 @@ func (a *all) decide(i int, displace bool) {
 	for _, v := range p.Displaced {
 		a.cut(v)
 	}
-	if old := a.plans[i]; len(old.Displaced) > 0 {
-		p.Displaced = append(slices.Clone(old.Displaced), p.Displaced...)
-	}
-	p.Reasons = append(p.Reasons, lostTo(a.plans[i].Reasons)...)
+	old := &a.plans[i] // of an earlier turn, or what it lost before
+	p.Displaced = append(slices.Clone(old.Displaced), p.Displaced...)
+	p.Moved += old.Moved
+	p.Reasons = append(p.Reasons, lostTo(old.Reasons)...)
 	a.plans[i] = p
 	if !p.Frozen {
 		a.take(i, p)
@@ -173,25 +173,20 @@ func lostTo(reasons []Reason) []Reason {
 	return slices.DeleteFunc(slices.Clone(reasons), func(r Reason) bool { return r.Code != DisplacedBy })
 }
 
-// prepare sets in the clusters what belongs to one item: what it was given, and
-// not what an earlier decision of this run made of it.
+// prepare sets in the clusters what belongs to one item.
 func (a *all) prepare(i int) []Held {
 	for c := range a.clusters {
 		x := &a.clusters[c]
 		x.Free, x.Spot = a.pots[c].Free()
 		x.Previous, x.Ready, x.Stopped = Previous{}, 0, false
 	}
-	from := a.held[i]
-	if len(a.plans[i].Assignments) > 0 {
-		from = a.items[i].Held
-	}
-	for _, h := range from {
+	for _, h := range a.held[i] {
 		if c, ok := a.index[h.Cluster]; ok {
 			x := &a.clusters[c]
 			x.Previous, x.Ready, x.Stopped = h.Previous, h.Ready, h.Stopped
 		}
 	}
-	return from
+	return a.held[i]
 }
 
 // fillLower puts into the clusters who could be displaced; false when nobody.
@@ -239,8 +234,13 @@ func (a *all) cut(v Displaced) {
 func (a *all) take(i int, p Plan) {
 	held := make([]Held, 0, len(p.Assignments))
 	for _, as := range p.Assignments {
-		n := max(as.Replicas, as.Max)
-		held = append(held, Held{Cluster: as.Cluster, Previous: Previous{
+		n, ready := max(as.Replicas, as.Max), 0
+		for _, h := range a.held[i] {
+			if h.Cluster == as.Cluster {
+				ready = h.Ready
+			}
+		}
+		held = append(held, Held{Cluster: as.Cluster, Ready: ready, Previous: Previous{
 			Present: true, Declared: n - as.Failover, Failover: as.Failover, Claim: as.Claim, Basis: p.Basis,
 		}})
 	}

@@ -102,6 +102,8 @@ type cell struct {
 	extra    int
 	// had units were here before.
 	had, hadExtra int
+	// gained is what claims of lower priority leave.
+	gained api.Resources
 	// leaving: an exclusive unit is to stop here.
 	leaving bool
 	class   uint64
@@ -115,7 +117,8 @@ func newDecision(s *Snapshot, now time.Time) *decision {
 	d := &decision{s: s, w: &s.Workload, now: now, plain: spec.GetPlacement(), units: newUnits(spec)}
 	d.rooted = isJob(spec) || len(spec.GetVolumes()) > 0
 	d.desired = d.want
-	d.order, d.basis = d.ordering(), d.basisText()
+	d.order = d.ordering()
+	d.basis = d.basisText()
 	d.relate()
 	d.cells = make([]cell, len(s.Clusters))
 	for i := range s.Clusters {

@@ -96,11 +96,11 @@ func (d *decision) victims(x *cell) {
 		if n == 0 {
 			continue
 		}
+		part := l.Claim
 		if n < l.Replicas {
-			need = minus(need, l.Each.Times(int64(n)))
-		} else {
-			need = minus(need, l.Claim)
+			part = l.Each.Times(int64(n))
 		}
+		need, x.gained = minus(need, part), x.gained.Add(part)
 		d.displaced = append(d.displaced, Displaced{Workload: l.Workload, Cluster: x.ID, Replicas: n * max(1, l.per)})
 	}
 }

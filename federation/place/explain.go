@@ -78,7 +78,7 @@ func (d *decision) sentence(x *cell, f fault) string {
 	case NoWeight:
 		return "none of spec.placement.weights gives the cluster a weight"
 	case Device:
-		return "the cluster has too few devices of " + name + " for one replica"
+		return "the cluster has too few devices of " + strings.TrimSpace(f.key+" "+f.value) + " for one replica"
 	case Affinity, AntiAffinity, AffinityWish:
 		return nearSentence(f)
 	case Cordoned:

@@ -22,12 +22,15 @@ import (
 type world struct {
 	clusters map[string]*Cluster
 	w        Workload
+	others   []Other
 	now      time.Time
 }
 
 // TestScenarios runs the stories in testdata. Commands:
 //
-//	cluster ID [region= zone= cpu= mem= price=core/gib labels=(k=v,…) taints=(k:effect,…) state= nodes= ready= cordoned= gone]
+//	cluster ID [region= zone= provider= cpu= mem= spot=cpu/mem price=core/gib[/spot core] labels=(k=v,…) taints=(k:effect,…) rtt=(region:ms,…) gpus=
+//	            lower=(workload:priority:replicas:cpu,…) state= nodes= ready= stopped= cordoned= gone]
+//	other ID    a workload of the tenant, at=(clusters) [keeps-away]
 //	workload    the spec in YAML, [residency=(…)] [revisions=(a,b)]
 //	place       prints the plan and makes it the previous one; [dry] only prints
 //	pass        time goes by
@@ -38,6 +41,17 @@ func TestScenarios(t *testing.T) {
 			switch d.Cmd {
 			case "cluster":
 				wd.cluster(t, d)
+				return ""
+			case "other":
+				o := Other{ID: d.CmdArgs[0].Key}
+				for _, a := range d.CmdArgs[1:] {
+					if a.Key == "at" {
+						o.Clusters = a.Vals
+					} else {
+						o.Affinity = []*portolanv1.WorkloadSpec_ClusterAffinity{{Workload: "w", Anti: true, Over: portolanv1.SpreadDomain_SPREAD_DOMAIN_CLUSTER}}
+					}
+				}
+				wd.others = append(wd.others, o)
 				return ""
 			case "workload":
 				return wd.workload(t, d)
@@ -80,16 +94,47 @@ func (wd *world) cluster(t *testing.T, d *datadriven.TestData) {
 		case "mem":
 			c.Free.MemoryBytes, err = api.ParseBytes(v)
 		case "price":
-			core, gib, _ := strings.Cut(v, "/")
-			c.Spec.CpuCoreHourMicros, _ = strconv.ParseInt(core, 10, 64)
-			c.Spec.MemoryGibHourMicros, err = strconv.ParseInt(gib, 10, 64)
+			parts := strings.Split(v, "/")
+			c.Spec.CpuCoreHourMicros, _ = strconv.ParseInt(parts[0], 10, 64)
+			c.Spec.MemoryGibHourMicros, err = strconv.ParseInt(parts[1], 10, 64)
+			if len(parts) > 2 {
+				spot, _ := strconv.ParseInt(parts[2], 10, 64)
+				c.Pools = append(c.Pools, &portolanv1.PoolStatus{Spot: true, CpuCoreHourMicros: spot})
+			}
+		case "provider":
+			c.Spec.Provider = v
+		case "spot":
+			cpu, mem, _ := strings.Cut(v, "/")
+			c.Spot.CPUMilli, _ = api.ParseCPU(cpu)
+			c.Spot.MemoryBytes, err = api.ParseBytes(mem)
+		case "rtt":
+			c.Spec.RttMillis = map[string]int32{}
+			for _, l := range a.Vals {
+				region, ms, _ := strings.Cut(l, ":")
+				n, _ := strconv.Atoi(ms)
+				c.Spec.RttMillis[region] = int32(n)
+			}
+		case "gpus":
+			n, _ := strconv.Atoi(v)
+			c.Pools = append(c.Pools, &portolanv1.PoolStatus{Devices: map[string]int32{"gpu/A100": int32(n)}})
+		case "lower":
+			for _, l := range a.Vals {
+				f := strings.Split(l, ":")
+				priority, _ := strconv.Atoi(f[1])
+				n, _ := strconv.Atoi(f[2])
+				cpu, _ := api.ParseCPU(f[3])
+				each := api.Resources{CPUMilli: cpu}
+				c.Lower = append(c.Lower, Claimant{Workload: f[0], Priority: priority, Replicas: n, Each: each, Claim: each.Times(int64(n))})
+			}
+		case "stopped":
+			c.Stopped = v == "true"
 		case "labels":
 			for _, l := range a.Vals {
 				k, val, _ := strings.Cut(l, "=")
 				c.Labels[k] = val
 			}
 		case "taints":
-			c.Spec.Taints = nil
+			c.Spec.Taints, c.Changed = nil, wd.now
 			for _, l := range a.Vals {
 				k, effect, _ := strings.Cut(l, ":")
 				c.Spec.Taints = append(c.Spec.Taints, &portolanv1.Taint{Key: k, Effect: portolanv1.TaintEffect(portolanv1.TaintEffect_value["TAINT_EFFECT_"+effect])})
@@ -119,7 +164,7 @@ func (wd *world) workload(t *testing.T, d *datadriven.TestData) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	wd.w = Workload{Spec: &portolanv1.WorkloadSpec{}}
+	wd.w = Workload{ID: "w", Spec: &portolanv1.WorkloadSpec{}}
 	if err := protojson.Unmarshal(js, wd.w.Spec); err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +188,7 @@ func (wd *world) workload(t *testing.T, d *datadriven.TestData) string {
 }
 
 func (wd *world) snapshot() Snapshot {
-	s := Snapshot{Workload: wd.w}
+	s := Snapshot{Workload: wd.w, Others: wd.others}
 	for _, c := range wd.clusters {
 		s.Clusters = append(s.Clusters, *c)
 	}
@@ -157,7 +202,8 @@ func (wd *world) place(dry bool) string {
 			c.Previous = Previous{}
 		}
 		for _, a := range p.Assignments {
-			wd.clusters[a.Cluster].Previous = Previous{Present: true, Declared: a.Replicas - a.Failover, Failover: a.Failover, Claim: a.Claim}
+			n := max(a.Replicas, a.Max)
+			wd.clusters[a.Cluster].Previous = Previous{Present: true, Declared: n - a.Failover, Failover: a.Failover, Claim: a.Claim, Basis: p.Basis}
 		}
 	}
 	return p.text(wd.now)
@@ -168,6 +214,12 @@ func (p Plan) text(now time.Time) string {
 	fmt.Fprintf(&b, "desired %d, unplaced %d", p.Desired, p.Unplaced)
 	if p.FailoverUnplaced > 0 {
 		fmt.Fprintf(&b, ", of lost clusters %d", p.FailoverUnplaced)
+	}
+	if p.Moved > 0 {
+		fmt.Fprintf(&b, ", moved %d", p.Moved)
+	}
+	if p.CostMicros > 0 {
+		fmt.Fprintf(&b, ", %d micros an hour", p.CostMicros)
 	}
 	if p.Frozen {
 		b.WriteString(", frozen")
@@ -190,12 +242,21 @@ func (p Plan) text(now time.Time) string {
 		}
 		fmt.Fprintf(&b, "%s %s: %d", mark, v.Cluster, v.Replicas)
 		if a, ok := claims[v.Cluster]; ok {
+			if a.Max > 0 {
+				fmt.Fprintf(&b, " (scales %d to %d)", a.Min, a.Max)
+			}
 			fmt.Fprintf(&b, " (%d for others), claims %dm %dMi", a.Failover, a.Claim.CPUMilli, a.Claim.MemoryBytes>>20)
 		}
 		b.WriteString("\n")
 		for _, r := range v.Reasons {
 			fmt.Fprintf(&b, "    %s: %s\n", r.Code, r.Message)
 		}
+		for _, r := range v.Remedies {
+			fmt.Fprintf(&b, "    > %s: %s\n", r.Code, r.Message)
+		}
+	}
+	for _, v := range p.Displaced {
+		fmt.Fprintf(&b, "displaced: %d of %s in %s\n", v.Replicas, v.Workload, v.Cluster)
 	}
 	return b.String()
 }

@@ -67,8 +67,8 @@ func (d *decision) assignment(x *cell) Assignment {
 	switch {
 	case d.frozen:
 		a.Replicas, a.Failover, a.Claim = x.Previous.Declared+x.Previous.Failover, x.Previous.Failover, x.Previous.Claim
-	case x.leaving:
-		a.Claim = x.Previous.Claim
+	case x.leaving, x.lost() && d.plain.GetExclusive():
+		a.Claim = x.Previous.Claim // what it is, whatever the template is now
 	case d.isDaemon():
 		a.Replicas, a.Claim = 0, api.Resources{}
 		if x.n > 0 {

@@ -236,7 +236,7 @@ func drawReference(t *rapid.T, held bool) Snapshot {
 }
 
 // outcomeOf reads a plan as the reference would.
-func outcomeOf(t *rapid.T, s Snapshot, p Plan) (outcome, []int) {
+func outcomeOf(t failer, s Snapshot, p Plan) (outcome, []int) {
 	r := &reference{s: s, n: make([]int, len(s.Clusters))}
 	left := int(s.Workload.Spec.GetReplicas())
 	for i, c := range s.Clusters {
@@ -290,18 +290,18 @@ func few(s Snapshot) bool {
 
 // TestReferenceMoves: what runs moves exactly as little as the musts allow.
 func TestReferenceMoves(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		s := drawReference(t, true)
-		want := solve(s)
-		p := Place(s, epoch)
-		got, n := outcomeOf(t, s, p)
-		if got.short != want.short || got.left != want.left {
-			t.Errorf("%d domains missing and %d unplaced, possible are %d and %d: %v", got.short, got.left, want.short, want.left, n)
-		}
-		if got.moved > want.moved {
-			t.Errorf("%d leave, %d would do: %v", got.moved, want.moved, n)
-		}
-	})
+	rapid.Check(t, func(t *rapid.T) { checkMoves(t, drawReference(t, true)) })
+}
+
+func checkMoves(t failer, s Snapshot) {
+	want := solve(s)
+	got, n := outcomeOf(t, s, Place(s, epoch))
+	if got.short != want.short || got.left != want.left {
+		t.Errorf("%d domains missing and %d unplaced, possible are %d and %d: %v", got.short, got.left, want.short, want.left, n)
+	}
+	if got.moved > want.moved {
+		t.Errorf("%d leave, %d would do: %v", got.moved, want.moved, n)
+	}
 }
 
 // TestGreedy: the greedy way and its repairs alone, which is what large fleets get,

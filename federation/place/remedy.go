@@ -64,9 +64,12 @@ func (d *decision) remedy(x *cell, f fault) Remedy {
 		r.Message = "give the cluster a weight in spec.placement.weights"
 		r.Key = x.ID
 	case Affinity:
-		r.Message = "run workload " + f.key + " in this " + f.value
+		r.Message = "drop the affinity to workload " + f.key
 	case AntiAffinity:
-		r.Message = "run workload " + f.key + " in no cluster of this " + f.value
+		r.Message = "drop the anti-affinity to workload " + f.key
+		if f.have == "theirs" {
+			r.Message = "drop the anti-affinity of workload " + f.key + " to this one"
+		}
 	case Cordoned:
 		r.Message = "uncordon the cluster"
 	case Lost:
@@ -108,7 +111,7 @@ func (d *decision) moreDevices(x *cell) []Remedy {
 
 // shortfall is how much more must be free for one more unit.
 func (d *decision) shortfall(x *cell) api.Resources {
-	next, free := x.claim(x.n+x.extra+1), d.free(x)
+	next, free := x.claim(x.n+x.extra+1), d.free(x).Add(x.gained)
 	if d.isDaemon() {
 		next = d.daemonClaim(x)
 	}

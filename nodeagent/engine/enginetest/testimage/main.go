@@ -38,7 +38,7 @@ func run(verb string, rest []string) int {
 		}
 	case "busy":
 		go func() {
-			for n := 0; ; n++ { //nolint:revive // burning CPU is what it is for
+			for n := 0; ; n++ {
 			}
 		}()
 		return sleep(false)

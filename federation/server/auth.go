@@ -57,6 +57,7 @@ var rules = map[string]rule{
 	"/portolan.v1.ClusterService/CreateClusterJoinToken": {operate, true},
 	"/portolan.v1.ClusterService/CreateNodeJoinToken":    {operate, true},
 	"/portolan.v1.ClusterService/ListNodes":              {operate, false},
+	"/portolan.v1.ClusterService/DeleteNode":             {operate, true},
 
 	"/portolan.v1.WorkloadService/GetWorkload":           {read, false},
 	"/portolan.v1.WorkloadService/ListWorkloads":         {read, false},

@@ -253,6 +253,94 @@ func (*ListNodesRequest) Descriptor() ([]byte, []int) {
 	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{4}
 }
 
+type DeleteNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteNodeRequest) Reset() {
+	*x = DeleteNodeRequest{}
+	mi := &file_portolan_link_v1_link_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteNodeRequest) ProtoMessage() {}
+
+func (x *DeleteNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_link_v1_link_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteNodeRequest.ProtoReflect.Descriptor instead.
+func (*DeleteNodeRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *DeleteNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *DeleteNodeRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type DeleteNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteNodeResponse) Reset() {
+	*x = DeleteNodeResponse{}
+	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteNodeResponse) ProtoMessage() {}
+
+func (x *DeleteNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteNodeResponse.ProtoReflect.Descriptor instead.
+func (*DeleteNodeResponse) Descriptor() ([]byte, []int) {
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{6}
+}
+
 type ListNodesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nodes         []*portolanv1.NodeInfo `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
@@ -262,7 +350,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[5]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -274,7 +362,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[5]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -287,7 +375,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{5}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListNodesResponse) GetNodes() []*portolanv1.NodeInfo {
@@ -307,7 +395,7 @@ type ExplainPendingRequest struct {
 
 func (x *ExplainPendingRequest) Reset() {
 	*x = ExplainPendingRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -319,7 +407,7 @@ func (x *ExplainPendingRequest) String() string {
 func (*ExplainPendingRequest) ProtoMessage() {}
 
 func (x *ExplainPendingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -332,7 +420,7 @@ func (x *ExplainPendingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPendingRequest.ProtoReflect.Descriptor instead.
 func (*ExplainPendingRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{6}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExplainPendingRequest) GetWorkload() string {
@@ -351,7 +439,7 @@ type ExplainPendingResponse struct {
 
 func (x *ExplainPendingResponse) Reset() {
 	*x = ExplainPendingResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -363,7 +451,7 @@ func (x *ExplainPendingResponse) String() string {
 func (*ExplainPendingResponse) ProtoMessage() {}
 
 func (x *ExplainPendingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -376,7 +464,7 @@ func (x *ExplainPendingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPendingResponse.ProtoReflect.Descriptor instead.
 func (*ExplainPendingResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{7}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ExplainPendingResponse) GetVerdicts() []*portolanv1.NodeVerdict {
@@ -395,7 +483,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -407,7 +495,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -420,7 +508,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{8}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -446,7 +534,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -458,7 +546,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -471,7 +559,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{9}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -517,7 +605,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -529,7 +617,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -542,7 +630,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{10}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *JoinResponse) GetFleet() string {
@@ -600,7 +688,7 @@ type Intent struct {
 
 func (x *Intent) Reset() {
 	*x = Intent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -612,7 +700,7 @@ func (x *Intent) String() string {
 func (*Intent) ProtoMessage() {}
 
 func (x *Intent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -625,7 +713,7 @@ func (x *Intent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Intent.ProtoReflect.Descriptor instead.
 func (*Intent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{11}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Intent) GetRevision() int64 {
@@ -806,7 +894,7 @@ type Watermark struct {
 
 func (x *Watermark) Reset() {
 	*x = Watermark{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -818,7 +906,7 @@ func (x *Watermark) String() string {
 func (*Watermark) ProtoMessage() {}
 
 func (x *Watermark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -831,7 +919,7 @@ func (x *Watermark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watermark.ProtoReflect.Descriptor instead.
 func (*Watermark) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{12}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Watermark) GetRevision() int64 {
@@ -851,7 +939,7 @@ type ClusterIntent struct {
 
 func (x *ClusterIntent) Reset() {
 	*x = ClusterIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +951,7 @@ func (x *ClusterIntent) String() string {
 func (*ClusterIntent) ProtoMessage() {}
 
 func (x *ClusterIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +964,7 @@ func (x *ClusterIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterIntent.ProtoReflect.Descriptor instead.
 func (*ClusterIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{13}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ClusterIntent) GetCluster() string {
@@ -903,7 +991,7 @@ type TenantIntent struct {
 
 func (x *TenantIntent) Reset() {
 	*x = TenantIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -915,7 +1003,7 @@ func (x *TenantIntent) String() string {
 func (*TenantIntent) ProtoMessage() {}
 
 func (x *TenantIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -928,7 +1016,7 @@ func (x *TenantIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TenantIntent.ProtoReflect.Descriptor instead.
 func (*TenantIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{14}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TenantIntent) GetTenant() string {
@@ -961,7 +1049,7 @@ type WorkloadIntent struct {
 
 func (x *WorkloadIntent) Reset() {
 	*x = WorkloadIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -973,7 +1061,7 @@ func (x *WorkloadIntent) String() string {
 func (*WorkloadIntent) ProtoMessage() {}
 
 func (x *WorkloadIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -986,7 +1074,7 @@ func (x *WorkloadIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadIntent.ProtoReflect.Descriptor instead.
 func (*WorkloadIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{15}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WorkloadIntent) GetTenant() string {
@@ -1049,7 +1137,7 @@ type RevisionIntent struct {
 
 func (x *RevisionIntent) Reset() {
 	*x = RevisionIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1149,7 @@ func (x *RevisionIntent) String() string {
 func (*RevisionIntent) ProtoMessage() {}
 
 func (x *RevisionIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1162,7 @@ func (x *RevisionIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevisionIntent.ProtoReflect.Descriptor instead.
 func (*RevisionIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{16}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RevisionIntent) GetRevision() string {
@@ -1112,7 +1200,7 @@ type ServiceIntent struct {
 
 func (x *ServiceIntent) Reset() {
 	*x = ServiceIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1124,7 +1212,7 @@ func (x *ServiceIntent) String() string {
 func (*ServiceIntent) ProtoMessage() {}
 
 func (x *ServiceIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1137,7 +1225,7 @@ func (x *ServiceIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceIntent.ProtoReflect.Descriptor instead.
 func (*ServiceIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{17}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ServiceIntent) GetTenant() string {
@@ -1186,7 +1274,7 @@ type RouteIntent struct {
 
 func (x *RouteIntent) Reset() {
 	*x = RouteIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1198,7 +1286,7 @@ func (x *RouteIntent) String() string {
 func (*RouteIntent) ProtoMessage() {}
 
 func (x *RouteIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1211,7 +1299,7 @@ func (x *RouteIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteIntent.ProtoReflect.Descriptor instead.
 func (*RouteIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{18}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RouteIntent) GetTenant() string {
@@ -1247,7 +1335,7 @@ type PolicyIntent struct {
 
 func (x *PolicyIntent) Reset() {
 	*x = PolicyIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1259,7 +1347,7 @@ func (x *PolicyIntent) String() string {
 func (*PolicyIntent) ProtoMessage() {}
 
 func (x *PolicyIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1272,7 +1360,7 @@ func (x *PolicyIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyIntent.ProtoReflect.Descriptor instead.
 func (*PolicyIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{19}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PolicyIntent) GetName() string {
@@ -1310,7 +1398,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1410,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1423,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{20}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1377,7 +1465,7 @@ type ServiceExport struct {
 
 func (x *ServiceExport) Reset() {
 	*x = ServiceExport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +1477,7 @@ func (x *ServiceExport) String() string {
 func (*ServiceExport) ProtoMessage() {}
 
 func (x *ServiceExport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +1490,7 @@ func (x *ServiceExport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceExport.ProtoReflect.Descriptor instead.
 func (*ServiceExport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{21}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ServiceExport) GetCluster() string {
@@ -1466,7 +1554,7 @@ type ExportedPort struct {
 
 func (x *ExportedPort) Reset() {
 	*x = ExportedPort{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1478,7 +1566,7 @@ func (x *ExportedPort) String() string {
 func (*ExportedPort) ProtoMessage() {}
 
 func (x *ExportedPort) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1491,7 +1579,7 @@ func (x *ExportedPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportedPort.ProtoReflect.Descriptor instead.
 func (*ExportedPort) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{22}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExportedPort) GetPort() string {
@@ -1527,7 +1615,7 @@ type PeerPermit struct {
 
 func (x *PeerPermit) Reset() {
 	*x = PeerPermit{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1539,7 +1627,7 @@ func (x *PeerPermit) String() string {
 func (*PeerPermit) ProtoMessage() {}
 
 func (x *PeerPermit) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1552,7 +1640,7 @@ func (x *PeerPermit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerPermit.ProtoReflect.Descriptor instead.
 func (*PeerPermit) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{23}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PeerPermit) GetTenant() string {
@@ -1597,7 +1685,7 @@ type StatusReport struct {
 
 func (x *StatusReport) Reset() {
 	*x = StatusReport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +1697,7 @@ func (x *StatusReport) String() string {
 func (*StatusReport) ProtoMessage() {}
 
 func (x *StatusReport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1710,7 @@ func (x *StatusReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReport.ProtoReflect.Descriptor instead.
 func (*StatusReport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{24}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StatusReport) GetSession() int64 {
@@ -1701,7 +1789,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +1801,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +1814,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{25}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Nack) GetResource() string {
@@ -1774,7 +1862,7 @@ type ClusterSummary struct {
 
 func (x *ClusterSummary) Reset() {
 	*x = ClusterSummary{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1786,7 +1874,7 @@ func (x *ClusterSummary) String() string {
 func (*ClusterSummary) ProtoMessage() {}
 
 func (x *ClusterSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1799,7 +1887,7 @@ func (x *ClusterSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterSummary.ProtoReflect.Descriptor instead.
 func (*ClusterSummary) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{26}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ClusterSummary) GetCpuMilli() int64 {
@@ -1871,7 +1959,7 @@ type WorkloadStatusReport struct {
 
 func (x *WorkloadStatusReport) Reset() {
 	*x = WorkloadStatusReport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1883,7 +1971,7 @@ func (x *WorkloadStatusReport) String() string {
 func (*WorkloadStatusReport) ProtoMessage() {}
 
 func (x *WorkloadStatusReport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1896,7 +1984,7 @@ func (x *WorkloadStatusReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStatusReport.ProtoReflect.Descriptor instead.
 func (*WorkloadStatusReport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{27}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WorkloadStatusReport) GetTenant() string {
@@ -1944,7 +2032,7 @@ type ReportAck struct {
 
 func (x *ReportAck) Reset() {
 	*x = ReportAck{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1956,7 +2044,7 @@ func (x *ReportAck) String() string {
 func (*ReportAck) ProtoMessage() {}
 
 func (x *ReportAck) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1969,7 +2057,7 @@ func (x *ReportAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportAck.ProtoReflect.Descriptor instead.
 func (*ReportAck) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{28}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ReportAck) GetSequence() int64 {
@@ -2002,7 +2090,11 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12;\n" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\"\x12\n" +
-	"\x10ListNodesRequest\"@\n" +
+	"\x10ListNodesRequest\"=\n" +
+	"\x11DeleteNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\x14\n" +
+	"\x12DeleteNodeResponse\"@\n" +
 	"\x11ListNodesResponse\x12+\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x15.portolan.v1.NodeInfoR\x05nodes\"3\n" +
 	"\x15ExplainPendingRequest\x12\x1a\n" +
@@ -2134,10 +2226,12 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\vLinkService\x12E\n" +
 	"\x04Join\x12\x1d.portolan.link.v1.JoinRequest\x1a\x1e.portolan.link.v1.JoinResponse\x12I\n" +
 	"\x06Report\x12\x1e.portolan.link.v1.StatusReport\x1a\x1b.portolan.link.v1.ReportAck(\x010\x01\x12>\n" +
-	"\x06Tunnel\x12\x17.portolan.link.v1.Chunk\x1a\x17.portolan.link.v1.Chunk(\x010\x012\xa3\x03\n" +
+	"\x06Tunnel\x12\x17.portolan.link.v1.Chunk\x1a\x17.portolan.link.v1.Chunk(\x010\x012\xfc\x03\n" +
 	"\x13ClusterAdminService\x12r\n" +
 	"\x13CreateNodeJoinToken\x12,.portolan.link.v1.CreateNodeJoinTokenRequest\x1a-.portolan.link.v1.CreateNodeJoinTokenResponse\x12T\n" +
-	"\tListNodes\x12\".portolan.link.v1.ListNodesRequest\x1a#.portolan.link.v1.ListNodesResponse\x12c\n" +
+	"\tListNodes\x12\".portolan.link.v1.ListNodesRequest\x1a#.portolan.link.v1.ListNodesResponse\x12W\n" +
+	"\n" +
+	"DeleteNode\x12#.portolan.link.v1.DeleteNodeRequest\x1a$.portolan.link.v1.DeleteNodeResponse\x12c\n" +
 	"\x0eExplainPending\x12'.portolan.link.v1.ExplainPendingRequest\x1a(.portolan.link.v1.ExplainPendingResponse\x12]\n" +
 	"\fListLaggards\x12%.portolan.link.v1.ListLaggardsRequest\x1a&.portolan.link.v1.ListLaggardsResponseB>Z<github.com/portolan-io/portolan/federation/api/linkv1;linkv1b\x06proto3"
 
@@ -2153,98 +2247,102 @@ func file_portolan_link_v1_link_proto_rawDescGZIP() []byte {
 	return file_portolan_link_v1_link_proto_rawDescData
 }
 
-var file_portolan_link_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_portolan_link_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_portolan_link_v1_link_proto_goTypes = []any{
 	(*ListLaggardsRequest)(nil),         // 0: portolan.link.v1.ListLaggardsRequest
 	(*ListLaggardsResponse)(nil),        // 1: portolan.link.v1.ListLaggardsResponse
 	(*CreateNodeJoinTokenRequest)(nil),  // 2: portolan.link.v1.CreateNodeJoinTokenRequest
 	(*CreateNodeJoinTokenResponse)(nil), // 3: portolan.link.v1.CreateNodeJoinTokenResponse
 	(*ListNodesRequest)(nil),            // 4: portolan.link.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),           // 5: portolan.link.v1.ListNodesResponse
-	(*ExplainPendingRequest)(nil),       // 6: portolan.link.v1.ExplainPendingRequest
-	(*ExplainPendingResponse)(nil),      // 7: portolan.link.v1.ExplainPendingResponse
-	(*Chunk)(nil),                       // 8: portolan.link.v1.Chunk
-	(*JoinRequest)(nil),                 // 9: portolan.link.v1.JoinRequest
-	(*JoinResponse)(nil),                // 10: portolan.link.v1.JoinResponse
-	(*Intent)(nil),                      // 11: portolan.link.v1.Intent
-	(*Watermark)(nil),                   // 12: portolan.link.v1.Watermark
-	(*ClusterIntent)(nil),               // 13: portolan.link.v1.ClusterIntent
-	(*TenantIntent)(nil),                // 14: portolan.link.v1.TenantIntent
-	(*WorkloadIntent)(nil),              // 15: portolan.link.v1.WorkloadIntent
-	(*RevisionIntent)(nil),              // 16: portolan.link.v1.RevisionIntent
-	(*ServiceIntent)(nil),               // 17: portolan.link.v1.ServiceIntent
-	(*RouteIntent)(nil),                 // 18: portolan.link.v1.RouteIntent
-	(*PolicyIntent)(nil),                // 19: portolan.link.v1.PolicyIntent
-	(*TrustBundle)(nil),                 // 20: portolan.link.v1.TrustBundle
-	(*ServiceExport)(nil),               // 21: portolan.link.v1.ServiceExport
-	(*ExportedPort)(nil),                // 22: portolan.link.v1.ExportedPort
-	(*PeerPermit)(nil),                  // 23: portolan.link.v1.PeerPermit
-	(*StatusReport)(nil),                // 24: portolan.link.v1.StatusReport
-	(*Nack)(nil),                        // 25: portolan.link.v1.Nack
-	(*ClusterSummary)(nil),              // 26: portolan.link.v1.ClusterSummary
-	(*WorkloadStatusReport)(nil),        // 27: portolan.link.v1.WorkloadStatusReport
-	(*ReportAck)(nil),                   // 28: portolan.link.v1.ReportAck
-	nil,                                 // 29: portolan.link.v1.WorkloadIntent.LabelsEntry
-	(*portolanv1.Laggard)(nil),          // 30: portolan.v1.Laggard
-	(*timestamppb.Timestamp)(nil),       // 31: google.protobuf.Timestamp
-	(*portolanv1.NodeInfo)(nil),         // 32: portolan.v1.NodeInfo
-	(*portolanv1.NodeVerdict)(nil),      // 33: portolan.v1.NodeVerdict
-	(*portolanv1.ClusterSpec)(nil),      // 34: portolan.v1.ClusterSpec
-	(*portolanv1.TenantSpec)(nil),       // 35: portolan.v1.TenantSpec
-	(*portolanv1.WorkloadSpec)(nil),     // 36: portolan.v1.WorkloadSpec
-	(*portolanv1.ServiceSpec)(nil),      // 37: portolan.v1.ServiceSpec
-	(*portolanv1.RouteSpec)(nil),        // 38: portolan.v1.RouteSpec
-	(*portolanv1.PolicyBundleSpec)(nil), // 39: portolan.v1.PolicyBundleSpec
-	(*portolanv1.RevisionReplicas)(nil), // 40: portolan.v1.RevisionReplicas
-	(*portolanv1.Condition)(nil),        // 41: portolan.v1.Condition
+	(*DeleteNodeRequest)(nil),           // 5: portolan.link.v1.DeleteNodeRequest
+	(*DeleteNodeResponse)(nil),          // 6: portolan.link.v1.DeleteNodeResponse
+	(*ListNodesResponse)(nil),           // 7: portolan.link.v1.ListNodesResponse
+	(*ExplainPendingRequest)(nil),       // 8: portolan.link.v1.ExplainPendingRequest
+	(*ExplainPendingResponse)(nil),      // 9: portolan.link.v1.ExplainPendingResponse
+	(*Chunk)(nil),                       // 10: portolan.link.v1.Chunk
+	(*JoinRequest)(nil),                 // 11: portolan.link.v1.JoinRequest
+	(*JoinResponse)(nil),                // 12: portolan.link.v1.JoinResponse
+	(*Intent)(nil),                      // 13: portolan.link.v1.Intent
+	(*Watermark)(nil),                   // 14: portolan.link.v1.Watermark
+	(*ClusterIntent)(nil),               // 15: portolan.link.v1.ClusterIntent
+	(*TenantIntent)(nil),                // 16: portolan.link.v1.TenantIntent
+	(*WorkloadIntent)(nil),              // 17: portolan.link.v1.WorkloadIntent
+	(*RevisionIntent)(nil),              // 18: portolan.link.v1.RevisionIntent
+	(*ServiceIntent)(nil),               // 19: portolan.link.v1.ServiceIntent
+	(*RouteIntent)(nil),                 // 20: portolan.link.v1.RouteIntent
+	(*PolicyIntent)(nil),                // 21: portolan.link.v1.PolicyIntent
+	(*TrustBundle)(nil),                 // 22: portolan.link.v1.TrustBundle
+	(*ServiceExport)(nil),               // 23: portolan.link.v1.ServiceExport
+	(*ExportedPort)(nil),                // 24: portolan.link.v1.ExportedPort
+	(*PeerPermit)(nil),                  // 25: portolan.link.v1.PeerPermit
+	(*StatusReport)(nil),                // 26: portolan.link.v1.StatusReport
+	(*Nack)(nil),                        // 27: portolan.link.v1.Nack
+	(*ClusterSummary)(nil),              // 28: portolan.link.v1.ClusterSummary
+	(*WorkloadStatusReport)(nil),        // 29: portolan.link.v1.WorkloadStatusReport
+	(*ReportAck)(nil),                   // 30: portolan.link.v1.ReportAck
+	nil,                                 // 31: portolan.link.v1.WorkloadIntent.LabelsEntry
+	(*portolanv1.Laggard)(nil),          // 32: portolan.v1.Laggard
+	(*timestamppb.Timestamp)(nil),       // 33: google.protobuf.Timestamp
+	(*portolanv1.NodeInfo)(nil),         // 34: portolan.v1.NodeInfo
+	(*portolanv1.NodeVerdict)(nil),      // 35: portolan.v1.NodeVerdict
+	(*portolanv1.ClusterSpec)(nil),      // 36: portolan.v1.ClusterSpec
+	(*portolanv1.TenantSpec)(nil),       // 37: portolan.v1.TenantSpec
+	(*portolanv1.WorkloadSpec)(nil),     // 38: portolan.v1.WorkloadSpec
+	(*portolanv1.ServiceSpec)(nil),      // 39: portolan.v1.ServiceSpec
+	(*portolanv1.RouteSpec)(nil),        // 40: portolan.v1.RouteSpec
+	(*portolanv1.PolicyBundleSpec)(nil), // 41: portolan.v1.PolicyBundleSpec
+	(*portolanv1.RevisionReplicas)(nil), // 42: portolan.v1.RevisionReplicas
+	(*portolanv1.Condition)(nil),        // 43: portolan.v1.Condition
 }
 var file_portolan_link_v1_link_proto_depIdxs = []int32{
-	30, // 0: portolan.link.v1.ListLaggardsResponse.laggards:type_name -> portolan.v1.Laggard
-	31, // 1: portolan.link.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	32, // 2: portolan.link.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
-	33, // 3: portolan.link.v1.ExplainPendingResponse.verdicts:type_name -> portolan.v1.NodeVerdict
-	15, // 4: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
-	17, // 5: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
-	18, // 6: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
-	19, // 7: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
-	20, // 8: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
-	21, // 9: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
-	23, // 10: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
-	12, // 11: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
-	13, // 12: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
-	14, // 13: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
-	34, // 14: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
-	35, // 15: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
-	16, // 16: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
-	29, // 17: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
-	36, // 18: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
-	37, // 19: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
-	38, // 20: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
-	39, // 21: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
-	22, // 22: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
-	26, // 23: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
-	27, // 24: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
-	21, // 25: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
-	25, // 26: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
-	30, // 27: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
-	40, // 28: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
-	41, // 29: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
-	9,  // 30: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
-	24, // 31: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
-	8,  // 32: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
+	32, // 0: portolan.link.v1.ListLaggardsResponse.laggards:type_name -> portolan.v1.Laggard
+	33, // 1: portolan.link.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	34, // 2: portolan.link.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
+	35, // 3: portolan.link.v1.ExplainPendingResponse.verdicts:type_name -> portolan.v1.NodeVerdict
+	17, // 4: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
+	19, // 5: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
+	20, // 6: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
+	21, // 7: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
+	22, // 8: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
+	23, // 9: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
+	25, // 10: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
+	14, // 11: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
+	15, // 12: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
+	16, // 13: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
+	36, // 14: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
+	37, // 15: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
+	18, // 16: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
+	31, // 17: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
+	38, // 18: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
+	39, // 19: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
+	40, // 20: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
+	41, // 21: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
+	24, // 22: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
+	28, // 23: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
+	29, // 24: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
+	23, // 25: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
+	27, // 26: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
+	32, // 27: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
+	42, // 28: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
+	43, // 29: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
+	11, // 30: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
+	26, // 31: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
+	10, // 32: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
 	2,  // 33: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:input_type -> portolan.link.v1.CreateNodeJoinTokenRequest
 	4,  // 34: portolan.link.v1.ClusterAdminService.ListNodes:input_type -> portolan.link.v1.ListNodesRequest
-	6,  // 35: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
-	0,  // 36: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
-	10, // 37: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
-	28, // 38: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
-	8,  // 39: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
-	3,  // 40: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
-	5,  // 41: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
-	7,  // 42: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
-	1,  // 43: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
-	37, // [37:44] is the sub-list for method output_type
-	30, // [30:37] is the sub-list for method input_type
+	5,  // 35: portolan.link.v1.ClusterAdminService.DeleteNode:input_type -> portolan.link.v1.DeleteNodeRequest
+	8,  // 36: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
+	0,  // 37: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
+	12, // 38: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
+	30, // 39: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
+	10, // 40: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
+	3,  // 41: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
+	7,  // 42: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
+	6,  // 43: portolan.link.v1.ClusterAdminService.DeleteNode:output_type -> portolan.link.v1.DeleteNodeResponse
+	9,  // 44: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
+	1,  // 45: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
+	38, // [38:46] is the sub-list for method output_type
+	30, // [30:38] is the sub-list for method input_type
 	30, // [30:30] is the sub-list for extension type_name
 	30, // [30:30] is the sub-list for extension extendee
 	0,  // [0:30] is the sub-list for field type_name
@@ -2255,7 +2353,7 @@ func file_portolan_link_v1_link_proto_init() {
 	if File_portolan_link_v1_link_proto != nil {
 		return
 	}
-	file_portolan_link_v1_link_proto_msgTypes[11].OneofWrappers = []any{
+	file_portolan_link_v1_link_proto_msgTypes[13].OneofWrappers = []any{
 		(*Intent_Workload)(nil),
 		(*Intent_Service)(nil),
 		(*Intent_Route)(nil),
@@ -2273,7 +2371,7 @@ func file_portolan_link_v1_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_link_v1_link_proto_rawDesc), len(file_portolan_link_v1_link_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

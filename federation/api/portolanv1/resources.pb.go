@@ -1028,6 +1028,8 @@ type PlacementSummary struct {
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Revisions     []*RevisionReplicas    `protobuf:"bytes,2,rep,name=revisions,proto3" json:"revisions,omitempty"`
 	ReadyReplicas int32                  `protobuf:"varint,3,opt,name=ready_replicas,json=readyReplicas,proto3" json:"ready_replicas,omitempty"`
+	// What the cluster says of its part.
+	Conditions    []*Condition `protobuf:"bytes,4,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1081,6 +1083,13 @@ func (x *PlacementSummary) GetReadyReplicas() int32 {
 		return x.ReadyReplicas
 	}
 	return 0
+}
+
+func (x *PlacementSummary) GetConditions() []*Condition {
+	if x != nil {
+		return x.Conditions
+	}
+	return nil
 }
 
 type RevisionReplicas struct {
@@ -2527,11 +2536,14 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\n" +
 	"placements\x18\a \x03(\v2\x1d.portolan.v1.PlacementSummaryR\n" +
 	"placements\x12+\n" +
-	"\x11unplaced_replicas\x18\b \x01(\x05R\x10unplacedReplicas\"\x90\x01\n" +
+	"\x11unplaced_replicas\x18\b \x01(\x05R\x10unplacedReplicas\"\xc8\x01\n" +
 	"\x10PlacementSummary\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12;\n" +
 	"\trevisions\x18\x02 \x03(\v2\x1d.portolan.v1.RevisionReplicasR\trevisions\x12%\n" +
-	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\"q\n" +
+	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\x126\n" +
+	"\n" +
+	"conditions\x18\x04 \x03(\v2\x16.portolan.v1.ConditionR\n" +
+	"conditions\"q\n" +
 	"\x10RevisionReplicas\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12\x1a\n" +
 	"\breplicas\x18\x02 \x01(\x05R\breplicas\x12%\n" +
@@ -2801,49 +2813,50 @@ var file_portolan_v1_resources_proto_depIdxs = []int32{
 	38, // 21: portolan.v1.WorkloadStatus.conditions:type_name -> portolan.v1.Condition
 	12, // 22: portolan.v1.WorkloadStatus.placements:type_name -> portolan.v1.PlacementSummary
 	13, // 23: portolan.v1.PlacementSummary.revisions:type_name -> portolan.v1.RevisionReplicas
-	31, // 24: portolan.v1.WorkloadRevision.labels:type_name -> portolan.v1.WorkloadRevision.LabelsEntry
-	37, // 25: portolan.v1.WorkloadRevision.create_time:type_name -> google.protobuf.Timestamp
-	37, // 26: portolan.v1.WorkloadRevision.update_time:type_name -> google.protobuf.Timestamp
-	40, // 27: portolan.v1.WorkloadRevision.spec:type_name -> portolan.v1.WorkloadSpec
-	32, // 28: portolan.v1.Service.labels:type_name -> portolan.v1.Service.LabelsEntry
-	37, // 29: portolan.v1.Service.create_time:type_name -> google.protobuf.Timestamp
-	37, // 30: portolan.v1.Service.update_time:type_name -> google.protobuf.Timestamp
-	41, // 31: portolan.v1.Service.spec:type_name -> portolan.v1.ServiceSpec
-	16, // 32: portolan.v1.Service.status:type_name -> portolan.v1.ServiceStatus
-	38, // 33: portolan.v1.ServiceStatus.conditions:type_name -> portolan.v1.Condition
-	33, // 34: portolan.v1.Route.labels:type_name -> portolan.v1.Route.LabelsEntry
-	37, // 35: portolan.v1.Route.create_time:type_name -> google.protobuf.Timestamp
-	37, // 36: portolan.v1.Route.update_time:type_name -> google.protobuf.Timestamp
-	42, // 37: portolan.v1.Route.spec:type_name -> portolan.v1.RouteSpec
-	18, // 38: portolan.v1.Route.status:type_name -> portolan.v1.RouteStatus
-	38, // 39: portolan.v1.RouteStatus.conditions:type_name -> portolan.v1.Condition
-	34, // 40: portolan.v1.PolicyBundle.labels:type_name -> portolan.v1.PolicyBundle.LabelsEntry
-	37, // 41: portolan.v1.PolicyBundle.create_time:type_name -> google.protobuf.Timestamp
-	37, // 42: portolan.v1.PolicyBundle.update_time:type_name -> google.protobuf.Timestamp
-	43, // 43: portolan.v1.PolicyBundle.spec:type_name -> portolan.v1.PolicyBundleSpec
-	20, // 44: portolan.v1.PolicyBundle.status:type_name -> portolan.v1.PolicyBundleStatus
-	38, // 45: portolan.v1.PolicyBundleStatus.conditions:type_name -> portolan.v1.Condition
-	35, // 46: portolan.v1.RoleBinding.labels:type_name -> portolan.v1.RoleBinding.LabelsEntry
-	37, // 47: portolan.v1.RoleBinding.create_time:type_name -> google.protobuf.Timestamp
-	37, // 48: portolan.v1.RoleBinding.update_time:type_name -> google.protobuf.Timestamp
-	22, // 49: portolan.v1.RoleBinding.spec:type_name -> portolan.v1.RoleBindingSpec
-	1,  // 50: portolan.v1.RoleBindingSpec.role:type_name -> portolan.v1.Role
-	36, // 51: portolan.v1.Placement.labels:type_name -> portolan.v1.Placement.LabelsEntry
-	37, // 52: portolan.v1.Placement.create_time:type_name -> google.protobuf.Timestamp
-	37, // 53: portolan.v1.Placement.update_time:type_name -> google.protobuf.Timestamp
-	24, // 54: portolan.v1.Placement.spec:type_name -> portolan.v1.PlacementSpec
-	25, // 55: portolan.v1.Placement.status:type_name -> portolan.v1.PlacementStatus
-	13, // 56: portolan.v1.PlacementSpec.revisions:type_name -> portolan.v1.RevisionReplicas
-	26, // 57: portolan.v1.PlacementSpec.reasons:type_name -> portolan.v1.Reason
-	13, // 58: portolan.v1.PlacementStatus.revisions:type_name -> portolan.v1.RevisionReplicas
-	38, // 59: portolan.v1.PlacementStatus.conditions:type_name -> portolan.v1.Condition
-	37, // 60: portolan.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
-	2,  // 61: portolan.v1.AuditEntry.decision:type_name -> portolan.v1.AuditDecision
-	62, // [62:62] is the sub-list for method output_type
-	62, // [62:62] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	38, // 24: portolan.v1.PlacementSummary.conditions:type_name -> portolan.v1.Condition
+	31, // 25: portolan.v1.WorkloadRevision.labels:type_name -> portolan.v1.WorkloadRevision.LabelsEntry
+	37, // 26: portolan.v1.WorkloadRevision.create_time:type_name -> google.protobuf.Timestamp
+	37, // 27: portolan.v1.WorkloadRevision.update_time:type_name -> google.protobuf.Timestamp
+	40, // 28: portolan.v1.WorkloadRevision.spec:type_name -> portolan.v1.WorkloadSpec
+	32, // 29: portolan.v1.Service.labels:type_name -> portolan.v1.Service.LabelsEntry
+	37, // 30: portolan.v1.Service.create_time:type_name -> google.protobuf.Timestamp
+	37, // 31: portolan.v1.Service.update_time:type_name -> google.protobuf.Timestamp
+	41, // 32: portolan.v1.Service.spec:type_name -> portolan.v1.ServiceSpec
+	16, // 33: portolan.v1.Service.status:type_name -> portolan.v1.ServiceStatus
+	38, // 34: portolan.v1.ServiceStatus.conditions:type_name -> portolan.v1.Condition
+	33, // 35: portolan.v1.Route.labels:type_name -> portolan.v1.Route.LabelsEntry
+	37, // 36: portolan.v1.Route.create_time:type_name -> google.protobuf.Timestamp
+	37, // 37: portolan.v1.Route.update_time:type_name -> google.protobuf.Timestamp
+	42, // 38: portolan.v1.Route.spec:type_name -> portolan.v1.RouteSpec
+	18, // 39: portolan.v1.Route.status:type_name -> portolan.v1.RouteStatus
+	38, // 40: portolan.v1.RouteStatus.conditions:type_name -> portolan.v1.Condition
+	34, // 41: portolan.v1.PolicyBundle.labels:type_name -> portolan.v1.PolicyBundle.LabelsEntry
+	37, // 42: portolan.v1.PolicyBundle.create_time:type_name -> google.protobuf.Timestamp
+	37, // 43: portolan.v1.PolicyBundle.update_time:type_name -> google.protobuf.Timestamp
+	43, // 44: portolan.v1.PolicyBundle.spec:type_name -> portolan.v1.PolicyBundleSpec
+	20, // 45: portolan.v1.PolicyBundle.status:type_name -> portolan.v1.PolicyBundleStatus
+	38, // 46: portolan.v1.PolicyBundleStatus.conditions:type_name -> portolan.v1.Condition
+	35, // 47: portolan.v1.RoleBinding.labels:type_name -> portolan.v1.RoleBinding.LabelsEntry
+	37, // 48: portolan.v1.RoleBinding.create_time:type_name -> google.protobuf.Timestamp
+	37, // 49: portolan.v1.RoleBinding.update_time:type_name -> google.protobuf.Timestamp
+	22, // 50: portolan.v1.RoleBinding.spec:type_name -> portolan.v1.RoleBindingSpec
+	1,  // 51: portolan.v1.RoleBindingSpec.role:type_name -> portolan.v1.Role
+	36, // 52: portolan.v1.Placement.labels:type_name -> portolan.v1.Placement.LabelsEntry
+	37, // 53: portolan.v1.Placement.create_time:type_name -> google.protobuf.Timestamp
+	37, // 54: portolan.v1.Placement.update_time:type_name -> google.protobuf.Timestamp
+	24, // 55: portolan.v1.Placement.spec:type_name -> portolan.v1.PlacementSpec
+	25, // 56: portolan.v1.Placement.status:type_name -> portolan.v1.PlacementStatus
+	13, // 57: portolan.v1.PlacementSpec.revisions:type_name -> portolan.v1.RevisionReplicas
+	26, // 58: portolan.v1.PlacementSpec.reasons:type_name -> portolan.v1.Reason
+	13, // 59: portolan.v1.PlacementStatus.revisions:type_name -> portolan.v1.RevisionReplicas
+	38, // 60: portolan.v1.PlacementStatus.conditions:type_name -> portolan.v1.Condition
+	37, // 61: portolan.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
+	2,  // 62: portolan.v1.AuditEntry.decision:type_name -> portolan.v1.AuditDecision
+	63, // [63:63] is the sub-list for method output_type
+	63, // [63:63] is the sub-list for method input_type
+	63, // [63:63] is the sub-list for extension type_name
+	63, // [63:63] is the sub-list for extension extendee
+	0,  // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_portolan_v1_resources_proto_init() }

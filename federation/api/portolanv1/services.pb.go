@@ -3630,6 +3630,61 @@ func (x *ListNodesRequest) GetCluster() string {
 	return ""
 }
 
+type DeleteNodeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// clusters/{c}/nodes/{n}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Also when it is not lost. What runs there may then go on beside its stand-ins,
+	// until the node is stopped or heard again.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteNodeRequest) Reset() {
+	*x = DeleteNodeRequest{}
+	mi := &file_portolan_v1_services_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteNodeRequest) ProtoMessage() {}
+
+func (x *DeleteNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteNodeRequest.ProtoReflect.Descriptor instead.
+func (*DeleteNodeRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *DeleteNodeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DeleteNodeRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
 type ListNodesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nodes         []*NodeInfo            `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
@@ -3639,7 +3694,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[56]
+	mi := &file_portolan_v1_services_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3651,7 +3706,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[56]
+	mi := &file_portolan_v1_services_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3664,7 +3719,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{56}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -3696,7 +3751,7 @@ type NodeInfo struct {
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_portolan_v1_services_proto_msgTypes[57]
+	mi := &file_portolan_v1_services_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3708,7 +3763,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[57]
+	mi := &file_portolan_v1_services_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3721,7 +3776,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{57}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *NodeInfo) GetName() string {
@@ -3824,7 +3879,7 @@ type ExplainWorkloadRequest struct {
 
 func (x *ExplainWorkloadRequest) Reset() {
 	*x = ExplainWorkloadRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[58]
+	mi := &file_portolan_v1_services_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3836,7 +3891,7 @@ func (x *ExplainWorkloadRequest) String() string {
 func (*ExplainWorkloadRequest) ProtoMessage() {}
 
 func (x *ExplainWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[58]
+	mi := &file_portolan_v1_services_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3849,7 +3904,7 @@ func (x *ExplainWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*ExplainWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{58}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ExplainWorkloadRequest) GetName() string {
@@ -3873,7 +3928,7 @@ type ExplainWorkloadResponse struct {
 
 func (x *ExplainWorkloadResponse) Reset() {
 	*x = ExplainWorkloadResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[59]
+	mi := &file_portolan_v1_services_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3885,7 +3940,7 @@ func (x *ExplainWorkloadResponse) String() string {
 func (*ExplainWorkloadResponse) ProtoMessage() {}
 
 func (x *ExplainWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[59]
+	mi := &file_portolan_v1_services_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3898,7 +3953,7 @@ func (x *ExplainWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*ExplainWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{59}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ExplainWorkloadResponse) GetClusters() []*ClusterVerdict {
@@ -3949,7 +4004,7 @@ type ClusterVerdict struct {
 
 func (x *ClusterVerdict) Reset() {
 	*x = ClusterVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[60]
+	mi := &file_portolan_v1_services_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3961,7 +4016,7 @@ func (x *ClusterVerdict) String() string {
 func (*ClusterVerdict) ProtoMessage() {}
 
 func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[60]
+	mi := &file_portolan_v1_services_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3974,7 +4029,7 @@ func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterVerdict.ProtoReflect.Descriptor instead.
 func (*ClusterVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{60}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ClusterVerdict) GetCluster() string {
@@ -4023,7 +4078,7 @@ type NodeVerdict struct {
 
 func (x *NodeVerdict) Reset() {
 	*x = NodeVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[61]
+	mi := &file_portolan_v1_services_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4035,7 +4090,7 @@ func (x *NodeVerdict) String() string {
 func (*NodeVerdict) ProtoMessage() {}
 
 func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[61]
+	mi := &file_portolan_v1_services_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4048,7 +4103,7 @@ func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeVerdict.ProtoReflect.Descriptor instead.
 func (*NodeVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{61}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *NodeVerdict) GetCluster() string {
@@ -4086,7 +4141,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[62]
+	mi := &file_portolan_v1_services_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4098,7 +4153,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[62]
+	mi := &file_portolan_v1_services_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4111,7 +4166,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{62}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WatchRequest) GetKinds() []string {
@@ -4150,7 +4205,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[63]
+	mi := &file_portolan_v1_services_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4162,7 +4217,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[63]
+	mi := &file_portolan_v1_services_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4175,7 +4230,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -4263,7 +4318,7 @@ type WaitConvergedRequest struct {
 
 func (x *WaitConvergedRequest) Reset() {
 	*x = WaitConvergedRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[64]
+	mi := &file_portolan_v1_services_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4275,7 +4330,7 @@ func (x *WaitConvergedRequest) String() string {
 func (*WaitConvergedRequest) ProtoMessage() {}
 
 func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[64]
+	mi := &file_portolan_v1_services_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4288,7 +4343,7 @@ func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedRequest.ProtoReflect.Descriptor instead.
 func (*WaitConvergedRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *WaitConvergedRequest) GetRevision() int64 {
@@ -4326,7 +4381,7 @@ type WaitConvergedResponse struct {
 
 func (x *WaitConvergedResponse) Reset() {
 	*x = WaitConvergedResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[65]
+	mi := &file_portolan_v1_services_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4338,7 +4393,7 @@ func (x *WaitConvergedResponse) String() string {
 func (*WaitConvergedResponse) ProtoMessage() {}
 
 func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[65]
+	mi := &file_portolan_v1_services_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4351,7 +4406,7 @@ func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedResponse.ProtoReflect.Descriptor instead.
 func (*WaitConvergedResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{65}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *WaitConvergedResponse) GetRevision() int64 {
@@ -4415,7 +4470,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_portolan_v1_services_proto_msgTypes[66]
+	mi := &file_portolan_v1_services_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4427,7 +4482,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[66]
+	mi := &file_portolan_v1_services_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4440,7 +4495,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{66}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Replica) GetName() string {
@@ -4555,7 +4610,7 @@ type ContainerState struct {
 
 func (x *ContainerState) Reset() {
 	*x = ContainerState{}
-	mi := &file_portolan_v1_services_proto_msgTypes[67]
+	mi := &file_portolan_v1_services_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4567,7 +4622,7 @@ func (x *ContainerState) String() string {
 func (*ContainerState) ProtoMessage() {}
 
 func (x *ContainerState) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[67]
+	mi := &file_portolan_v1_services_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4580,7 +4635,7 @@ func (x *ContainerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerState.ProtoReflect.Descriptor instead.
 func (*ContainerState) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{67}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ContainerState) GetName() string {
@@ -4675,7 +4730,7 @@ type Timeline struct {
 
 func (x *Timeline) Reset() {
 	*x = Timeline{}
-	mi := &file_portolan_v1_services_proto_msgTypes[68]
+	mi := &file_portolan_v1_services_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4687,7 +4742,7 @@ func (x *Timeline) String() string {
 func (*Timeline) ProtoMessage() {}
 
 func (x *Timeline) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[68]
+	mi := &file_portolan_v1_services_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4700,7 +4755,7 @@ func (x *Timeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timeline.ProtoReflect.Descriptor instead.
 func (*Timeline) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{68}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Timeline) GetAtCluster() *timestamppb.Timestamp {
@@ -4759,17 +4814,19 @@ type Event struct {
 	Object string `protobuf:"bytes,2,opt,name=object,proto3" json:"object,omitempty"`
 	// Typed: "Bound", "Started", "Killed", "OOMKilled", "LivenessFailed",
 	// "CrashLoopBackOff", "NodeLost", …
-	Type          string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
-	Message       string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
-	Cluster       string `protobuf:"bytes,5,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Count         int32  `protobuf:"varint,6,opt,name=count,proto3" json:"count,omitempty"`
+	Type    string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
+	Message string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	Cluster string `protobuf:"bytes,5,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Count   int32  `protobuf:"varint,6,opt,name=count,proto3" json:"count,omitempty"`
+	// ID of the node where it happened. Told to fleet admins only.
+	Node          string `protobuf:"bytes,7,opt,name=node,proto3" json:"node,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_portolan_v1_services_proto_msgTypes[69]
+	mi := &file_portolan_v1_services_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4781,7 +4838,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[69]
+	mi := &file_portolan_v1_services_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4794,7 +4851,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{69}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -4839,19 +4896,31 @@ func (x *Event) GetCount() int32 {
 	return 0
 }
 
+func (x *Event) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
 type ListReplicasRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// tenants/{t}/workloads/{w}, or tenants/{t}/workloads/- for all of a tenant.
+	// tenants/{t}/workloads/{w}, or tenants/{t}/workloads/- for all of a tenant. A
+	// cluster is also asked for a single replica, by its name.
 	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
 	// Only this cluster.
-	Cluster       string `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Cluster string `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// Pages are between the federation and a cluster: at most this many, in order of
+	// name, all when 0. The federation itself answers with all, up to 10,000.
+	PageSize      int32  `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[70]
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4863,7 +4932,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[70]
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4876,7 +4945,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{70}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListReplicasRequest) GetParent() string {
@@ -4893,18 +4962,33 @@ func (x *ListReplicasRequest) GetCluster() string {
 	return ""
 }
 
+func (x *ListReplicasRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListReplicasRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
 type ListReplicasResponse struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Replicas []*Replica             `protobuf:"bytes,1,rep,name=replicas,proto3" json:"replicas,omitempty"`
 	// Clusters that did not answer.
 	SilentClusters []string `protobuf:"bytes,2,rep,name=silent_clusters,json=silentClusters,proto3" json:"silent_clusters,omitempty"`
+	NextPageToken  string   `protobuf:"bytes,3,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4916,7 +5000,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4929,7 +5013,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*Replica {
@@ -4946,6 +5030,13 @@ func (x *ListReplicasResponse) GetSilentClusters() []string {
 	return nil
 }
 
+func (x *ListReplicasResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 type ListEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// tenants/{t}, a workload, a replica, or empty for the fleet (fleet admins).
@@ -4959,7 +5050,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4971,7 +5062,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4984,7 +5075,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ListEventsRequest) GetParent() string {
@@ -5019,7 +5110,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5031,7 +5122,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5044,7 +5135,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ListEventsResponse) GetEvents() []*Event {
@@ -5077,7 +5168,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5089,7 +5180,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5102,7 +5193,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *LogsRequest) GetReplica() string {
@@ -5149,7 +5240,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5161,7 +5252,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5174,7 +5265,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *LogsResponse) GetData() []byte {
@@ -5199,7 +5290,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5211,7 +5302,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5224,7 +5315,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ExecRequest) GetMessage() isExecRequest_Message {
@@ -5308,7 +5399,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5320,7 +5411,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5333,7 +5424,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *TerminalSize) GetRows() int32 {
@@ -5364,7 +5455,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5376,7 +5467,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5389,7 +5480,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ExecResponse) GetMessage() isExecResponse_Message {
@@ -5457,7 +5548,7 @@ type WatchResponse_Established struct {
 
 func (x *WatchResponse_Established) Reset() {
 	*x = WatchResponse_Established{}
-	mi := &file_portolan_v1_services_proto_msgTypes[90]
+	mi := &file_portolan_v1_services_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5469,7 +5560,7 @@ func (x *WatchResponse_Established) String() string {
 func (*WatchResponse_Established) ProtoMessage() {}
 
 func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[90]
+	mi := &file_portolan_v1_services_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5482,7 +5573,7 @@ func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Established.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Established) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64, 0}
 }
 
 type WatchResponse_Change struct {
@@ -5496,7 +5587,7 @@ type WatchResponse_Change struct {
 
 func (x *WatchResponse_Change) Reset() {
 	*x = WatchResponse_Change{}
-	mi := &file_portolan_v1_services_proto_msgTypes[91]
+	mi := &file_portolan_v1_services_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5508,7 +5599,7 @@ func (x *WatchResponse_Change) String() string {
 func (*WatchResponse_Change) ProtoMessage() {}
 
 func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[91]
+	mi := &file_portolan_v1_services_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5521,7 +5612,7 @@ func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Change.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Change) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63, 1}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64, 1}
 }
 
 func (x *WatchResponse_Change) GetKind() ChangeKind {
@@ -5554,7 +5645,7 @@ type WatchResponse_SnapshotEnd struct {
 
 func (x *WatchResponse_SnapshotEnd) Reset() {
 	*x = WatchResponse_SnapshotEnd{}
-	mi := &file_portolan_v1_services_proto_msgTypes[92]
+	mi := &file_portolan_v1_services_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5566,7 +5657,7 @@ func (x *WatchResponse_SnapshotEnd) String() string {
 func (*WatchResponse_SnapshotEnd) ProtoMessage() {}
 
 func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[92]
+	mi := &file_portolan_v1_services_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5579,7 +5670,7 @@ func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_SnapshotEnd.ProtoReflect.Descriptor instead.
 func (*WatchResponse_SnapshotEnd) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63, 2}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64, 2}
 }
 
 func (x *WatchResponse_SnapshotEnd) GetRevision() int64 {
@@ -5599,7 +5690,7 @@ type WatchResponse_Bookmark struct {
 
 func (x *WatchResponse_Bookmark) Reset() {
 	*x = WatchResponse_Bookmark{}
-	mi := &file_portolan_v1_services_proto_msgTypes[93]
+	mi := &file_portolan_v1_services_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5611,7 +5702,7 @@ func (x *WatchResponse_Bookmark) String() string {
 func (*WatchResponse_Bookmark) ProtoMessage() {}
 
 func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[93]
+	mi := &file_portolan_v1_services_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5624,7 +5715,7 @@ func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Bookmark.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Bookmark) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63, 3}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64, 3}
 }
 
 func (x *WatchResponse_Bookmark) GetRevision() int64 {
@@ -5646,7 +5737,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_portolan_v1_services_proto_msgTypes[94]
+	mi := &file_portolan_v1_services_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5658,7 +5749,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[94]
+	mi := &file_portolan_v1_services_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5671,7 +5762,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77, 0}
 }
 
 func (x *ExecRequest_Start) GetReplica() string {
@@ -6010,7 +6101,10 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\",\n" +
 	"\x10ListNodesRequest\x12\x18\n" +
-	"\acluster\x18\x01 \x01(\tR\acluster\"@\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\"=\n" +
+	"\x11DeleteNodeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"@\n" +
 	"\x11ListNodesResponse\x12+\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x15.portolan.v1.NodeInfoR\x05nodes\"\xc2\x04\n" +
 	"\bNodeInfo\x12\x12\n" +
@@ -6117,20 +6211,25 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x06pulled\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06pulled\x12?\n" +
 	"\rnetwork_ready\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\fnetworkReady\x124\n" +
 	"\astarted\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x120\n" +
-	"\x05ready\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05ready\"\xad\x01\n" +
+	"\x05ready\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05ready\"\xc1\x01\n" +
 	"\x05Event\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
 	"\x06object\x18\x02 \x01(\tR\x06object\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x12\x18\n" +
 	"\acluster\x18\x05 \x01(\tR\acluster\x12\x14\n" +
-	"\x05count\x18\x06 \x01(\x05R\x05count\"G\n" +
+	"\x05count\x18\x06 \x01(\x05R\x05count\x12\x12\n" +
+	"\x04node\x18\a \x01(\tR\x04node\"\x83\x01\n" +
 	"\x13ListReplicasRequest\x12\x16\n" +
 	"\x06parent\x18\x01 \x01(\tR\x06parent\x12\x18\n" +
-	"\acluster\x18\x02 \x01(\tR\acluster\"q\n" +
+	"\acluster\x18\x02 \x01(\tR\acluster\x12\x1b\n" +
+	"\tpage_size\x18\x03 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tR\tpageToken\"\x99\x01\n" +
 	"\x14ListReplicasResponse\x120\n" +
 	"\breplicas\x18\x01 \x03(\v2\x14.portolan.v1.ReplicaR\breplicas\x12'\n" +
-	"\x0fsilent_clusters\x18\x02 \x03(\tR\x0esilentClusters\"[\n" +
+	"\x0fsilent_clusters\x18\x02 \x03(\tR\x0esilentClusters\x12&\n" +
+	"\x0fnext_page_token\x18\x03 \x01(\tR\rnextPageToken\"[\n" +
 	"\x11ListEventsRequest\x12\x16\n" +
 	"\x06parent\x18\x01 \x01(\tR\x06parent\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x14\n" +
@@ -6193,7 +6292,7 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x10ListRoleBindings\x12$.portolan.v1.ListRoleBindingsRequest\x1a%.portolan.v1.ListRoleBindingsResponse\x12T\n" +
 	"\x11CreateRoleBinding\x12%.portolan.v1.CreateRoleBindingRequest\x1a\x18.portolan.v1.RoleBinding\x12T\n" +
 	"\x11UpdateRoleBinding\x12%.portolan.v1.UpdateRoleBindingRequest\x1a\x18.portolan.v1.RoleBinding\x12R\n" +
-	"\x11DeleteRoleBinding\x12%.portolan.v1.DeleteRoleBindingRequest\x1a\x16.google.protobuf.Empty2\xb2\x05\n" +
+	"\x11DeleteRoleBinding\x12%.portolan.v1.DeleteRoleBindingRequest\x1a\x16.google.protobuf.Empty2\xf8\x05\n" +
 	"\x0eClusterService\x12B\n" +
 	"\n" +
 	"GetCluster\x12\x1e.portolan.v1.GetClusterRequest\x1a\x14.portolan.v1.Cluster\x12S\n" +
@@ -6203,7 +6302,9 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\rDeleteCluster\x12!.portolan.v1.DeleteClusterRequest\x1a\x16.google.protobuf.Empty\x12q\n" +
 	"\x16CreateClusterJoinToken\x12*.portolan.v1.CreateClusterJoinTokenRequest\x1a+.portolan.v1.CreateClusterJoinTokenResponse\x12h\n" +
 	"\x13CreateNodeJoinToken\x12'.portolan.v1.CreateNodeJoinTokenRequest\x1a(.portolan.v1.CreateNodeJoinTokenResponse\x12J\n" +
-	"\tListNodes\x12\x1d.portolan.v1.ListNodesRequest\x1a\x1e.portolan.v1.ListNodesResponse2\xea\x06\n" +
+	"\tListNodes\x12\x1d.portolan.v1.ListNodesRequest\x1a\x1e.portolan.v1.ListNodesResponse\x12D\n" +
+	"\n" +
+	"DeleteNode\x12\x1e.portolan.v1.DeleteNodeRequest\x1a\x16.google.protobuf.Empty2\xea\x06\n" +
 	"\x0fWorkloadService\x12E\n" +
 	"\vGetWorkload\x12\x1f.portolan.v1.GetWorkloadRequest\x1a\x15.portolan.v1.Workload\x12V\n" +
 	"\rListWorkloads\x12!.portolan.v1.ListWorkloadsRequest\x1a\".portolan.v1.ListWorkloadsResponse\x12K\n" +
@@ -6261,7 +6362,7 @@ func file_portolan_v1_services_proto_rawDescGZIP() []byte {
 }
 
 var file_portolan_v1_services_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 95)
+var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 96)
 var file_portolan_v1_services_proto_goTypes = []any{
 	(ChangeKind)(0),                        // 0: portolan.v1.ChangeKind
 	(ReplicaState)(0),                      // 1: portolan.v1.ReplicaState
@@ -6321,144 +6422,145 @@ var file_portolan_v1_services_proto_goTypes = []any{
 	(*CreateNodeJoinTokenRequest)(nil),     // 55: portolan.v1.CreateNodeJoinTokenRequest
 	(*CreateNodeJoinTokenResponse)(nil),    // 56: portolan.v1.CreateNodeJoinTokenResponse
 	(*ListNodesRequest)(nil),               // 57: portolan.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),              // 58: portolan.v1.ListNodesResponse
-	(*NodeInfo)(nil),                       // 59: portolan.v1.NodeInfo
-	(*ExplainWorkloadRequest)(nil),         // 60: portolan.v1.ExplainWorkloadRequest
-	(*ExplainWorkloadResponse)(nil),        // 61: portolan.v1.ExplainWorkloadResponse
-	(*ClusterVerdict)(nil),                 // 62: portolan.v1.ClusterVerdict
-	(*NodeVerdict)(nil),                    // 63: portolan.v1.NodeVerdict
-	(*WatchRequest)(nil),                   // 64: portolan.v1.WatchRequest
-	(*WatchResponse)(nil),                  // 65: portolan.v1.WatchResponse
-	(*WaitConvergedRequest)(nil),           // 66: portolan.v1.WaitConvergedRequest
-	(*WaitConvergedResponse)(nil),          // 67: portolan.v1.WaitConvergedResponse
-	(*Replica)(nil),                        // 68: portolan.v1.Replica
-	(*ContainerState)(nil),                 // 69: portolan.v1.ContainerState
-	(*Timeline)(nil),                       // 70: portolan.v1.Timeline
-	(*Event)(nil),                          // 71: portolan.v1.Event
-	(*ListReplicasRequest)(nil),            // 72: portolan.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),           // 73: portolan.v1.ListReplicasResponse
-	(*ListEventsRequest)(nil),              // 74: portolan.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),             // 75: portolan.v1.ListEventsResponse
-	(*LogsRequest)(nil),                    // 76: portolan.v1.LogsRequest
-	(*LogsResponse)(nil),                   // 77: portolan.v1.LogsResponse
-	(*ExecRequest)(nil),                    // 78: portolan.v1.ExecRequest
-	(*TerminalSize)(nil),                   // 79: portolan.v1.TerminalSize
-	(*ExecResponse)(nil),                   // 80: portolan.v1.ExecResponse
-	nil,                                    // 81: portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	nil,                                    // 82: portolan.v1.ListClustersRequest.LabelSelectorEntry
-	nil,                                    // 83: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	nil,                                    // 84: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	nil,                                    // 85: portolan.v1.ListServicesRequest.LabelSelectorEntry
-	nil,                                    // 86: portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	nil,                                    // 87: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	nil,                                    // 88: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	nil,                                    // 89: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	nil,                                    // 90: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	nil,                                    // 91: portolan.v1.NodeInfo.LabelsEntry
-	(*WatchResponse_Established)(nil),      // 92: portolan.v1.WatchResponse.Established
-	(*WatchResponse_Change)(nil),           // 93: portolan.v1.WatchResponse.Change
-	(*WatchResponse_SnapshotEnd)(nil),      // 94: portolan.v1.WatchResponse.SnapshotEnd
-	(*WatchResponse_Bookmark)(nil),         // 95: portolan.v1.WatchResponse.Bookmark
-	(*ExecRequest_Start)(nil),              // 96: portolan.v1.ExecRequest.Start
-	(*Tenant)(nil),                         // 97: portolan.v1.Tenant
-	(*fieldmaskpb.FieldMask)(nil),          // 98: google.protobuf.FieldMask
-	(*Cluster)(nil),                        // 99: portolan.v1.Cluster
-	(*RoleBinding)(nil),                    // 100: portolan.v1.RoleBinding
-	(*Workload)(nil),                       // 101: portolan.v1.Workload
-	(*Service)(nil),                        // 102: portolan.v1.Service
-	(*Route)(nil),                          // 103: portolan.v1.Route
-	(*PolicyBundle)(nil),                   // 104: portolan.v1.PolicyBundle
-	(*WorkloadRevision)(nil),               // 105: portolan.v1.WorkloadRevision
-	(*Placement)(nil),                      // 106: portolan.v1.Placement
-	(*AuditEntry)(nil),                     // 107: portolan.v1.AuditEntry
-	(*timestamppb.Timestamp)(nil),          // 108: google.protobuf.Timestamp
-	(*Taint)(nil),                          // 109: portolan.v1.Taint
-	(*Reason)(nil),                         // 110: portolan.v1.Reason
-	(*durationpb.Duration)(nil),            // 111: google.protobuf.Duration
-	(*Laggard)(nil),                        // 112: portolan.v1.Laggard
-	(*anypb.Any)(nil),                      // 113: google.protobuf.Any
-	(*emptypb.Empty)(nil),                  // 114: google.protobuf.Empty
+	(*DeleteNodeRequest)(nil),              // 58: portolan.v1.DeleteNodeRequest
+	(*ListNodesResponse)(nil),              // 59: portolan.v1.ListNodesResponse
+	(*NodeInfo)(nil),                       // 60: portolan.v1.NodeInfo
+	(*ExplainWorkloadRequest)(nil),         // 61: portolan.v1.ExplainWorkloadRequest
+	(*ExplainWorkloadResponse)(nil),        // 62: portolan.v1.ExplainWorkloadResponse
+	(*ClusterVerdict)(nil),                 // 63: portolan.v1.ClusterVerdict
+	(*NodeVerdict)(nil),                    // 64: portolan.v1.NodeVerdict
+	(*WatchRequest)(nil),                   // 65: portolan.v1.WatchRequest
+	(*WatchResponse)(nil),                  // 66: portolan.v1.WatchResponse
+	(*WaitConvergedRequest)(nil),           // 67: portolan.v1.WaitConvergedRequest
+	(*WaitConvergedResponse)(nil),          // 68: portolan.v1.WaitConvergedResponse
+	(*Replica)(nil),                        // 69: portolan.v1.Replica
+	(*ContainerState)(nil),                 // 70: portolan.v1.ContainerState
+	(*Timeline)(nil),                       // 71: portolan.v1.Timeline
+	(*Event)(nil),                          // 72: portolan.v1.Event
+	(*ListReplicasRequest)(nil),            // 73: portolan.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),           // 74: portolan.v1.ListReplicasResponse
+	(*ListEventsRequest)(nil),              // 75: portolan.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),             // 76: portolan.v1.ListEventsResponse
+	(*LogsRequest)(nil),                    // 77: portolan.v1.LogsRequest
+	(*LogsResponse)(nil),                   // 78: portolan.v1.LogsResponse
+	(*ExecRequest)(nil),                    // 79: portolan.v1.ExecRequest
+	(*TerminalSize)(nil),                   // 80: portolan.v1.TerminalSize
+	(*ExecResponse)(nil),                   // 81: portolan.v1.ExecResponse
+	nil,                                    // 82: portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	nil,                                    // 83: portolan.v1.ListClustersRequest.LabelSelectorEntry
+	nil,                                    // 84: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	nil,                                    // 85: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	nil,                                    // 86: portolan.v1.ListServicesRequest.LabelSelectorEntry
+	nil,                                    // 87: portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	nil,                                    // 88: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	nil,                                    // 89: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	nil,                                    // 90: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	nil,                                    // 91: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	nil,                                    // 92: portolan.v1.NodeInfo.LabelsEntry
+	(*WatchResponse_Established)(nil),      // 93: portolan.v1.WatchResponse.Established
+	(*WatchResponse_Change)(nil),           // 94: portolan.v1.WatchResponse.Change
+	(*WatchResponse_SnapshotEnd)(nil),      // 95: portolan.v1.WatchResponse.SnapshotEnd
+	(*WatchResponse_Bookmark)(nil),         // 96: portolan.v1.WatchResponse.Bookmark
+	(*ExecRequest_Start)(nil),              // 97: portolan.v1.ExecRequest.Start
+	(*Tenant)(nil),                         // 98: portolan.v1.Tenant
+	(*fieldmaskpb.FieldMask)(nil),          // 99: google.protobuf.FieldMask
+	(*Cluster)(nil),                        // 100: portolan.v1.Cluster
+	(*RoleBinding)(nil),                    // 101: portolan.v1.RoleBinding
+	(*Workload)(nil),                       // 102: portolan.v1.Workload
+	(*Service)(nil),                        // 103: portolan.v1.Service
+	(*Route)(nil),                          // 104: portolan.v1.Route
+	(*PolicyBundle)(nil),                   // 105: portolan.v1.PolicyBundle
+	(*WorkloadRevision)(nil),               // 106: portolan.v1.WorkloadRevision
+	(*Placement)(nil),                      // 107: portolan.v1.Placement
+	(*AuditEntry)(nil),                     // 108: portolan.v1.AuditEntry
+	(*timestamppb.Timestamp)(nil),          // 109: google.protobuf.Timestamp
+	(*Taint)(nil),                          // 110: portolan.v1.Taint
+	(*Reason)(nil),                         // 111: portolan.v1.Reason
+	(*durationpb.Duration)(nil),            // 112: google.protobuf.Duration
+	(*Laggard)(nil),                        // 113: portolan.v1.Laggard
+	(*anypb.Any)(nil),                      // 114: google.protobuf.Any
+	(*emptypb.Empty)(nil),                  // 115: google.protobuf.Empty
 }
 var file_portolan_v1_services_proto_depIdxs = []int32{
-	81,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	97,  // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
-	97,  // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	97,  // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	98,  // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
-	82,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
-	99,  // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
-	99,  // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	99,  // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	98,  // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
-	83,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	100, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
-	100, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	100, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	98,  // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
-	84,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	101, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
-	101, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	101, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	98,  // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
-	85,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
-	102, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
-	102, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
-	102, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
-	98,  // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	86,  // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	103, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
-	103, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
-	103, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
-	98,  // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
-	87,  // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	104, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
-	104, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	104, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	98,  // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
-	88,  // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	105, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
-	89,  // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	106, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
-	90,  // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	107, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
-	108, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	108, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	59,  // 43: portolan.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
-	91,  // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
-	109, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
-	108, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
-	62,  // 47: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
-	63,  // 48: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
-	110, // 49: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
-	110, // 50: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
-	92,  // 51: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
-	93,  // 52: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
-	94,  // 53: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
-	95,  // 54: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
-	111, // 55: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
-	112, // 56: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
+	82,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	98,  // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
+	98,  // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	98,  // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	99,  // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
+	83,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
+	100, // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
+	100, // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	100, // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	99,  // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
+	84,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	101, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
+	101, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	101, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	99,  // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
+	85,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	102, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
+	102, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	102, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	99,  // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
+	86,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
+	103, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
+	103, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
+	103, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
+	99,  // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	87,  // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	104, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
+	104, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
+	104, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
+	99,  // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
+	88,  // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	105, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
+	105, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	105, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	99,  // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
+	89,  // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	106, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
+	90,  // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	107, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
+	91,  // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	108, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
+	109, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	109, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	60,  // 43: portolan.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
+	92,  // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
+	110, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
+	109, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
+	63,  // 47: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
+	64,  // 48: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
+	111, // 49: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
+	111, // 50: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
+	93,  // 51: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
+	94,  // 52: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
+	95,  // 53: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
+	96,  // 54: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
+	112, // 55: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
+	113, // 56: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
 	1,   // 57: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
-	110, // 58: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
-	69,  // 59: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
-	70,  // 60: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
+	111, // 58: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
+	70,  // 59: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
+	71,  // 60: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
 	1,   // 61: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
-	108, // 62: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
-	108, // 63: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
-	108, // 64: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
-	108, // 65: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
-	108, // 66: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
-	108, // 67: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
-	108, // 68: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
-	108, // 69: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
-	108, // 70: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
-	108, // 71: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
-	108, // 72: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
-	68,  // 73: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
-	71,  // 74: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
-	96,  // 75: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
-	79,  // 76: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
+	109, // 62: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
+	109, // 63: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
+	109, // 64: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
+	109, // 65: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
+	109, // 66: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
+	109, // 67: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
+	109, // 68: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
+	109, // 69: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
+	109, // 70: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
+	109, // 71: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
+	109, // 72: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
+	69,  // 73: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
+	72,  // 74: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
+	97,  // 75: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
+	80,  // 76: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
 	0,   // 77: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
-	113, // 78: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
+	114, // 78: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
 	2,   // 79: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
 	3,   // 80: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
 	5,   // 81: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
@@ -6477,92 +6579,94 @@ var file_portolan_v1_services_proto_depIdxs = []int32{
 	53,  // 94: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
 	55,  // 95: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
 	57,  // 96: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
-	20,  // 97: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
-	21,  // 98: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
-	23,  // 99: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
-	24,  // 100: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
-	25,  // 101: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
-	44,  // 102: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
-	45,  // 103: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
-	47,  // 104: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
-	48,  // 105: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
-	60,  // 106: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
-	26,  // 107: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
-	27,  // 108: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
-	29,  // 109: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
-	30,  // 110: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
-	31,  // 111: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
-	32,  // 112: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
-	33,  // 113: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
-	35,  // 114: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
-	36,  // 115: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
-	37,  // 116: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
-	38,  // 117: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
-	39,  // 118: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
-	41,  // 119: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
-	42,  // 120: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
-	43,  // 121: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
-	50,  // 122: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
-	51,  // 123: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
-	64,  // 124: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
-	66,  // 125: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
-	72,  // 126: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
-	74,  // 127: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
-	76,  // 128: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
-	78,  // 129: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
-	97,  // 130: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
-	4,   // 131: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
-	97,  // 132: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
-	97,  // 133: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
-	114, // 134: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
-	100, // 135: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
-	16,  // 136: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
-	100, // 137: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
-	100, // 138: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
-	114, // 139: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
-	99,  // 140: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
-	10,  // 141: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
-	99,  // 142: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
-	99,  // 143: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
-	114, // 144: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
-	54,  // 145: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
-	56,  // 146: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
-	58,  // 147: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
-	101, // 148: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
-	22,  // 149: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
-	101, // 150: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
-	101, // 151: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
-	114, // 152: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
-	105, // 153: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
-	46,  // 154: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
-	106, // 155: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
-	49,  // 156: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
-	61,  // 157: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
-	102, // 158: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
-	28,  // 159: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
-	102, // 160: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
-	102, // 161: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
-	114, // 162: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
-	103, // 163: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
-	34,  // 164: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
-	103, // 165: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
-	103, // 166: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
-	114, // 167: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
-	104, // 168: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
-	40,  // 169: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
-	104, // 170: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	104, // 171: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	114, // 172: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
-	107, // 173: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
-	52,  // 174: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
-	65,  // 175: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
-	67,  // 176: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
-	73,  // 177: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
-	75,  // 178: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
-	77,  // 179: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
-	80,  // 180: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
-	130, // [130:181] is the sub-list for method output_type
-	79,  // [79:130] is the sub-list for method input_type
+	58,  // 97: portolan.v1.ClusterService.DeleteNode:input_type -> portolan.v1.DeleteNodeRequest
+	20,  // 98: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
+	21,  // 99: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
+	23,  // 100: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
+	24,  // 101: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
+	25,  // 102: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
+	44,  // 103: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
+	45,  // 104: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
+	47,  // 105: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
+	48,  // 106: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
+	61,  // 107: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
+	26,  // 108: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
+	27,  // 109: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
+	29,  // 110: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
+	30,  // 111: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
+	31,  // 112: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
+	32,  // 113: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
+	33,  // 114: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
+	35,  // 115: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
+	36,  // 116: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
+	37,  // 117: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
+	38,  // 118: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
+	39,  // 119: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
+	41,  // 120: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
+	42,  // 121: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
+	43,  // 122: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
+	50,  // 123: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
+	51,  // 124: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
+	65,  // 125: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
+	67,  // 126: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
+	73,  // 127: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
+	75,  // 128: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
+	77,  // 129: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
+	79,  // 130: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
+	98,  // 131: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
+	4,   // 132: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
+	98,  // 133: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
+	98,  // 134: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
+	115, // 135: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
+	101, // 136: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
+	16,  // 137: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
+	101, // 138: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
+	101, // 139: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
+	115, // 140: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
+	100, // 141: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
+	10,  // 142: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
+	100, // 143: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
+	100, // 144: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
+	115, // 145: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
+	54,  // 146: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
+	56,  // 147: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
+	59,  // 148: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
+	115, // 149: portolan.v1.ClusterService.DeleteNode:output_type -> google.protobuf.Empty
+	102, // 150: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
+	22,  // 151: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
+	102, // 152: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
+	102, // 153: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
+	115, // 154: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
+	106, // 155: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
+	46,  // 156: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
+	107, // 157: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
+	49,  // 158: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
+	62,  // 159: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
+	103, // 160: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
+	28,  // 161: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
+	103, // 162: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
+	103, // 163: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
+	115, // 164: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
+	104, // 165: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
+	34,  // 166: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
+	104, // 167: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
+	104, // 168: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
+	115, // 169: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
+	105, // 170: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
+	40,  // 171: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
+	105, // 172: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	105, // 173: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	115, // 174: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
+	108, // 175: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
+	52,  // 176: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
+	66,  // 177: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
+	68,  // 178: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
+	74,  // 179: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
+	76,  // 180: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
+	78,  // 181: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
+	81,  // 182: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
+	131, // [131:183] is the sub-list for method output_type
+	79,  // [79:131] is the sub-list for method input_type
 	79,  // [79:79] is the sub-list for extension type_name
 	79,  // [79:79] is the sub-list for extension extendee
 	0,   // [0:79] is the sub-list for field type_name
@@ -6575,19 +6679,19 @@ func file_portolan_v1_services_proto_init() {
 	}
 	file_portolan_v1_resources_proto_init()
 	file_portolan_v1_types_proto_init()
-	file_portolan_v1_services_proto_msgTypes[63].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[64].OneofWrappers = []any{
 		(*WatchResponse_Established_)(nil),
 		(*WatchResponse_Change_)(nil),
 		(*WatchResponse_SnapshotEnd_)(nil),
 		(*WatchResponse_Bookmark_)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[76].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[77].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[78].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[79].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -6598,7 +6702,7 @@ func file_portolan_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_v1_services_proto_rawDesc), len(file_portolan_v1_services_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   95,
+			NumMessages:   96,
 			NumExtensions: 0,
 			NumServices:   9,
 		},

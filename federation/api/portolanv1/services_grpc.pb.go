@@ -472,6 +472,7 @@ const (
 	ClusterService_CreateClusterJoinToken_FullMethodName = "/portolan.v1.ClusterService/CreateClusterJoinToken"
 	ClusterService_CreateNodeJoinToken_FullMethodName    = "/portolan.v1.ClusterService/CreateNodeJoinToken"
 	ClusterService_ListNodes_FullMethodName              = "/portolan.v1.ClusterService/ListNodes"
+	ClusterService_DeleteNode_FullMethodName             = "/portolan.v1.ClusterService/DeleteNode"
 )
 
 // ClusterServiceClient is the client API for ClusterService service.
@@ -489,6 +490,9 @@ type ClusterServiceClient interface {
 	CreateNodeJoinToken(ctx context.Context, in *CreateNodeJoinTokenRequest, opts ...grpc.CallOption) (*CreateNodeJoinTokenResponse, error)
 	// Nodes of a cluster, read through.
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// Takes a node out of its cluster: its certificate is worth nothing afterwards,
+	// and its replicas are made elsewhere.
+	DeleteNode(ctx context.Context, in *DeleteNodeRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 }
 
 type clusterServiceClient struct {
@@ -579,6 +583,16 @@ func (c *clusterServiceClient) ListNodes(ctx context.Context, in *ListNodesReque
 	return out, nil
 }
 
+func (c *clusterServiceClient) DeleteNode(ctx context.Context, in *DeleteNodeRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(emptypb.Empty)
+	err := c.cc.Invoke(ctx, ClusterService_DeleteNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ClusterServiceServer is the server API for ClusterService service.
 // All implementations must embed UnimplementedClusterServiceServer
 // for forward compatibility.
@@ -594,6 +608,9 @@ type ClusterServiceServer interface {
 	CreateNodeJoinToken(context.Context, *CreateNodeJoinTokenRequest) (*CreateNodeJoinTokenResponse, error)
 	// Nodes of a cluster, read through.
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
+	// Takes a node out of its cluster: its certificate is worth nothing afterwards,
+	// and its replicas are made elsewhere.
+	DeleteNode(context.Context, *DeleteNodeRequest) (*emptypb.Empty, error)
 	mustEmbedUnimplementedClusterServiceServer()
 }
 
@@ -627,6 +644,9 @@ func (UnimplementedClusterServiceServer) CreateNodeJoinToken(context.Context, *C
 }
 func (UnimplementedClusterServiceServer) ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListNodes not implemented")
+}
+func (UnimplementedClusterServiceServer) DeleteNode(context.Context, *DeleteNodeRequest) (*emptypb.Empty, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteNode not implemented")
 }
 func (UnimplementedClusterServiceServer) mustEmbedUnimplementedClusterServiceServer() {}
 func (UnimplementedClusterServiceServer) testEmbeddedByValue()                        {}
@@ -793,6 +813,24 @@ func _ClusterService_ListNodes_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ClusterService_DeleteNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServiceServer).DeleteNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ClusterService_DeleteNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServiceServer).DeleteNode(ctx, req.(*DeleteNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ClusterService_ServiceDesc is the grpc.ServiceDesc for ClusterService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -831,6 +869,10 @@ var ClusterService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListNodes",
 			Handler:    _ClusterService_ListNodes_Handler,
+		},
+		{
+			MethodName: "DeleteNode",
+			Handler:    _ClusterService_DeleteNode_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -2,6 +2,8 @@ package link_test
 
 import (
 	"context"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -400,5 +402,97 @@ func TestOnlyClustersOfTheFleetReport(t *testing.T) {
 		if _, err := s.Recv(); status.Code(err) != codes.PermissionDenied {
 			t.Errorf("answered with %v", err)
 		}
+	})
+}
+
+// left lists what is said of a cluster.
+func (w *world) left(cluster string) (out []string) {
+	w.t.Helper()
+	if _, err := w.store.View(w.ctx, func(r store.Reader) error {
+		out = nil
+		for _, kind := range []store.Kind{store.ClusterStatus, store.PlacementStatus, store.ServiceExport, store.Nack} {
+			for rec, err := range r.List(kind, store.ListOptions{}) {
+				if err != nil {
+					return err
+				}
+				if strings.HasSuffix(rec.Name, "/"+cluster) || strings.HasSuffix(rec.Name, "@"+cluster) {
+					out = append(out, rec.Name)
+				}
+			}
+		}
+		return nil
+	}); err != nil {
+		w.t.Fatal(err)
+	}
+	return out
+}
+
+func TestDeletedClusterIsCutOffAndForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, "eu", "us")
+		w.shop("eu", "us")
+		for _, c := range w.clusters {
+			c.run(t)
+		}
+		w.put(store.Service, api.ServiceName("shop", "web"), &portolanv1.Service{Spec: &portolanv1.ServiceSpec{Ports: []*portolanv1.ServicePort{{Port: 80}}}})
+		w.put(store.Service, api.ServiceName("shop", "odd"), &portolanv1.Service{Spec: &portolanv1.ServiceSpec{}})
+		w.eventually(2*time.Second, "all is said of eu", func() bool { return len(w.left("eu")) == 4 })
+		hand, end := w.raw("eu")
+		defer end()
+		exchange(t, hand, &linkv1.StatusReport{Session: 1 << 62, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 9}})
+		w.update(func(tx store.Tx) error {
+			if err := tx.Delete(store.Placement, api.PlacementName("shop", "web", "eu")); err != nil {
+				return err
+			}
+			return tx.Delete(store.Cluster, "clusters/eu")
+		})
+		if _, err := hand.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("the report stream ended with %v", err)
+		}
+		w.eventually(time.Second, "what was open of eu is closed", func() bool {
+			for _, r := range w.replicas {
+				st, _ := r.fleet.Status("eu")
+				if slices.Contains(r.fleet.Connected(), "eu") || st.Connected {
+					return false
+				}
+			}
+			return true
+		})
+		w.eventually(time.Second, "nothing is said of eu", func() bool { return len(w.left("eu")) == 0 })
+		if len(w.left("us")) != 4 {
+			t.Errorf("of us there is left: %v", w.left("us"))
+		}
+		<-time.After(5 * time.Second) // eu's link goes on trying
+		synctest.Wait()
+		if got := w.left("eu"); len(got) != 0 {
+			t.Errorf("it came back: %v", got)
+		}
+	})
+}
+
+func TestClusterMadeAgainBeginsAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu", Uid: "first"})
+		<-time.After(time.Second)
+		first, end := w.raw("eu")
+		defer end()
+		exchange(t, first, &linkv1.StatusReport{Session: 7, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 9}})
+		w.eventually(time.Second, "the first is ready", func() bool { return w.clusterState("eu") == ready })
+		// Nobody can look between these two.
+		w.update(func(tx store.Tx) error { return tx.Delete(store.Cluster, "clusters/eu") })
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu", Uid: "second"})
+		if _, err := first.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("the first's stream ended with %v", err)
+		}
+		w.eventually(time.Second, "nothing of the first counts", func() bool { return len(w.left("eu")) == 0 })
+		second, end2 := w.raw("eu")
+		defer end2()
+		// An older number than the first's: there is no order between them.
+		exchange(t, second, &linkv1.StatusReport{Session: 2, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 1}})
+		w.eventually(time.Second, "the second is ready", func() bool {
+			s, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+			return s.GetStatus().GetNodes() == 1 && s.GetUid() == "second"
+		})
 	})
 }

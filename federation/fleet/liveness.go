@@ -15,7 +15,8 @@ import (
 	"github.com/portolan-io/portolan/federation/store"
 )
 
-// LivenessLease is the lease under which one replica marks clusters as lost.
+// LivenessLease is the lease under which one replica marks clusters as lost, and
+// deletes what departed ones left.
 const LivenessLease = "fleet/liveness"
 
 // observer judges silence by this process's own clock: a cluster is silent when
@@ -68,13 +69,13 @@ func (o *observer) look(now time.Time, clusters []string, leases []store.Lease) 
 	return silent
 }
 
-// watchLiveness marks silent clusters as lost, if this replica holds the lease.
-// Every replica looks all the time, so that a successor need not begin anew.
+// watchLiveness marks silent clusters as lost and forgets departed ones, if this
+// replica holds the lease. Every replica looks all the time, so that a successor need not begin anew.
 func (f *Fleet) watchLiveness(ctx context.Context) error {
 	o := &observer{timeout: f.cfg.LivenessTimeout}
 	tick := time.NewTicker(f.cfg.LivenessTimeout / 12)
 	defer tick.Stop()
-	dark := false
+	dark, swept := false, ""
 	for {
 		select {
 		case <-tick.C:
@@ -88,6 +89,7 @@ func (f *Fleet) watchLiveness(ctx context.Context) error {
 		tctx, cancel := context.WithTimeout(ctx, f.cfg.LivenessTimeout/4)
 		dark = f.judge(tctx, o, ready, lost, dark)
 		cancel()
+		swept = f.forget(ctx, swept)
 	}
 }
 

@@ -92,8 +92,12 @@ type write struct {
 // statusWrites compares what a cluster reported with the records of the model.
 // confirmed says of a workload ("tenant/workload") that is placed no more and not
 // reported, that the cluster knows of its end. alarms are reports about what is
-// not the sender's; they are dropped.
+// not the sender's; they are dropped. Nothing is written of a cluster that is not
+// in the fleet, nor while records of an earlier life of its name are there.
 func statusWrites(m *model, cluster string, session int64, r *reported, confirmed func(workload string) bool, now time.Time) (out []write, alarms []string) {
+	if departed(m.view.Get, cluster) {
+		return nil, nil
+	}
 	out = append(out, clusterWrite(m.view, cluster, session, r.summary, now)...)
 	known := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(m.tenants)) {
@@ -119,6 +123,10 @@ func statusWrites(m *model, cluster string, session int64, r *reported, confirme
 
 func clusterWrite(v *store.View, cluster string, session int64, s *linkv1.ClusterSummary, now time.Time) []write {
 	name := api.ClusterName(cluster)
+	c, ok := store.One[*portolanv1.Cluster](v, store.Cluster, name)
+	if !ok {
+		return nil
+	}
 	have, _ := store.One[*storev1.ClusterStatusRecord](v, store.ClusterStatus, name)
 	want := &storev1.ClusterStatusRecord{
 		Status: &portolanv1.ClusterStatus{
@@ -126,7 +134,7 @@ func clusterWrite(v *store.View, cluster string, session int64, s *linkv1.Cluste
 			Nodes: s.GetNodes(), NodesReady: s.GetNodesReady(), Session: session, IngressAddresses: s.GetIngressAddresses(),
 			LastSeenTime: have.GetStatus().GetLastSeenTime(), Conditions: have.GetStatus().GetConditions(),
 		},
-		GatewayAddresses: s.GetGatewayAddresses(),
+		GatewayAddresses: s.GetGatewayAddresses(), Uid: c.GetUid(),
 	}
 	if have.GetStatus().GetState() != portolanv1.ClusterState_CLUSTER_STATE_READY {
 		want.Status.Conditions = []*portolanv1.Condition{condition(portolanv1.ConditionState_CONDITION_STATE_TRUE, "Reporting", "the cluster reports", now)}

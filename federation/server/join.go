@@ -223,7 +223,8 @@ func (j *joiner) cluster(cl *portolanv1.Cluster) error {
 	if st.GetState() == portolanv1.ClusterState_CLUSTER_STATE_UNSPECIFIED {
 		st.State = portolanv1.ClusterState_CLUSTER_STATE_PENDING
 	}
-	if h, ok := j.heard[lastID(cl.GetName())]; ok {
+	// Without a status the row is of an earlier cluster of this name.
+	if h, ok := j.heard[lastID(cl.GetName())]; ok && j.clusters[cl.GetName()] != nil {
 		st.AppliedRevision = max(st.GetAppliedRevision(), h.applied)
 		if h.at.After(st.GetLastSeenTime().AsTime()) {
 			st.LastSeenTime = timestamppb.New(h.at)

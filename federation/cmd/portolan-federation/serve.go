@@ -70,7 +70,7 @@ func wire(c *Config, st store.Store, authority *ca.Authority, log *slog.Logger) 
 		return nil, err
 	}
 	links, err := fleet.New(fleet.Config{
-		Store: st, Replica: c.Replica, Fleet: c.Fleet, VirtualIPs: c.VirtualIPs, FleetBundle: authority.Bundle, Peer: trust.PeerID,
+		Store: st, Replica: c.Replica, Fleet: c.Fleet, VirtualIPs: c.VirtualIPs, FleetBundle: authority.Bundle, Peer: clusterPeer(set),
 		OnBundles: func(bundles map[string][]byte) {
 			if err := set.Replace(bundles); err != nil {
 				log.Error("a trust bundle is broken; the former ones stay", "error", err)

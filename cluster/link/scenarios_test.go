@@ -375,6 +375,12 @@ func TestForeignReportsAreDropped(t *testing.T) {
 			Session: 1, Sequence: 1, Full: true,
 			Exports:   []*linkv1.ServiceExport{{Cluster: "us", Tenant: "shop", Service: "web", Healthy: true, Gateways: []string{"6.6.6.6:1"}}},
 			Workloads: []*linkv1.WorkloadStatusReport{{Tenant: "shop", Workload: "web", Epoch: 9}},
+			Nacks: []*linkv1.Nack{
+				{Resource: "service/shop/web", Consumer: "clusters/us", Message: "a lie"},
+				{Resource: "policy/tenants/shop/policyBundles/p", Message: "a lie"},
+				{Resource: "policy/policyBundles/nowhere", Message: "a lie"},
+				{Resource: "bundle/" + fleetDomain, Consumer: "clusters/us/nodes/n1", Message: "it is told this"},
+			},
 		})
 		<-time.After(time.Second)
 		synctest.Wait()
@@ -388,6 +394,14 @@ func TestForeignReportsAreDropped(t *testing.T) {
 		}
 		if w.clusterState("eu") != ready {
 			t.Error("the rest of the report was dropped too")
+		}
+		for _, res := range []string{"service/shop/web", "policy/tenants/shop/policyBundles/p", "policy/policyBundles/nowhere"} {
+			if _, ok := get[*storev1.NackRecord](w, store.Nack, res+"@eu"); ok {
+				t.Errorf("a refusal of %s was stored, which eu is not told", res)
+			}
+		}
+		if n, ok := get[*storev1.NackRecord](w, store.Nack, "bundle/"+fleetDomain+"@eu"); !ok || n.GetConsumer() != "clusters/eu" {
+			t.Errorf("eu's own refusal: %v", n)
 		}
 	})
 }

@@ -22,8 +22,10 @@ const debounce = 10 * time.Millisecond
 // model is what the reporting side reads of the serving side's last pass. Never
 // changed after it was published.
 type model struct {
-	view    *store.View
-	tenants map[string]*tenantView
+	view     *store.View
+	tenants  map[string]*tenantView
+	shared   []named         // what every cluster is told alike
+	gateways map[string]bool // clusters with an ingress gateway
 }
 
 // fleetUnit is the part of a cluster's set that belongs to no tenant.
@@ -302,7 +304,7 @@ func (f *Fleet) pass(s *stepper, v *store.View) {
 	for _, p := range problems {
 		f.log.Error("intent left out", "alarm", true, "problem", p)
 	}
-	f.model.Store(&model{view: v, tenants: s.tenants})
+	f.model.Store(&model{view: v, tenants: s.tenants, shared: s.shared, gateways: s.gateways})
 	for _, c := range gone {
 		f.cache.Remove(c)
 	}

@@ -118,7 +118,8 @@ func statusWrites(m *model, cluster string, session int64, r *reported, confirme
 			alarms = append(alarms, "status of "+k+", which is not placed there")
 		}
 	}
-	return append(out, nackWrites(m.view, cluster, session, r)...), alarms
+	nacks, foreign := nackWrites(m, cluster, session, r)
+	return append(out, nacks...), append(alarms, foreign...)
 }
 
 func clusterWrite(v *store.View, cluster string, session int64, s *linkv1.ClusterSummary, now time.Time) []write {
@@ -250,22 +251,57 @@ func silenced(e *linkv1.ServiceExport) *linkv1.ServiceExport {
 	return e
 }
 
-func nackWrites(v *store.View, cluster string, session int64, r *reported) (out []write) {
-	suffix := "@" + cluster
+// told says whether a resource is one that a cluster is told. What it names of its
+// own making, towards its nodes, is no object of anybody's.
+func (m *model) told(cluster, resource string) bool {
+	kind, rest, _ := strings.Cut(resource, "/")
+	tenant, _, _ := strings.Cut(rest, "/")
+	switch kind {
+	case "workload", "service", "route", "tenant", "permit":
+	case "export":
+		_, rest, _ = strings.Cut(rest, "/")
+		tenant, _, _ = strings.Cut(rest, "/")
+	case "policy":
+		tenant = api.TenantOf(rest)
+	case "bundle":
+		tenant = fleetUnit
+	default:
+		return true
+	}
+	all := m.shared
+	if tenant != fleetUnit {
+		all = nil
+		if t := m.tenants[tenant]; t != nil {
+			all = t.forCluster(cluster, m.gateways[cluster])
+		}
+	}
+	return slices.ContainsFunc(all, func(n named) bool { return n.name == resource })
+}
+
+func nackWrites(m *model, cluster string, session int64, r *reported) (out []write, alarms []string) {
+	suffix, self := "@"+cluster, api.ClusterName(cluster)
 	have := map[string]*storev1.NackRecord{}
-	for name, n := range store.All[*storev1.NackRecord](v, store.Nack) {
+	for name, n := range store.All[*storev1.NackRecord](m.view, store.Nack) {
 		if strings.HasSuffix(name, suffix) {
 			have[n.GetResource()] = n
 		}
 	}
 	for _, res := range slices.Sorted(maps.Keys(r.nacks)) {
-		n := r.nacks[res]
-		want := &storev1.NackRecord{Resource: res, Cluster: cluster, Consumer: n.GetConsumer(), Message: clip(n.GetMessage()), Revision: n.GetRevision(), Session: session}
 		if res == "" || len(res) > maxNackBytes {
 			continue
 		}
-		old := have[res]
+		n, old := r.nacks[res], have[res]
+		if !m.told(cluster, res) {
+			if old == nil { // else it was told, and is being taken back
+				alarms = append(alarms, "refusal of "+res+", which the cluster is not told")
+			}
+			continue
+		}
 		delete(have, res)
+		want := &storev1.NackRecord{Resource: res, Cluster: cluster, Consumer: self, Message: clip(n.GetMessage()), Revision: n.GetRevision(), Session: session}
+		if c := n.GetConsumer(); strings.HasPrefix(c, self+"/") {
+			want.Consumer = clip(c)
+		}
 		if old == nil || old.GetConsumer() != want.GetConsumer() || old.GetMessage() != want.GetMessage() || old.GetRevision() != want.GetRevision() {
 			out = append(out, write{store.Nack, res + suffix, want})
 		}
@@ -273,7 +309,7 @@ func nackWrites(v *store.View, cluster string, session int64, r *reported) (out 
 	for _, res := range slices.Sorted(maps.Keys(have)) {
 		out = append(out, write{store.Nack, res + suffix, nil})
 	}
-	return out
+	return out, alarms
 }
 
 func clip(s string) string {

@@ -55,7 +55,6 @@ const (
 // replica. federation/fleet has them.
 type Clusters interface {
 	Conn(cluster string) (grpc.ClientConnInterface, bool)
-	Connected() []string
 }
 
 // PolicyChecker compiles a bundle and runs its tests. Each violation says file

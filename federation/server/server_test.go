@@ -89,14 +89,6 @@ type fakeClusters map[string]grpc.ClientConnInterface
 
 func (f fakeClusters) Conn(c string) (grpc.ClientConnInterface, bool) { cc, ok := f[c]; return cc, ok }
 
-func (f fakeClusters) Connected() []string {
-	var out []string
-	for c := range f {
-		out = append(out, c)
-	}
-	return out
-}
-
 type env struct {
 	t        *testing.T
 	store    store.Store

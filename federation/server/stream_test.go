@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -361,6 +362,112 @@ func TestRuntime(t *testing.T) {
 	e.progress("control/place", e.revision())
 	s := must[grpc.ServerStreamingClient[portolanv1.WaitConvergedResponse]](t)(portolanv1.NewConvergenceServiceClient(e.conn).WaitConverged(e.root(), &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(100 * time.Millisecond)}))
 	if m := must[*portolanv1.WaitConvergedResponse](t)(s.Recv()); names(m.GetLaggards()) != "clusters/eu-west clusters/eu-west/nodes/n1" {
+		t.Fatal(m)
+	}
+}
+
+// scripted is a cluster's runtime that says what it is told to say.
+type scripted struct {
+	portolanv1.UnimplementedRuntimeServiceServer
+	linkv1.UnimplementedClusterAdminServiceServer
+	replicas []*portolanv1.Replica
+	events   []*portolanv1.Event
+	asked    atomic.Int32
+}
+
+func (x *scripted) ListReplicas(context.Context, *portolanv1.ListReplicasRequest) (*portolanv1.ListReplicasResponse, error) {
+	x.asked.Add(1)
+	return &portolanv1.ListReplicasResponse{Replicas: x.replicas}, nil
+}
+
+func (x *scripted) ListEvents(context.Context, *portolanv1.ListEventsRequest) (*portolanv1.ListEventsResponse, error) {
+	x.asked.Add(1)
+	return &portolanv1.ListEventsResponse{Events: x.events}, nil
+}
+
+func (*scripted) Logs(_ *portolanv1.LogsRequest, s grpc.ServerStreamingServer[portolanv1.LogsResponse]) error {
+	return s.Send(&portolanv1.LogsResponse{Data: []byte("hello")})
+}
+
+func (e *env) runtime(clusters fakeClusters, id string, x *scripted) {
+	e.t.Helper()
+	clusters[id] = serve(e.t, func(g *grpc.Server) { portolanv1.RegisterRuntimeServiceServer(g, x) })
+	e.cluster(id, portolanv1.ClusterState_CLUSTER_STATE_READY)
+}
+
+// TestClustersAreBelievedAboutWhatIsPlacedThere: a cluster that lies reaches
+// nobody's replica or events but those of workloads that it was given.
+func TestClustersAreBelievedAboutWhatIsPlacedThere(t *testing.T) {
+	clusters := fakeClusters{}
+	e := newEnv(t, func(c *Config) { c.Clusters = clusters })
+	e.tenant("shop")
+	other := "tenants/shop/workloads/api/replicas/api-abcde"
+	claims := func() *scripted {
+		return &scripted{
+			replicas: []*portolanv1.Replica{{Name: other}, {Name: replica}},
+			events: []*portolanv1.Event{
+				{Object: replica, Type: "Bound"}, {Object: other, Type: "Bound"},
+				{Object: "clusters/eu/nodes/n1", Type: "NodeLost"}, {Object: "tenants/bank/workloads/vault", Type: "Halted"},
+			},
+		}
+	}
+	eu, us, ap := claims(), claims(), claims()
+	e.runtime(clusters, "eu", eu)
+	e.runtime(clusters, "us", us)
+	e.runtime(clusters, "ap", ap) // nothing is placed there
+	for p, kind := range map[string]store.Kind{
+		"tenants/shop/workloads/web/placements/eu": store.Placement,
+		"tenants/shop/workloads/api/placements/us": store.PlacementStatus, // it has not confirmed the stop
+	} {
+		m := proto.Message(&portolanv1.Placement{Name: p})
+		if kind == store.PlacementStatus {
+			m = &storev1.PlacementStatusRecord{}
+		}
+		e.put(kind, p, m)
+	}
+	c := portolanv1.NewRuntimeServiceClient(e.conn)
+	said := func(list []*portolanv1.Replica) string {
+		var out []string
+		for _, r := range list {
+			out = append(out, lastID(r.GetName())+"@"+r.GetCluster())
+		}
+		return strings.Join(out, " ")
+	}
+	for range 5 { // in the same order every time
+		list := must[*portolanv1.ListReplicasResponse](t)(c.ListReplicas(e.as("shop"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-"}))
+		if got := said(list.GetReplicas()); got != "api-abcde@us web-abcde@eu" {
+			t.Fatal(got)
+		}
+	}
+	list := must[*portolanv1.ListReplicasResponse](t)(c.ListReplicas(e.as("shop"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/web", Cluster: "us"}))
+	if len(list.GetReplicas())+len(list.GetSilentClusters()) != 0 {
+		t.Fatal(list)
+	}
+	seen := func(user, parent string) string {
+		var out []string
+		for _, ev := range must[*portolanv1.ListEventsResponse](t)(c.ListEvents(e.as(user), &portolanv1.ListEventsRequest{Parent: parent})).GetEvents() {
+			out = append(out, lastID(ev.GetObject())+"@"+ev.GetCluster())
+		}
+		return strings.Join(out, " ")
+	}
+	if got := seen("shop", "tenants/shop"); got != "web-abcde@eu api-abcde@us" {
+		t.Error(got)
+	}
+	if ap.asked.Load() != 0 {
+		t.Error("a cluster was asked that has nothing of the tenant")
+	}
+	if got := seen("root", ""); got != "web-abcde@eu n1@eu api-abcde@us" {
+		t.Error(got)
+	}
+
+	// Both may have replicas of it now, and both say they have this one.
+	e.put(store.Placement, "tenants/shop/workloads/web/placements/us", &portolanv1.Placement{Name: "tenants/shop/workloads/web/placements/us"})
+	logs := must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("shop"), &portolanv1.LogsRequest{Replica: replica}))
+	_, err := logs.Recv()
+	wantCode(t, err, codes.FailedPrecondition)
+	us.replicas = nil
+	logs = must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("shop"), &portolanv1.LogsRequest{Replica: replica}))
+	if m := must[*portolanv1.LogsResponse](t)(logs.Recv()); string(m.GetData()) != "hello" {
 		t.Fatal(m)
 	}
 }

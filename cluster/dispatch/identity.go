@@ -73,13 +73,17 @@ func (d *Dispatch) redeem(ctx context.Context, doing, hash, node string, key []b
 	if t.GetNode() != node {
 		return refused
 	}
+	over := !time.Now().Before(t.GetExpireTime().AsTime())
 	if len(t.GetRedeemedBy()) > 0 {
-		if bytes.Equal(t.GetRedeemedBy(), key) {
+		// The same again, unless the node was deleted or has joined with another key
+		// meanwhile.
+		same := bytes.Equal(t.GetRedeemedBy(), key)
+		if same && (!over || bytes.Equal(d.cfg.State.Snapshot().Nodes[node].GetKeyHash(), key)) {
 			return nil
 		}
 		return refused
 	}
-	if !time.Now().Before(t.GetExpireTime().AsTime()) {
+	if over {
 		return refused
 	}
 	used := proto.CloneOf(t)
@@ -93,12 +97,26 @@ func (d *Dispatch) signNode(ctx context.Context, node string, csr []byte) ([][]b
 
 // Renew implements nodev1.NodeServiceServer.
 func (d *Dispatch) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nodev1.RenewResponse, error) {
-	node, err := d.node(ctx)
+	c, err := d.identify(ctx)
 	if err != nil {
 		return nil, err
 	}
-	chain, err := d.signNode(ctx, node, req.GetCsr())
+	doing := "renew node " + c.node
+	csr, err := x509.ParseCertificateRequest(req.GetCsr())
+	if err != nil || csr.CheckSignature() != nil {
+		return nil, api.E(api.Invalid, doing, "the certificate request is not valid")
+	}
+	chain, err := d.signNode(ctx, c.node, req.GetCsr())
 	if err != nil {
+		return nil, err
+	}
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		return nil, api.E(api.Internal, doing, "read what was signed: %w", err)
+	}
+	// Noted before the node has it: what it shows next must count.
+	key := sha256.Sum256(csr.RawSubjectPublicKeyInfo)
+	if err := d.cfg.Manager.RenewNode(ctx, c.node, key[:], leaf.NotAfter); err != nil {
 		return nil, err
 	}
 	return &nodev1.RenewResponse{Chain: chain, Bundle: d.cfg.CA.Bundle()}, nil
@@ -107,11 +125,11 @@ func (d *Dispatch) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nodev1
 // SignWorkload implements nodev1.NodeServiceServer: never for a stopped allocation
 // and never for one of another node.
 func (d *Dispatch) SignWorkload(ctx context.Context, req *nodev1.SignWorkloadRequest) (*nodev1.SignWorkloadResponse, error) {
-	node, err := d.node(ctx)
+	c, err := d.identify(ctx)
 	if err != nil {
 		return nil, err
 	}
-	doing := "sign for allocation " + req.GetAllocation()
+	node, doing := c.node, "sign for allocation "+req.GetAllocation()
 	s := d.cfg.State.Snapshot()
 	a := s.Allocations[req.GetAllocation()]
 	if a.GetNode() != node {

@@ -34,8 +34,6 @@ type session struct {
 	node   string
 	number int64
 	cancel context.CancelCauseFunc
-	// release ends the wait for the cluster's end.
-	release func() bool
 
 	mu       sync.Mutex
 	sequence int64
@@ -48,15 +46,16 @@ type session struct {
 
 // Report implements nodev1.NodeServiceServer.
 func (d *Dispatch) Report(stream grpc.BidiStreamingServer[nodev1.NodeReport, linkv1.ReportAck]) error {
-	node, err := d.node(stream.Context())
+	node, life, release, err := d.bind(stream.Context())
 	if err != nil {
 		return err
 	}
+	defer release()
 	first, err := stream.Recv()
 	if err != nil {
 		return err
 	}
-	s, ctx, err := d.enter(stream.Context(), node, first.GetSession())
+	s, ctx, err := d.enter(life, node, first.GetSession())
 	if err != nil {
 		d.log.Warn("report refused", "node", node, "session", first.GetSession(), "error", err)
 		return err
@@ -90,7 +89,6 @@ func (d *Dispatch) enter(ctx context.Context, node string, number int64) (*sessi
 	}
 	s := &session{d: d, node: node, number: number, alarmed: map[string]bool{}}
 	ctx, s.cancel = context.WithCancelCause(ctx)
-	s.release = context.AfterFunc(d.stopped, func() { s.cancel(api.E(api.Unavailable, doing, "the cluster is stopping")) })
 	d.sessions[node] = s
 	d.log.Info("node reports", "node", node, "session", number)
 	return s, ctx, nil
@@ -99,7 +97,6 @@ func (d *Dispatch) enter(ctx context.Context, node string, number int64) (*sessi
 // leave notes that the node is gone, unless a newer stream has taken over.
 func (d *Dispatch) leave(s *session) {
 	s.cancel(nil)
-	s.release()
 	d.mu.Lock()
 	newest := d.sessions[s.node] == s
 	if newest {

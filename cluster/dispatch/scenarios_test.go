@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -48,6 +50,16 @@ func (m *fakeManager) RegisterNode(ctx context.Context, node string, facts *node
 	return n, m.store.Commit(ctx, state.Change{Base: m.store.Snapshot().Generation, PutNodes: []*clusterv1.Node{n}})
 }
 
+func (m *fakeManager) RenewNode(ctx context.Context, node string, key []byte, expire time.Time) error {
+	n := proto.CloneOf(m.store.Snapshot().Nodes[node])
+	n.RenewedKeys = append(n.RenewedKeys, &clusterv1.NodeKey{Hash: key, ExpireTime: timestamppb.New(expire)})
+	return m.store.Commit(ctx, state.Change{Base: m.store.Snapshot().Generation, PutNodes: []*clusterv1.Node{n}})
+}
+
+func (m *fakeManager) DeleteNode(ctx context.Context, node string, _ bool) error {
+	return m.store.Commit(ctx, state.Change{Base: m.store.Snapshot().Generation, DeleteNodes: []string{node}})
+}
+
 func (m *fakeManager) AddEvents(events ...*portolanv1.Event) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -78,7 +90,7 @@ func newRig(t *testing.T, store *mem.Store) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.d, err = New(Config{State: store, Facts: testFacts, CA: authority, Manager: r.manager, Peer: peerOf, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	r.d, err = New(Config{State: store, Facts: testFacts, CA: authority, Manager: r.manager, Peer: peerOf, Key: keyOf, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,12 +118,27 @@ func peerOf(ctx context.Context) (identity.ID, error) {
 	return identity.ID{}, api.E(api.Unknown, "identify", "nobody")
 }
 
+// keyOf reads what key a caller shows; the nodes of populate have none.
+func keyOf(ctx context.Context) ([]byte, error) {
+	md, _ := metadata.FromIncomingContext(ctx)
+	if v := md.Get("key-bin"); len(v) == 1 {
+		return []byte(v[0]), nil
+	}
+	return nil, nil
+}
+
 // as dials as somebody; "" is nobody.
-func (r *rig) as(id string) *grpc.ClientConn {
+func (r *rig) as(id string) *grpc.ClientConn { return r.with(id, nil) }
+
+// with dials as somebody with a key.
+func (r *rig) with(id string, key []byte) *grpc.ClientConn {
 	r.t.Helper()
 	with := func(ctx context.Context) context.Context {
 		if id == "" {
 			return ctx
+		}
+		if key != nil {
+			ctx = metadata.AppendToOutgoingContext(ctx, "key-bin", string(key))
 		}
 		return metadata.AppendToOutgoingContext(ctx, "peer", id)
 	}
@@ -470,6 +497,124 @@ func TestTokensAreForOneNodeOneKeyAndTenMinutes(t *testing.T) {
 		_, err = join(late, "n1", key)
 		refused("an expired token", err)
 	})
+}
+
+// keyIn is the key that a certificate request stands for.
+func keyIn(t *testing.T, der []byte) []byte {
+	t.Helper()
+	c, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(c.RawSubjectPublicKeyInfo)
+	return sum[:]
+}
+
+// TestNodesAreWhoJoinedLast: a node that joined anew, or was deleted, leaves its
+// former key worth nothing, on streams that are open too.
+func TestNodesAreWhoJoinedLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, mem.New())
+		a := &adminServer{d: r.d}
+		join := func(csr []byte) (token string) {
+			t.Helper()
+			resp, err := a.CreateNodeJoinToken(r.ctx, &linkv1.CreateNodeJoinTokenRequest{Node: "n1"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.join(resp.GetToken(), csr); err != nil {
+				t.Fatal(err)
+			}
+			return resp.GetToken()
+		}
+		renew := func(key, csr []byte) error {
+			_, err := nodev1.NewNodeServiceClient(r.with(node("n1"), key)).Renew(r.ctx, &nodev1.RenewRequest{Csr: csr})
+			return err
+		}
+		// opened has a node's three streams, and gives how each ended.
+		opened := func(key []byte) func() []codes.Code {
+			t.Helper()
+			cc := r.with(node("n1"), key)
+			rep, err := nodev1.NewNodeServiceClient(cc).Report(r.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			say(t, rep, &nodev1.NodeReport{Session: time.Now().UnixNano(), Sequence: 1, Full: true})
+			tun, err := nodev1.NewNodeServiceClient(cc).Tunnel(r.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ads, err := discovery.NewAggregatedDiscoveryServiceClient(cc).DeltaAggregatedResources(r.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := ads.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: api.DirectiveTypeURL}); err != nil {
+				t.Fatal(err)
+			}
+			return func() []codes.Code {
+				var out []codes.Code
+				for _, recv := range []func() error{
+					func() error { _, err := rep.Recv(); return err },
+					func() error { _, err := tun.Recv(); return err },
+					func() error { _, err := ads.Recv(); return err },
+				} {
+					err := recv()
+					for err == nil {
+						err = recv()
+					}
+					out = append(out, status.Code(err))
+				}
+				return out
+			}
+		}
+		denied := func(what string, got []codes.Code) {
+			t.Helper()
+			for i, c := range got {
+				if c != codes.PermissionDenied {
+					t.Errorf("%s: stream %d ended with %v", what, i, c)
+				}
+			}
+		}
+		first, second, third := csr(t), csr(t), csr(t)
+		token := join(first)
+		ended := opened(keyIn(t, first))
+		pause(time.Second)
+		join(second)
+		denied("after another joined", ended())
+		if err := renew(keyIn(t, first), csr(t)); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("the former key is renewed: %v", err)
+		}
+		// A renewal counts beside what is in use: its answer may be lost.
+		if err := renew(keyIn(t, second), third); err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range [][]byte{keyIn(t, second), keyIn(t, third)} {
+			if err := renew(key, csr(t)); err != nil {
+				t.Errorf("a key that counts: %v", err)
+			}
+		}
+		ended = opened(keyIn(t, third))
+		pause(time.Second)
+		if _, err := a.DeleteNode(r.ctx, &linkv1.DeleteNodeRequest{Node: "n1", Force: true}); err != nil {
+			t.Fatal(err)
+		}
+		denied("after the node was deleted", ended())
+		for _, key := range [][]byte{keyIn(t, first), keyIn(t, second), keyIn(t, third), nil} {
+			if err := renew(key, csr(t)); status.Code(err) != codes.PermissionDenied {
+				t.Errorf("a deleted node: %v", err)
+			}
+		}
+		pause(DefaultTokenTTL)
+		if err := r.join(token, first); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("a deleted node came back with its old token: %v", err)
+		}
+	})
+}
+
+func (r *rig) join(token string, csr []byte) error {
+	r.t.Helper()
+	_, err := nodev1.NewNodeServiceClient(r.as("")).Join(r.ctx, &nodev1.JoinRequest{Token: token, Node: "n1", Csr: csr, Facts: &nodev1.NodeFacts{Address: "10.0.0.1"}})
+	return err
 }
 
 func TestSignsOnlyForTheCallersOwnLiveAllocations(t *testing.T) {

@@ -224,6 +224,18 @@ func (a *adminServer) ListNodes(context.Context, *linkv1.ListNodesRequest) (*lin
 	return out, nil
 }
 
+// DeleteNode implements linkv1.ClusterAdminServiceServer.
+func (a *adminServer) DeleteNode(ctx context.Context, req *linkv1.DeleteNodeRequest) (*linkv1.DeleteNodeResponse, error) {
+	if _, err := api.ParseID(req.GetNode()); err != nil {
+		return nil, api.E(api.Invalid, "delete a node", "node: %w", err)
+	}
+	if err := a.d.cfg.Manager.DeleteNode(ctx, req.GetNode(), req.GetForce()); err != nil {
+		return nil, err
+	}
+	a.d.log.Info("node deleted", "node", req.GetNode(), "force", req.GetForce())
+	return &linkv1.DeleteNodeResponse{}, nil
+}
+
 // ExplainPending implements linkv1.ClusterAdminServiceServer.
 func (a *adminServer) ExplainPending(_ context.Context, req *linkv1.ExplainPendingRequest) (*linkv1.ExplainPendingResponse, error) {
 	ids, err := api.ParseName(req.GetWorkload(), api.WorkloadPattern)

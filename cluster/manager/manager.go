@@ -4,7 +4,8 @@
 // federation.
 //
 // Concurrency: Run is one goroutine and the only writer of allocations.
-// RegisterNode, Events and AddEvents may be called from any goroutine.
+// RegisterNode, RenewNode, DeleteNode, Events and AddEvents may be called from any
+// goroutine.
 package manager
 
 import (

@@ -32,6 +32,7 @@ func clip(s string) string {
 const (
 	TenantPattern       = "tenants/*"
 	ClusterPattern      = "clusters/*"
+	NodePattern         = "clusters/*/nodes/*"
 	RoleBindingPattern  = "roleBindings/*"
 	WorkloadPattern     = "tenants/*/workloads/*"
 	RevisionPattern     = "tenants/*/workloads/*/revisions/*"

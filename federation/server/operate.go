@@ -6,6 +6,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/portolan-io/portolan/federation/api"
@@ -131,6 +132,33 @@ func (x *clusterService) ListNodes(ctx context.Context, req *portolanv1.ListNode
 		return nil, err
 	}
 	return &portolanv1.ListNodesResponse{Nodes: resp.GetNodes()}, nil
+}
+
+// DeleteNode has the cluster take a node out.
+func (x *clusterService) DeleteNode(ctx context.Context, req *portolanv1.DeleteNodeRequest) (*emptypb.Empty, error) {
+	doing := "delete node " + clip(req.GetName())
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ids, err := api.ParseName(req.GetName(), api.NodePattern)
+	if err != nil {
+		return nil, api.InvalidFields(doing, []api.Violation{{Field: "name", Message: err.Error()}})
+	}
+	admin, err := x.s.admin(ctx, doing, api.ClusterName(ids[0]))
+	if err != nil {
+		return nil, err
+	}
+	// Audited first, as with tokens.
+	if err := x.s.auditAlone(ctx, newEntry(c, time.Now(), req.GetName(), "")); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, clusterCallTimeout)
+	defer cancel()
+	if _, err := admin.DeleteNode(ctx, &linkv1.DeleteNodeRequest{Node: ids[1], Force: req.GetForce()}); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
 }
 
 // ExplainWorkload runs the deciding function again on one snapshot, and reads

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
@@ -280,6 +281,13 @@ func (fakeRuntime) CreateNodeJoinToken(context.Context, *linkv1.CreateNodeJoinTo
 	return &linkv1.CreateNodeJoinTokenResponse{Token: "ptj1_node"}, nil
 }
 
+func (fakeRuntime) DeleteNode(_ context.Context, req *linkv1.DeleteNodeRequest) (*linkv1.DeleteNodeResponse, error) {
+	if !req.GetForce() {
+		return nil, api.E(api.Precondition, "delete node "+req.GetNode(), "it is not lost")
+	}
+	return &linkv1.DeleteNodeResponse{}, nil
+}
+
 func (fakeRuntime) ListLaggards(context.Context, *linkv1.ListLaggardsRequest) (*linkv1.ListLaggardsResponse, error) {
 	return &linkv1.ListLaggardsResponse{Laggards: []*portolanv1.Laggard{{Name: "clusters/eu-west/nodes/n1"}, {Name: "clusters/us-east/nodes/n1"}}}, nil
 }
@@ -350,13 +358,28 @@ func TestRuntime(t *testing.T) {
 	if tok.GetToken() == "" {
 		t.Fatal(tok)
 	}
+	admin := portolanv1.NewClusterServiceClient(e.conn)
+	for _, bad := range []struct {
+		user, name string
+		force      bool
+		code       codes.Code
+	}{
+		{"root", "clusters/eu-west/nodes/n1", false, codes.FailedPrecondition},
+		{"root", "clusters/eu-west", true, codes.InvalidArgument},
+		{"root", "clusters/nowhere/nodes/n1", true, codes.NotFound},
+		{"shop", "clusters/eu-west/nodes/n1", true, codes.PermissionDenied},
+		{"root", "clusters/eu-west/nodes/n1", true, codes.OK},
+	} {
+		_, err := admin.DeleteNode(e.as(bad.user), &portolanv1.DeleteNodeRequest{Name: bad.name, Force: bad.force})
+		wantCode(t, err, bad.code)
+	}
 	var said []string
 	for _, entry := range e.audit() {
-		if strings.Contains(entry.GetMethod(), "Runtime") || strings.Contains(entry.GetMethod(), "NodeJoin") {
+		if m := entry.GetMethod(); strings.Contains(m, "Runtime") || strings.Contains(m, "NodeJoin") || strings.Contains(m, "DeleteNode") {
 			said = append(said, lastID(entry.GetMethod())+":"+entry.GetDecision().String()[len("AUDIT_DECISION_"):])
 		}
 	}
-	if strings.Join(said, " ") != "Logs:ALLOWED Logs:REFUSED Exec:ALLOWED CreateNodeJoinToken:ALLOWED" {
+	if strings.Join(said, " ") != "Logs:ALLOWED Logs:REFUSED Exec:ALLOWED CreateNodeJoinToken:ALLOWED DeleteNode:ALLOWED DeleteNode:REFUSED DeleteNode:REFUSED DeleteNode:REFUSED DeleteNode:ALLOWED" {
 		t.Fatal(said)
 	}
 	e.progress("control/place", e.revision())
@@ -406,8 +429,10 @@ func TestClustersAreBelievedAboutWhatIsPlacedThere(t *testing.T) {
 		return &scripted{
 			replicas: []*portolanv1.Replica{{Name: other}, {Name: replica}},
 			events: []*portolanv1.Event{
-				{Object: replica, Type: "Bound"}, {Object: other, Type: "Bound"},
-				{Object: "clusters/eu/nodes/n1", Type: "NodeLost"}, {Object: "tenants/bank/workloads/vault", Type: "Halted"},
+				{Object: replica, Type: "Bound"},
+				{Object: other, Type: "Bound"},
+				{Object: "clusters/eu/nodes/n1", Type: "NodeLost"},
+				{Object: "tenants/bank/workloads/vault", Type: "Halted"},
 			},
 		}
 	}

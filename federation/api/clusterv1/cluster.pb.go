@@ -35,8 +35,10 @@ type Node struct {
 	CreateTime  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Since when its lease is over; absent while it is live.
 	LostTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=lost_time,json=lostTime,proto3" json:"lost_time,omitempty"`
-	// SHA-256 of the public key that joined last.
-	KeyHash       []byte `protobuf:"bytes,6,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"`
+	// SHA-256 of the public key that joined last. Keys of before are worth nothing.
+	KeyHash []byte `protobuf:"bytes,6,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"`
+	// What it got by renewals since it joined, until the certificates end; at most 16.
+	RenewedKeys   []*NodeKey `protobuf:"bytes,10,rep,name=renewed_keys,json=renewedKeys,proto3" json:"renewed_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -113,6 +115,67 @@ func (x *Node) GetKeyHash() []byte {
 	return nil
 }
 
+func (x *Node) GetRenewedKeys() []*NodeKey {
+	if x != nil {
+		return x.RenewedKeys
+	}
+	return nil
+}
+
+// NodeKey is a key for which a node has a certificate.
+type NodeKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SHA-256 of the public key.
+	Hash          []byte                 `protobuf:"bytes,1,opt,name=hash,proto3" json:"hash,omitempty"`
+	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeKey) Reset() {
+	*x = NodeKey{}
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeKey) ProtoMessage() {}
+
+func (x *NodeKey) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeKey.ProtoReflect.Descriptor instead.
+func (*NodeKey) Descriptor() ([]byte, []int) {
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *NodeKey) GetHash() []byte {
+	if x != nil {
+		return x.Hash
+	}
+	return nil
+}
+
+func (x *NodeKey) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
 // Allocation is one replica on one node. Written by cluster/manager, read by
 // dispatch. Key: its ID, "<workload>-<random>".
 type Allocation struct {
@@ -151,7 +214,7 @@ type Allocation struct {
 
 func (x *Allocation) Reset() {
 	*x = Allocation{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[1]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -163,7 +226,7 @@ func (x *Allocation) String() string {
 func (*Allocation) ProtoMessage() {}
 
 func (x *Allocation) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[1]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -176,7 +239,7 @@ func (x *Allocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allocation.ProtoReflect.Descriptor instead.
 func (*Allocation) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{1}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Allocation) GetAllocation() string {
@@ -322,7 +385,7 @@ type NodeAllocations struct {
 
 func (x *NodeAllocations) Reset() {
 	*x = NodeAllocations{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -334,7 +397,7 @@ func (x *NodeAllocations) String() string {
 func (*NodeAllocations) ProtoMessage() {}
 
 func (x *NodeAllocations) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -347,7 +410,7 @@ func (x *NodeAllocations) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAllocations.ProtoReflect.Descriptor instead.
 func (*NodeAllocations) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{2}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *NodeAllocations) GetAllocations() []*Allocation {
@@ -377,7 +440,7 @@ type IntentGeneration struct {
 
 func (x *IntentGeneration) Reset() {
 	*x = IntentGeneration{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -389,7 +452,7 @@ func (x *IntentGeneration) String() string {
 func (*IntentGeneration) ProtoMessage() {}
 
 func (x *IntentGeneration) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -402,7 +465,7 @@ func (x *IntentGeneration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IntentGeneration.ProtoReflect.Descriptor instead.
 func (*IntentGeneration) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{3}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *IntentGeneration) GetRevision() int64 {
@@ -459,7 +522,7 @@ type NodeToken struct {
 
 func (x *NodeToken) Reset() {
 	*x = NodeToken{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -471,7 +534,7 @@ func (x *NodeToken) String() string {
 func (*NodeToken) ProtoMessage() {}
 
 func (x *NodeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -484,7 +547,7 @@ func (x *NodeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeToken.ProtoReflect.Descriptor instead.
 func (*NodeToken) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *NodeToken) GetNode() string {
@@ -512,7 +575,7 @@ var File_portolan_cluster_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\n" +
-	"!portolan/cluster/v1/cluster.proto\x12\x13portolan.cluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/node/v1/node.proto\x1a\x17portolan/v1/types.proto\"\x81\x02\n" +
+	"!portolan/cluster/v1/cluster.proto\x12\x13portolan.cluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/node/v1/node.proto\x1a\x17portolan/v1/types.proto\"\xc2\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x121\n" +
 	"\x05facts\x18\x02 \x01(\v2\x1b.portolan.node.v1.NodeFactsR\x05facts\x12!\n" +
@@ -520,7 +583,13 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\vcreate_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x127\n" +
 	"\tlost_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\blostTime\x12\x19\n" +
-	"\bkey_hash\x18\x06 \x01(\fR\akeyHash\"\xb5\x05\n" +
+	"\bkey_hash\x18\x06 \x01(\fR\akeyHash\x12?\n" +
+	"\frenewed_keys\x18\n" +
+	" \x03(\v2\x1c.portolan.cluster.v1.NodeKeyR\vrenewedKeys\"Z\n" +
+	"\aNodeKey\x12\x12\n" +
+	"\x04hash\x18\x01 \x01(\fR\x04hash\x12;\n" +
+	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\"\xb5\x05\n" +
 	"\n" +
 	"Allocation\x12\x1e\n" +
 	"\n" +
@@ -580,40 +649,43 @@ func file_portolan_cluster_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_portolan_cluster_v1_cluster_proto_rawDescData
 }
 
-var file_portolan_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_portolan_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_portolan_cluster_v1_cluster_proto_goTypes = []any{
 	(*Node)(nil),                    // 0: portolan.cluster.v1.Node
-	(*Allocation)(nil),              // 1: portolan.cluster.v1.Allocation
-	(*NodeAllocations)(nil),         // 2: portolan.cluster.v1.NodeAllocations
-	(*IntentGeneration)(nil),        // 3: portolan.cluster.v1.IntentGeneration
-	(*NodeToken)(nil),               // 4: portolan.cluster.v1.NodeToken
-	nil,                             // 5: portolan.cluster.v1.IntentGeneration.IntentsEntry
-	(*nodev1.NodeFacts)(nil),        // 6: portolan.node.v1.NodeFacts
-	(*timestamppb.Timestamp)(nil),   // 7: google.protobuf.Timestamp
-	(*portolanv1.WorkloadSpec)(nil), // 8: portolan.v1.WorkloadSpec
-	(*nodev1.AllocationStatus)(nil), // 9: portolan.node.v1.AllocationStatus
-	(*linkv1.Intent)(nil),           // 10: portolan.link.v1.Intent
+	(*NodeKey)(nil),                 // 1: portolan.cluster.v1.NodeKey
+	(*Allocation)(nil),              // 2: portolan.cluster.v1.Allocation
+	(*NodeAllocations)(nil),         // 3: portolan.cluster.v1.NodeAllocations
+	(*IntentGeneration)(nil),        // 4: portolan.cluster.v1.IntentGeneration
+	(*NodeToken)(nil),               // 5: portolan.cluster.v1.NodeToken
+	nil,                             // 6: portolan.cluster.v1.IntentGeneration.IntentsEntry
+	(*nodev1.NodeFacts)(nil),        // 7: portolan.node.v1.NodeFacts
+	(*timestamppb.Timestamp)(nil),   // 8: google.protobuf.Timestamp
+	(*portolanv1.WorkloadSpec)(nil), // 9: portolan.v1.WorkloadSpec
+	(*nodev1.AllocationStatus)(nil), // 10: portolan.node.v1.AllocationStatus
+	(*linkv1.Intent)(nil),           // 11: portolan.link.v1.Intent
 }
 var file_portolan_cluster_v1_cluster_proto_depIdxs = []int32{
-	6,  // 0: portolan.cluster.v1.Node.facts:type_name -> portolan.node.v1.NodeFacts
-	7,  // 1: portolan.cluster.v1.Node.create_time:type_name -> google.protobuf.Timestamp
-	7,  // 2: portolan.cluster.v1.Node.lost_time:type_name -> google.protobuf.Timestamp
-	8,  // 3: portolan.cluster.v1.Allocation.spec:type_name -> portolan.v1.WorkloadSpec
-	7,  // 4: portolan.cluster.v1.Allocation.at_cluster:type_name -> google.protobuf.Timestamp
-	7,  // 5: portolan.cluster.v1.Allocation.bound:type_name -> google.protobuf.Timestamp
-	7,  // 6: portolan.cluster.v1.Allocation.stop_time:type_name -> google.protobuf.Timestamp
-	9,  // 7: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
-	7,  // 8: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
-	1,  // 9: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
-	5,  // 10: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
-	7,  // 11: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
-	7,  // 12: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
-	10, // 13: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	7,  // 0: portolan.cluster.v1.Node.facts:type_name -> portolan.node.v1.NodeFacts
+	8,  // 1: portolan.cluster.v1.Node.create_time:type_name -> google.protobuf.Timestamp
+	8,  // 2: portolan.cluster.v1.Node.lost_time:type_name -> google.protobuf.Timestamp
+	1,  // 3: portolan.cluster.v1.Node.renewed_keys:type_name -> portolan.cluster.v1.NodeKey
+	8,  // 4: portolan.cluster.v1.NodeKey.expire_time:type_name -> google.protobuf.Timestamp
+	9,  // 5: portolan.cluster.v1.Allocation.spec:type_name -> portolan.v1.WorkloadSpec
+	8,  // 6: portolan.cluster.v1.Allocation.at_cluster:type_name -> google.protobuf.Timestamp
+	8,  // 7: portolan.cluster.v1.Allocation.bound:type_name -> google.protobuf.Timestamp
+	8,  // 8: portolan.cluster.v1.Allocation.stop_time:type_name -> google.protobuf.Timestamp
+	10, // 9: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
+	8,  // 10: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
+	2,  // 11: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
+	6,  // 12: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
+	8,  // 13: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
+	8,  // 14: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
+	11, // 15: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
+	16, // [16:16] is the sub-list for method output_type
+	16, // [16:16] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_portolan_cluster_v1_cluster_proto_init() }
@@ -627,7 +699,7 @@ func file_portolan_cluster_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_cluster_v1_cluster_proto_rawDesc), len(file_portolan_cluster_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -163,6 +163,11 @@ func (e *env) as(user string) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, callerHeader, "spiffe://"+testFleet+"/user/"+user)
 }
 
+// forever is as without an end.
+func (e *env) forever(user string) context.Context {
+	return metadata.AppendToOutgoingContext(e.t.Context(), callerHeader, "spiffe://"+testFleet+"/user/"+user)
+}
+
 func (e *env) root() context.Context { return e.as("root") }
 
 func must[T any](t *testing.T) func(T, error) T {

@@ -497,6 +497,119 @@ func TestClustersAreBelievedAboutWhatIsPlacedThere(t *testing.T) {
 	}
 }
 
+// endless answers for as long as it is asked.
+type endless struct {
+	scripted
+	fed chan string
+}
+
+func (x *endless) Logs(_ *portolanv1.LogsRequest, s grpc.ServerStreamingServer[portolanv1.LogsResponse]) error {
+	for {
+		if err := s.Send(&portolanv1.LogsResponse{Data: []byte("on and on")}); err != nil {
+			return err
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-s.Context().Done():
+			return s.Context().Err()
+		}
+	}
+}
+
+func (x *endless) Exec(s grpc.BidiStreamingServer[portolanv1.ExecRequest, portolanv1.ExecResponse]) error {
+	for {
+		m, err := s.Recv()
+		if err != nil {
+			return err
+		}
+		if in := m.GetStdin(); in != nil {
+			x.fed <- string(in)
+		}
+	}
+}
+
+// TestStreamsEndWithTheirCallersRole: whoever lost a role reads no more and types
+// no more, at the latest ten seconds later. A role that was added disturbs nothing
+// but a watch, which would not show what it opens.
+func TestStreamsEndWithTheirCallersRole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clusters := fakeClusters{}
+		e := newEnv(t, func(c *Config) { c.Clusters = clusters })
+		e.tenant("shop")
+		e.tenant("bank")
+		x := &endless{scripted: scripted{replicas: []*portolanv1.Replica{{Name: replica}}}, fed: make(chan string, 8)}
+		clusters["eu"] = serve(t, func(g *grpc.Server) { portolanv1.RegisterRuntimeServiceServer(g, x) })
+		e.cluster("eu", portolanv1.ClusterState_CLUSTER_STATE_READY)
+		p := "tenants/shop/workloads/web/placements/eu"
+		e.put(store.Placement, p, &portolanv1.Placement{Name: p})
+		c := portolanv1.NewRuntimeServiceClient(e.conn)
+		logs := must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.forever("shop"), &portolanv1.LogsRequest{Replica: replica}))
+		ex := must[grpc.BidiStreamingClient[portolanv1.ExecRequest, portolanv1.ExecResponse]](t)(c.Exec(e.forever("shop")))
+		for _, m := range []*portolanv1.ExecRequest{
+			{Message: &portolanv1.ExecRequest_Start_{Start: &portolanv1.ExecRequest_Start{Replica: replica, Command: []string{"sh"}}}},
+			{Message: &portolanv1.ExecRequest_Stdin{Stdin: []byte("ls")}},
+		} {
+			if err := ex.Send(m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		watch := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(portolanv1.NewWatchServiceClient(e.conn).Watch(e.forever("shop"), &portolanv1.WatchRequest{Kinds: []string{"Workload"}}))
+		// end reads a stream until it ends, and says when and how.
+		type over struct {
+			after time.Duration
+			code  codes.Code
+		}
+		began := time.Now()
+		end := func(recv func() error) chan over {
+			ch := make(chan over, 1)
+			go func() {
+				for {
+					if err := recv(); err != nil {
+						ch <- over{time.Since(began), status.Code(err)}
+						return
+					}
+				}
+			}()
+			return ch
+		}
+		ends := []chan over{
+			end(func() error { _, err := logs.Recv(); return err }),
+			end(func() error { _, err := ex.Recv(); return err }),
+		}
+		watched := end(func() error { _, err := watch.Recv(); return err })
+		time.Sleep(25 * time.Second)
+		synctest.Wait()
+		if got := <-x.fed; got != "ls" || len(ends[0])+len(ends[1])+len(watched) != 0 {
+			t.Fatal("a stream ended although nothing changed")
+		}
+		tenants := portolanv1.NewTenantServiceClient(e.conn)
+		must[*portolanv1.RoleBinding](t)(tenants.CreateRoleBinding(e.root(), &portolanv1.CreateRoleBindingRequest{RoleBinding: &portolanv1.RoleBinding{
+			Name: "roleBindings/more", Spec: &portolanv1.RoleBindingSpec{Subject: "spiffe://" + testFleet + "/user/shop", Role: portolanv1.Role_ROLE_TENANT_ADMIN, Tenant: "bank"},
+		}}))
+		if got := <-watched; got.code != codes.PermissionDenied || got.after > 36*time.Second {
+			t.Error("the watch:", got)
+		}
+		time.Sleep(10 * time.Second)
+		if len(ends[0])+len(ends[1]) != 0 {
+			t.Fatal("a stream ended because of a role more")
+		}
+		began = time.Now()
+		if _, err := tenants.DeleteRoleBinding(e.root(), &portolanv1.DeleteRoleBindingRequest{Name: "roleBindings/shop"}); err != nil {
+			t.Fatal(err)
+		}
+		for _, ch := range ends {
+			if got := <-ch; got.code != codes.PermissionDenied || got.after > recheckEvery+time.Second {
+				t.Error(got)
+			}
+		}
+		_ = ex.Send(&portolanv1.ExecRequest{Message: &portolanv1.ExecRequest_Stdin{Stdin: []byte("rm")}})
+		time.Sleep(time.Second)
+		if len(x.fed) != 0 {
+			t.Error("what was typed afterwards arrived")
+		}
+	})
+}
+
 func TestJoinTokens(t *testing.T) {
 	e := newEnv(t)
 	e.tenant("shop")

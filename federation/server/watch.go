@@ -17,10 +17,7 @@ import (
 	"github.com/portolan-io/portolan/federation/store"
 )
 
-const (
-	bookmarkEvery = time.Second
-	recheckEvery  = 10 * time.Second // of a watcher's roles
-)
+const bookmarkEvery = time.Second
 
 type watchService struct {
 	portolanv1.UnimplementedWatchServiceServer
@@ -216,20 +213,14 @@ func (w *watch) send(kind portolanv1.ChangeKind, m proto.Message, revision int64
 }
 
 func (w *watch) follow(ctx context.Context, from store.Watcher) error {
-	checked, marked := time.Now(), time.Time{}
+	marked := time.Time{}
 	for {
-		// A bookmark is due even when nothing happens, and roles are looked at again.
+		// A bookmark is due even when nothing happens.
 		wait, cancel := context.WithTimeout(ctx, bookmarkEvery)
 		b, err := from.Next(wait)
 		cancel()
 		if err != nil && (ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded)) {
 			return err
-		}
-		if time.Since(checked) >= recheckEvery {
-			if err := w.recheck(ctx); err != nil {
-				return err
-			}
-			checked = time.Now()
 		}
 		if err != nil {
 			continue
@@ -246,18 +237,6 @@ func (w *watch) follow(ctx context.Context, from store.Watcher) error {
 			return err
 		}
 	}
-}
-
-// recheck ends the stream when the caller's roles are no longer what they were.
-func (w *watch) recheck(ctx context.Context) error {
-	now := &caller{actor: w.c.actor, method: w.c.method}
-	if err := w.s.loadRoles(ctx, now); err != nil {
-		return err
-	}
-	if now.fleet != w.c.fleet || !slices.Equal(now.tenants, w.c.tenants) {
-		return api.E(api.Denied, "watch", "the roles of %s have changed: watch again", w.c.actor)
-	}
-	return nil
 }
 
 // message is a change that is ready to be sent.

@@ -27,6 +27,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/nodev1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/throttle"
 	"github.com/portolan-io/portolan/federation/api/tunnel"
 	"github.com/portolan-io/portolan/identity"
 	"github.com/portolan-io/portolan/identity/ca"
@@ -135,6 +136,8 @@ type Dispatch struct {
 	log     *slog.Logger
 	cache   *distribute.Cache
 	tunnels tunnel.Conns
+	// strangers bounds those who have no certificate yet.
+	strangers *throttle.Throttle
 	// stopped ends what gRPC servers began.
 	stopped context.Context //nolint:containedctx // lifetime of streams that others' servers run
 	stop    context.CancelFunc
@@ -154,7 +157,7 @@ func New(cfg Config) (*Dispatch, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, api.E(api.Invalid, "configure dispatch", "%w", err)
 	}
-	d := &Dispatch{cfg: cfg, log: cfg.Log, sessions: map[string]*session{}, streams: map[*bound]struct{}{}}
+	d := &Dispatch{cfg: cfg, log: cfg.Log, sessions: map[string]*session{}, streams: map[*bound]struct{}{}, strangers: throttle.New()}
 	d.cache = distribute.NewCache(distribute.CacheConfig{Log: cfg.Log, OnChange: d.acknowledged})
 	d.stopped, d.stop = context.WithCancel(context.Background())
 	return d, nil

@@ -22,6 +22,9 @@ import (
 // it answers again, because the first answer may have been lost.
 func (d *Dispatch) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.JoinResponse, error) {
 	doing := "join node"
+	if err := d.strangers.Take(ctx, doing, time.Now()); err != nil {
+		return nil, err
+	}
 	if _, err := api.ParseID(req.GetNode()); err != nil {
 		return nil, api.E(api.Invalid, doing, "%w", err)
 	}
@@ -57,21 +60,37 @@ func (d *Dispatch) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.J
 	}, nil
 }
 
-// redeem uses a token up for one key. What is wrong with a token is not told
-// apart, so that nobody learns which exist.
+// redeem uses a token up for one key. It is looked up before anybody waits for
+// their turn.
 func (d *Dispatch) redeem(ctx context.Context, doing, hash, node string, key []byte) error {
-	refused := api.E(api.Denied, doing, "the token is not valid: it does not exist, is used, has expired or is another node's")
-	d.joins.Lock()
-	defer d.joins.Unlock()
-	t, err := d.cfg.State.Token(ctx, hash)
-	if api.KindOf(err) == api.NotFound {
-		return refused
-	}
-	if err != nil {
+	if t, err := d.token(ctx, doing, hash, node, key); err != nil || t == nil {
 		return err
 	}
+	d.joins.Lock()
+	defer d.joins.Unlock()
+	t, err := d.token(ctx, doing, hash, node, key)
+	if err != nil || t == nil {
+		return err
+	}
+	used := proto.CloneOf(t)
+	used.RedeemedBy = key
+	return d.cfg.State.PutToken(ctx, hash, used)
+}
+
+// token gives a token if it may be used for a key, nil when this is the same use
+// again. What is wrong with a token is not told apart, so that nobody learns which
+// exist.
+func (d *Dispatch) token(ctx context.Context, doing, hash, node string, key []byte) (*clusterv1.NodeToken, error) {
+	refused := api.E(api.Denied, doing, "the token is not valid: it does not exist, is used, has expired or is another node's")
+	t, err := d.cfg.State.Token(ctx, hash)
+	if api.KindOf(err) == api.NotFound {
+		return nil, refused
+	}
+	if err != nil {
+		return nil, err
+	}
 	if t.GetNode() != node {
-		return refused
+		return nil, refused
 	}
 	over := !time.Now().Before(t.GetExpireTime().AsTime())
 	if len(t.GetRedeemedBy()) > 0 {
@@ -79,16 +98,14 @@ func (d *Dispatch) redeem(ctx context.Context, doing, hash, node string, key []b
 		// meanwhile.
 		same := bytes.Equal(t.GetRedeemedBy(), key)
 		if same && (!over || bytes.Equal(d.cfg.State.Snapshot().Nodes[node].GetKeyHash(), key)) {
-			return nil
+			return nil, nil
 		}
-		return refused
+		return nil, refused
 	}
 	if over {
-		return refused
+		return nil, refused
 	}
-	used := proto.CloneOf(t)
-	used.RedeemedBy = key
-	return d.cfg.State.PutToken(ctx, hash, used)
+	return t, nil
 }
 
 func (d *Dispatch) signNode(ctx context.Context, node string, csr []byte) ([][]byte, error) {

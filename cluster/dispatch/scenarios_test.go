@@ -499,6 +499,22 @@ func TestTokensAreForOneNodeOneKeyAndTenMinutes(t *testing.T) {
 	})
 }
 
+// Anybody may call Join; who tries tokens is bounded.
+func TestStrangersAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, mem.New())
+		got := map[codes.Code]int{}
+		key := csr(t)
+		for range 200 {
+			token, _ := attest.NewToken([]byte("root"))
+			got[status.Code(r.join(token, key))]++
+		}
+		if got[codes.PermissionDenied] > 30 || got[codes.PermissionDenied]+got[codes.ResourceExhausted] != 200 {
+			t.Errorf("answers %v", got)
+		}
+	})
+}
+
 // keyIn is the key that a certificate request stands for.
 func keyIn(t *testing.T, der []byte) []byte {
 	t.Helper()

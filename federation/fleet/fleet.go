@@ -26,6 +26,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/throttle"
 	"github.com/portolan-io/portolan/federation/api/tunnel"
 	"github.com/portolan-io/portolan/federation/store"
 	"github.com/portolan-io/portolan/identity"
@@ -105,6 +106,7 @@ type Fleet struct {
 	mirror       *store.Mirror
 	cache        *distribute.Cache
 	tunnels      tunnel.Conns
+	strangers    *throttle.Throttle
 	model        atomic.Pointer[model]
 	rootsChanged chan struct{}
 	// stopped ends what the gRPC server began, with a reason.
@@ -127,7 +129,7 @@ func New(cfg Config) (*Fleet, error) {
 	f := &Fleet{
 		cfg: cfg, log: cfg.Log, mirror: store.NewMirror(cfg.Store, mirrored()),
 		cache: distribute.NewCache(distribute.CacheConfig{Log: cfg.Log}), rootsChanged: make(chan struct{}, 1), sessions: map[string]*session{},
-		members: map[string]*member{},
+		members: map[string]*member{}, strangers: throttle.New(),
 	}
 	f.model.Store(&model{view: f.mirror.Snapshot(), tenants: map[string]*tenantView{}})
 	f.stopped, f.stop = context.WithCancelCause(context.Background())

@@ -39,16 +39,20 @@ func (s *Server) UnaryInterceptor(ctx context.Context, req any, info *grpc.Unary
 	if foreign(info.FullMethod) {
 		return next(ctx, req)
 	}
-	c, err := s.authorize(ctx, info.FullMethod)
+	c, err := s.identify(ctx, info.FullMethod)
 	if err != nil {
-		s.refused(ctx, c, info.FullMethod, req, err)
 		return nil, err
 	}
+	// Before anything is read for them: who has no role counts too.
 	release, err := s.limits.take(c.actor, false)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
+	if err := s.authorize(ctx, c); err != nil {
+		s.refused(ctx, c, info.FullMethod, req, err)
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(context.WithValue(ctx, callerKey{}, c), unaryTimeout)
 	defer cancel()
 	resp, err = next(ctx, req)
@@ -65,9 +69,8 @@ func (s *Server) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.Str
 	if foreign(info.FullMethod) {
 		return next(srv, ss)
 	}
-	c, err := s.authorize(ss.Context(), info.FullMethod)
+	c, err := s.identify(ss.Context(), info.FullMethod)
 	if err != nil {
-		s.refused(ss.Context(), c, info.FullMethod, nil, err)
 		return err
 	}
 	release, err := s.limits.take(c.actor, true)
@@ -75,6 +78,10 @@ func (s *Server) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.Str
 		return err
 	}
 	defer release()
+	if err := s.authorize(ss.Context(), c); err != nil {
+		s.refused(ss.Context(), c, info.FullMethod, nil, err)
+		return err
+	}
 	ctx, cancel := context.WithCancelCause(context.WithValue(ss.Context(), callerKey{}, c))
 	defer cancel(nil)
 	go s.watchRoles(ctx, cancel, c, info.FullMethod == watchMethod)

@@ -685,6 +685,27 @@ func TestCallersAreLimited(t *testing.T) {
 	}
 }
 
+// Who has no role is bounded as everybody is, before anything is read for them.
+func TestWhoHasNoRoleIsLimitedToo(t *testing.T) {
+	e := newEnv(t)
+	stranger := "spiffe://" + testFleet + "/user/stranger"
+	for range maxUnaryPerCaller {
+		if _, err := e.server.limits.take(stranger, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range maxStreamsPerCaller {
+		if _, err := e.server.limits.take(stranger, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := e.workloads().ListWorkloads(e.as("stranger"), &portolanv1.ListWorkloadsRequest{})
+	wantCode(t, err, codes.ResourceExhausted)
+	w := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(portolanv1.NewWatchServiceClient(e.conn).Watch(e.as("stranger"), &portolanv1.WatchRequest{}))
+	_, err = w.Recv()
+	wantCode(t, err, codes.ResourceExhausted)
+}
+
 // TestBarrierInVirtualTime: progress is told at least each second, and the end
 // comes when it was asked for. It also shows that the server works in a bubble.
 func TestBarrierInVirtualTime(t *testing.T) {

@@ -300,7 +300,7 @@ func (s *session) record(events []*portolanv1.Event) {
 			continue
 		}
 		e = proto.CloneOf(e)
-		e.Cluster = s.d.cfg.Facts.Cluster
+		e.Cluster, e.Node = s.d.cfg.Facts.Cluster, s.node
 		s.d.cfg.Manager.AddEvents(e)
 	}
 }

@@ -385,7 +385,7 @@ func TestForeignAllocationsAreDropped(t *testing.T) {
 		if len(st.Allocations) != 1 || st.Allocations["web-aaaaa"] == nil || len(st.Proxies) != 1 {
 			t.Errorf("kept %v and %v", st.Allocations, st.Proxies)
 		}
-		if ev := r.manager.Events(); len(ev) != 2 || ev[0].GetType() != "Started" || ev[0].GetCluster() != "eu" || ev[1].GetType() != "Booted" {
+		if ev := r.manager.Events(); len(ev) != 2 || ev[0].GetType() != "Started" || ev[0].GetCluster() != "eu" || ev[0].GetNode() != "n1" || ev[1].GetType() != "Booted" {
 			t.Errorf("events %v", ev)
 		}
 		// With an address that is not its own, even an own allocation.

@@ -123,7 +123,7 @@ func (r *runtimeServer) nodeOf(replica string) (portolanv1.RuntimeServiceClient,
 	}
 	cc, ok := r.d.tunnels.Get(a.GetNode())
 	if !ok {
-		return nil, api.E(api.Unavailable, "reach replica "+replica, "its node %q has no tunnel open", a.GetNode())
+		return nil, api.E(api.Unavailable, "reach replica "+replica, "its node has no tunnel open")
 	}
 	return portolanv1.NewRuntimeServiceClient(cc), nil
 }

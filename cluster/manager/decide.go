@@ -317,10 +317,10 @@ func (d *decider) bind(st reconcile.Step, node string) {
 		Node: node, Address: address, Spec: spec, AtCluster: timestamppb.New(at), Bound: timestamppb.New(d.now), Index: st.Index,
 		FederationRevision: w.Revision, Uid: w.Intent.GetUid(),
 	}
-	d.event(st.Key, id, "Bound", fmt.Sprintf("to node %s: %s: %s", node, st.Code, st.Reason))
+	d.event(st.Key, id, "Bound", st.Code+": "+st.Reason)
 	if st.Allocation != "" {
 		d.edit(st.Allocation).ReplacedBy = id
-		d.event(st.Key, st.Allocation, "Replaced", "by "+id+" on node "+node+": "+st.Reason)
+		d.event(st.Key, st.Allocation, "Replaced", "by "+id+": "+st.Reason)
 	}
 }
 
@@ -360,8 +360,15 @@ func (d *decider) refuse(b *batch, refusals []schedule.Refusal) {
 	}
 }
 
+// event tells of a replica. Tenants read it: its node stands in a field of its own,
+// which they are not shown.
 func (d *decider) event(k reconcile.Key, allocation, typ, message string) {
+	a := d.put[allocation]
+	if a == nil {
+		a = d.s.Allocations[allocation]
+	}
 	d.out.events = append(d.out.events, &portolanv1.Event{
-		Time: timestamppb.New(d.now), Object: api.ReplicaName(k.Tenant, k.Workload, allocation), Type: typ, Message: message, Cluster: d.m.cfg.Cluster, Count: 1,
+		Time: timestamppb.New(d.now), Object: api.ReplicaName(k.Tenant, k.Workload, allocation), Type: typ, Message: message,
+		Cluster: d.m.cfg.Cluster, Count: 1, Node: a.GetNode(),
 	})
 }

@@ -321,6 +321,7 @@ func TestNodeLostAndReturned(t *testing.T) {
 		if r.store.Snapshot().Nodes["n1"].GetLostTime() != nil || r.events("NodeReturned") != 1 {
 			t.Error("the return of the node is not on record")
 		}
+		r.namesNoNode()
 	})
 }
 
@@ -691,5 +692,32 @@ func TestClustersDrawDifferentNames(t *testing.T) {
 	}
 	if first, again := draw("eu"), draw("eu"); first != again {
 		t.Error("names are not repeatable")
+	}
+}
+
+// namesNoNode: what tenants read of their replicas names no node; events have it in
+// a field of its own.
+func (r *rig) namesNoNode() {
+	r.t.Helper()
+	names := func(text string) bool {
+		words := strings.FieldsFunc(text, func(c rune) bool { return strings.ContainsRune(" :;,.", c) })
+		return slices.ContainsFunc(words, func(w string) bool { return r.nodes[w] != nil })
+	}
+	bound := 0
+	for _, e := range r.m.Events() {
+		if !strings.HasPrefix(e.GetObject(), "tenants/") {
+			continue
+		}
+		if names(e.GetMessage()) {
+			r.t.Errorf("%s of %s names a node: %s", e.GetType(), e.GetObject(), e.GetMessage())
+		}
+		if e.GetType() == "Bound" {
+			if bound++; r.nodes[e.GetNode()] == nil {
+				r.t.Errorf("an event does not say on which node %s is", e.GetObject())
+			}
+		}
+	}
+	if bound == 0 {
+		r.t.Error("nothing was bound")
 	}
 }

@@ -270,7 +270,7 @@ func (p *planner) daemonOn(k Key, w Workload, d desired, n *clusterv1.Node, admi
 		}
 		code, reason := p.whyLeave(d, r)
 		if admission == Refused {
-			code, reason = NodeRefuses, fmt.Sprintf("node %s does not admit it", n.GetNode())
+			code, reason = NodeRefuses, "its node does not admit it"
 		}
 		p.stop(k, r, code, reason)
 	}

@@ -130,7 +130,7 @@ func (p *planner) replace(s *Step, lost *replica) bool {
 	}
 	p.replaceable--
 	s.Code, s.Allocation = NodeLost, lost.GetAllocation()
-	s.Reason = fmt.Sprintf("node %s of %s is lost", lost.GetNode(), lost.GetAllocation())
+	s.Reason = fmt.Sprintf("the node of %s is lost", lost.GetAllocation())
 	return true
 }
 
@@ -189,9 +189,9 @@ func (p *planner) whyLeave(d desired, r *replica) (code, reason string) {
 	case !listed:
 		return RevisionReplaced, fmt.Sprintf("revision %s makes way for %s", r.GetRevision(), d.current.GetRevision())
 	case r.refused:
-		return NodeRefuses, fmt.Sprintf("node %s has a taint that it does not tolerate", r.GetNode())
+		return NodeRefuses, "its node has a taint that it does not tolerate"
 	case r.replaced:
-		return Surplus, fmt.Sprintf("%s took its place while node %s was lost", r.GetReplacedBy(), r.GetNode())
+		return Surplus, fmt.Sprintf("%s took its place while its node was lost", r.GetReplacedBy())
 	}
 	for id, other := range p.in.Allocations {
 		if other.GetReplacedBy() == r.GetAllocation() {

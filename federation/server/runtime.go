@@ -260,6 +260,10 @@ func (rs *runtimeService) ListEvents(ctx context.Context, req *portolanv1.ListEv
 	if err != nil {
 		return nil, err
 	}
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
 	answers, silent := fanOut(ctx, rs.s, scope.clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Event, error) {
 		resp, err := portolanv1.NewRuntimeServiceClient(cc).ListEvents(ctx, &portolanv1.ListEventsRequest{Parent: req.GetParent(), Cluster: cluster, Limit: int32(limit)})
 		return resp.GetEvents()[:min(len(resp.GetEvents()), limit)], err
@@ -278,6 +282,9 @@ func (rs *runtimeService) ListEvents(ctx context.Context, req *portolanv1.ListEv
 				continue
 			}
 			e.Cluster = cluster
+			if !c.fleet {
+				e.Node = "" // nodes are no tenant's business
+			}
 			out = append(out, e)
 		}
 	}

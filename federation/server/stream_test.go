@@ -253,7 +253,7 @@ func (fakeRuntime) ListReplicas(context.Context, *portolanv1.ListReplicasRequest
 }
 
 func (fakeRuntime) ListEvents(_ context.Context, req *portolanv1.ListEventsRequest) (*portolanv1.ListEventsResponse, error) {
-	return &portolanv1.ListEventsResponse{Events: []*portolanv1.Event{{Object: replica, Type: "Bound"}, {Object: "clusters/eu-west/nodes/n1", Type: "NodeLost"}}}, nil
+	return &portolanv1.ListEventsResponse{Events: []*portolanv1.Event{{Object: replica, Type: "Bound", Node: "n1"}, {Object: "clusters/eu-west/nodes/n1", Type: "NodeLost"}}}, nil
 }
 
 func (fakeRuntime) Logs(_ *portolanv1.LogsRequest, s grpc.ServerStreamingServer[portolanv1.LogsResponse]) error {
@@ -319,7 +319,11 @@ func TestRuntime(t *testing.T) {
 	_, err := c.ListReplicas(e.as("bank"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/web"})
 	wantCode(t, err, codes.NotFound)
 	ev := must[*portolanv1.ListEventsResponse](t)(c.ListEvents(e.as("shop"), &portolanv1.ListEventsRequest{Parent: "tenants/shop"}))
-	if len(ev.GetEvents()) != 1 || ev.GetEvents()[0].GetType() != "Bound" {
+	if len(ev.GetEvents()) != 1 || ev.GetEvents()[0].GetType() != "Bound" || ev.GetEvents()[0].GetNode() != "" {
+		t.Fatal(ev)
+	}
+	ev = must[*portolanv1.ListEventsResponse](t)(c.ListEvents(e.root(), &portolanv1.ListEventsRequest{Parent: "tenants/shop"}))
+	if len(ev.GetEvents()) != 1 || ev.GetEvents()[0].GetNode() != "n1" {
 		t.Fatal(ev)
 	}
 	_, err = c.ListEvents(e.as("shop"), &portolanv1.ListEventsRequest{})

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"net/netip"
@@ -258,49 +259,81 @@ func (s *Server) remember(tx store.Tx, ch *change, result proto.Message, now tim
 	})
 }
 
-// maintain deletes what expired, a bounded number at a time.
+// sweep is how far maintain has looked at a kind.
+type sweep struct {
+	kind  store.Kind
+	after string
+	done  bool
+}
+
+// maintain deletes all that expired. It goes through each kind in pages, each in a
+// snapshot and a transaction of its own, and takes turns between the kinds: a
+// backlog of one holds neither the store nor the others up.
 func (s *Server) maintain(ctx context.Context, now time.Time) error {
-	type gone struct {
-		kind store.Kind
-		name string
+	sweeps := []*sweep{{kind: store.RequestResult}, {kind: store.VirtualIP}, {kind: store.JoinToken}}
+	var errs []error
+	for busy := true; busy; {
+		busy = false
+		for _, w := range sweeps {
+			if w.done {
+				continue
+			}
+			if err := s.sweepPage(ctx, w, now); err != nil {
+				errs = append(errs, fmt.Errorf("clear %ss: %w", w.kind, err))
+				w.done = true
+			}
+			busy = busy || !w.done
+		}
 	}
-	var old []gone
+	return errors.Join(errs...)
+}
+
+// sweepPage looks at the next records of a kind and deletes the expired ones.
+func (s *Server) sweepPage(ctx context.Context, w *sweep, now time.Time) error {
+	var old []string
+	next := w.after
 	_, err := s.cfg.Store.View(ctx, func(r store.Reader) error {
-		old = nil
-		for _, kind := range []store.Kind{store.RequestResult, store.VirtualIP, store.JoinToken} {
-			for rec, err := range r.List(kind, store.ListOptions{}) {
-				if err != nil {
-					return err
-				}
-				if t := expiry(rec.Message); t != nil && now.After(t.AsTime()) && len(old) < scanBatch {
-					old = append(old, gone{kind, rec.Name})
-				}
+		old, next = nil, w.after
+		n := 0
+		for rec, err := range r.List(w.kind, store.ListOptions{After: w.after, Limit: scanBatch}) {
+			if err != nil {
+				return err
+			}
+			n, next = n+1, rec.Name
+			if expired(rec.Message, now) {
+				old = append(old, rec.Name)
 			}
 		}
+		w.done = n < scanBatch
 		return nil
 	})
+	w.after = next
 	if err != nil || len(old) == 0 {
 		return err
 	}
 	_, err = s.cfg.Store.Update(ctx, func(tx store.Tx) error {
-		for _, g := range old {
-			rec, err := tx.Get(g.kind, g.name)
-			if api.KindOf(err) == api.NotFound && err != nil {
+		for _, name := range old {
+			rec, err := tx.Get(w.kind, name)
+			switch {
+			case err != nil && api.KindOf(err) == api.NotFound:
 				continue
-			}
-			if err != nil {
+			case err != nil:
 				return err
-			}
-			if t := expiry(rec.Message); t == nil || !now.After(t.AsTime()) {
+			case !expired(rec.Message, now):
 				continue
 			}
-			if err := tx.Delete(g.kind, g.name); err != nil {
+			if err := tx.Delete(w.kind, name); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
 	return err
+}
+
+func expired(m proto.Message, now time.Time) bool {
+	t := expiry(m)
+	return t != nil && now.After(t.AsTime())
 }
 
 func expiry(m proto.Message) *timestamppb.Timestamp {

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
@@ -169,6 +171,82 @@ func TestVirtualIPs(t *testing.T) {
 	}
 	if err := e.server.maintain(t.Context(), time.Now().Add(virtualIPQuarantine+time.Minute)); err != nil || held() != nil {
 		t.Fatalf("the address is still held: %v", err)
+	}
+}
+
+// watching counts the writes of each transaction.
+type watching struct {
+	store.Store
+	most int
+}
+
+type watchingTx struct {
+	store.Tx
+	n int
+}
+
+func (x *watchingTx) Delete(k store.Kind, name string) error {
+	x.n++
+	return x.Tx.Delete(k, name)
+}
+
+func (w *watching) Update(ctx context.Context, fn func(store.Tx) error) (int64, error) {
+	return w.Store.Update(ctx, func(tx store.Tx) error {
+		x := &watchingTx{Tx: tx}
+		err := fn(x)
+		w.most = max(w.most, x.n)
+		return err
+	})
+}
+
+// TestABacklogIsClearedInOneGo: however much expired of one kind, all of it goes,
+// in transactions that are bounded, and that of the others too.
+func TestABacklogIsClearedInOneGo(t *testing.T) {
+	w := &watching{}
+	e := newEnv(t, func(c *Config) { w.Store, c.Store = c.Store, w })
+	now := time.Now()
+	over, valid := timestamppb.New(now.Add(-time.Hour)), timestamppb.New(now.Add(time.Hour))
+	if _, err := e.store.Update(t.Context(), func(tx store.Tx) error {
+		for i := range 3*scanBatch + 7 {
+			r := &storev1.RequestResult{ExpireTime: over}
+			if i%3 == 0 {
+				r.ExpireTime = valid
+			}
+			if err := tx.Put(store.RequestResult, fmt.Sprintf("somebody/%05d", i), r); err != nil {
+				return err
+			}
+		}
+		if err := tx.Put(store.VirtualIP, "10.68.0.9", &storev1.VirtualIP{ReleaseTime: over}); err != nil {
+			return err
+		}
+		return tx.Put(store.JoinToken, "hash", &storev1.JoinToken{ExpireTime: over})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.server.maintain(t.Context(), now); err != nil {
+		t.Fatal(err)
+	}
+	left := map[store.Kind]int{}
+	if _, err := e.store.View(t.Context(), func(r store.Reader) error {
+		for _, k := range []store.Kind{store.RequestResult, store.VirtualIP, store.JoinToken} {
+			for rec, err := range r.List(k, store.ListOptions{}) {
+				if err != nil {
+					return err
+				}
+				if left[k]++; expired(rec.Message, now) {
+					t.Errorf("%s %s is still there", k, rec.Name)
+				}
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if left[store.RequestResult] != scanBatch+3 || left[store.VirtualIP]+left[store.JoinToken] != 0 {
+		t.Errorf("left: %v", left)
+	}
+	if w.most == 0 || w.most > scanBatch {
+		t.Errorf("%d deletions in one transaction", w.most)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -24,6 +25,9 @@ const (
 	renewEvery   = 500 * time.Millisecond // of the lease, while nothing moves
 	storeTimeout = 2 * time.Second
 	writeBatch   = 500
+	// Between two tries while the store does not answer.
+	retryMin = 50 * time.Millisecond
+	retryMax = 2 * time.Second
 )
 
 // LeaseOf is the name of a cluster's lease row. It is renewed with each report;
@@ -232,6 +236,7 @@ func changes(m *linkv1.StatusReport) bool {
 // reports wake it: a stream that hangs renews nothing.
 func (s *session) renew(ctx context.Context) {
 	var last time.Time
+	var out outage
 	progress := int64(-1)
 	for {
 		select {
@@ -252,34 +257,68 @@ func (s *session) renew(ctx context.Context) {
 		_, err := s.f.cfg.Store.Acquire(tctx, LeaseOf(s.cluster), s.cluster, s.f.cfg.LivenessTimeout, applied)
 		cancel()
 		if err != nil {
-			if ctx.Err() == nil {
+			if first, _ := out.failed(); first && ctx.Err() == nil {
 				s.f.log.Warn("sign of life not stored", "cluster", s.cluster, "error", err)
 			}
 			continue // the next report tries again
+		}
+		if out.worked() {
+			s.f.log.Info("signs of life are stored again", "cluster", s.cluster)
 		}
 		last, progress = time.Now(), applied
 	}
 }
 
+// outage follows a run of failures of the store: it says when to try again, and
+// what is worth a line in the log, which is its beginning and its end.
+type outage struct{ failures int }
+
+// failed notes a failure. first is whether it is the run's first, wait a full
+// jitter, so that replicas and clusters do not come back in step.
+func (o *outage) failed() (first bool, wait time.Duration) {
+	o.failures++
+	return o.failures == 1, rand.N(min(retryMin<<min(o.failures-1, 10), retryMax)) + 1
+}
+
+// worked notes a success, and says whether it ends a run of failures.
+func (o *outage) worked() bool {
+	over := o.failures > 0
+	o.failures = 0
+	return over
+}
+
 // commit writes what differs between what was reported and the records.
 func (s *session) commit(ctx context.Context) {
 	alarmed := map[string]bool{}
+	var out outage
 	for {
 		select {
 		case <-s.write:
 		case <-ctx.Done():
 			return
 		}
-		if err := s.once(ctx, alarmed); err != nil && ctx.Err() == nil {
-			s.f.log.Warn("status not stored", "cluster", s.cluster, "error", err)
-			if api.KindOf(err) == api.Conflict {
-				s.cancel(err)
-				return
+		wait := writeEvery
+		switch err := s.once(ctx, alarmed); {
+		case err == nil:
+			if out.worked() {
+				s.f.log.Info("status is stored again", "cluster", s.cluster)
 			}
+		case ctx.Err() != nil:
+			return
+		case api.KindOf(err) == api.Conflict || api.KindOf(err) == api.Denied:
+			s.f.log.Warn("status not stored", "cluster", s.cluster, "error", err)
+			s.cancel(err)
+			return
+		default:
+			first, pause := out.failed()
+			if first {
+				s.f.log.Warn("status not stored", "cluster", s.cluster, "error", err)
+			}
+			wait = max(wait, pause)
 			poke(s.write)
 		}
 		select {
-		case <-time.After(writeEvery):
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return
 		}
@@ -358,7 +397,7 @@ func commitWrites(ctx context.Context, st store.Store, cluster, uid string, numb
 			return err
 		}
 		if c, ok := rec.Message.(*portolanv1.Cluster); err != nil || !ok || c.GetUid() != uid {
-			return api.E(api.Conflict, doing, "it was taken out of the fleet")
+			return api.E(api.Denied, doing, "it was taken out of the fleet")
 		}
 		if rec, err := tx.Get(store.ClusterStatus, api.ClusterName(cluster)); err == nil {
 			if newest := rec.Message.(*storev1.ClusterStatusRecord).GetStatus().GetSession(); newest > number {

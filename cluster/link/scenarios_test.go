@@ -451,17 +451,39 @@ func TestDeletedClusterIsCutOffAndForgotten(t *testing.T) {
 		w.put(store.Service, api.ServiceName("shop", "web"), &portolanv1.Service{Spec: &portolanv1.ServiceSpec{Ports: []*portolanv1.ServicePort{{Port: 80}}}})
 		w.put(store.Service, api.ServiceName("shop", "odd"), &portolanv1.Service{Spec: &portolanv1.ServiceSpec{}})
 		w.eventually(2*time.Second, "all is said of eu", func() bool { return len(w.left("eu")) == 4 })
-		hand, end := w.raw("eu")
+		// By hand, because a link tries again at once.
+		w.put(store.Cluster, "clusters/ap", &portolanv1.Cluster{Name: "clusters/ap"})
+		<-time.After(time.Second)
+		hand, end := w.raw("ap")
 		defer end()
-		exchange(t, hand, &linkv1.StatusReport{Session: 1 << 62, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 9}})
+		exchange(t, hand, &linkv1.StatusReport{Session: 1, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 9}})
+		cc, err := w.dial(&cluster{id: "ap", wires: map[*wire]int{}}, "fed-1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = cc.Close() }()
+		pipe, err := linkv1.NewLinkServiceClient(cc).Tunnel(w.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
 		w.update(func(tx store.Tx) error {
 			if err := tx.Delete(store.Placement, api.PlacementName("shop", "web", "eu")); err != nil {
+				return err
+			}
+			if err := tx.Delete(store.Cluster, "clusters/ap"); err != nil {
 				return err
 			}
 			return tx.Delete(store.Cluster, "clusters/eu")
 		})
 		if _, err := hand.Recv(); status.Code(err) != codes.PermissionDenied {
 			t.Errorf("the report stream ended with %v", err)
+		}
+		for err == nil {
+			_, err = pipe.Recv()
+		}
+		if status.Code(err) != codes.PermissionDenied {
+			t.Errorf("the tunnel ended with %v", err)
 		}
 		w.eventually(time.Second, "what was open of eu is closed", func() bool {
 			for _, r := range w.replicas {
@@ -472,7 +494,7 @@ func TestDeletedClusterIsCutOffAndForgotten(t *testing.T) {
 			}
 			return true
 		})
-		w.eventually(time.Second, "nothing is said of eu", func() bool { return len(w.left("eu")) == 0 })
+		w.eventually(time.Second, "nothing is said of eu", func() bool { return len(w.left("eu"))+len(w.left("ap")) == 0 })
 		if len(w.left("us")) != 4 {
 			t.Errorf("of us there is left: %v", w.left("us"))
 		}

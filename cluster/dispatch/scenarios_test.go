@@ -782,8 +782,23 @@ func TestLogsAndExecReadThroughTheNodesTunnel(t *testing.T) {
 			t.Errorf("exec ended with %v, %v", m, err)
 		}
 		got, err := c.ListReplicas(r.ctx, &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-"})
-		if err != nil || len(got.GetReplicas()) != 2 || got.GetReplicas()[0].GetName() != replica {
+		if err != nil || len(got.GetReplicas()) != 2 || got.GetReplicas()[0].GetName() != replica || got.GetNextPageToken() != "" {
 			t.Errorf("replicas %v, %v", got, err)
+		}
+		token := ""
+		for _, want := range got.GetReplicas() {
+			page, err := c.ListReplicas(r.ctx, &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-", PageSize: 1, PageToken: token})
+			if err != nil || len(page.GetReplicas()) != 1 || page.GetReplicas()[0].GetName() != want.GetName() {
+				t.Errorf("page after %q: %v, %v", token, page, err)
+			}
+			token = page.GetNextPageToken()
+		}
+		if token != "" {
+			t.Errorf("there is no more after the last, but a token %q", token)
+		}
+		got, err = c.ListReplicas(r.ctx, &portolanv1.ListReplicasRequest{Parent: replica})
+		if err != nil || len(got.GetReplicas()) != 1 || got.GetReplicas()[0].GetName() != replica {
+			t.Errorf("one by its name: %v, %v", got, err)
 		}
 	})
 }

@@ -204,7 +204,7 @@ func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.E
 	if err != nil {
 		return nil, err
 	}
-	got, _ := fanOut(ctx, s, clusters, func(ctx context.Context, _ string, cc grpc.ClientConnInterface) ([]*portolanv1.NodeVerdict, error) {
+	got, _, _ := fanOut(ctx, s, clusters, func(ctx context.Context, _ string, cc grpc.ClientConnInterface) ([]*portolanv1.NodeVerdict, error) {
 		r, err := linkv1.NewClusterAdminServiceClient(cc).ExplainPending(ctx, &linkv1.ExplainPendingRequest{Workload: req.GetName()})
 		return r.GetVerdicts(), err
 	})

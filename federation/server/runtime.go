@@ -24,6 +24,7 @@ import (
 
 const (
 	maxReplicasListed = 10000
+	replicaPage       = 1000 // at a time of one cluster
 	maxEventsListed   = 1000
 	defaultEvents     = 200
 )
@@ -35,10 +36,11 @@ type runtimeService struct {
 }
 
 // fanOut asks several clusters at once, each for a bounded time. It gives what
-// each answered and, sorted, who did not.
-func fanOut[T any](ctx context.Context, s *Server, clusters []string, call func(context.Context, string, grpc.ClientConnInterface) (T, error)) (map[string]T, []string) {
+// each answered and, sorted, who did not: who cannot be reached or is too slow. One
+// that answers with an error is not silent; the first in order is the error.
+func fanOut[T any](ctx context.Context, s *Server, clusters []string, call func(context.Context, string, grpc.ClientConnInterface) (T, error)) (map[string]T, []string, error) {
 	var mu sync.Mutex
-	out, silent := map[string]T{}, []string{}
+	out, silent, failed := map[string]T{}, []string{}, map[string]error{}
 	var g errgroup.Group
 	g.SetLimit(maxClusterCalls)
 	for _, name := range clusters {
@@ -54,17 +56,25 @@ func fanOut[T any](ctx context.Context, s *Server, clusters []string, call func(
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			if err != nil {
+			switch kind := api.KindOf(err); {
+			case err == nil:
+				out[name] = got
+			case kind == api.Unavailable || kind == api.Timeout:
+				s.cfg.Log.Debug("a cluster is silent", "cluster", name, "error", err)
 				silent = append(silent, name)
-				return nil
+			default:
+				s.cfg.Log.Warn("a cluster answered with an error", "cluster", name, "error", err)
+				failed[name] = api.E(kind, "ask cluster "+name, "%w", err)
 			}
-			out[name] = got
 			return nil
 		})
 	}
 	_ = g.Wait()
 	sort.Strings(silent)
-	return out, silent
+	for _, name := range slices.Sorted(maps.Keys(failed)) {
+		return out, silent, failed[name]
+	}
+	return out, silent, nil
 }
 
 // runtimeScope is where a runtime request is asked, and what of the answers is
@@ -208,7 +218,10 @@ func (rs *runtimeService) ListReplicas(ctx context.Context, req *portolanv1.List
 	if err != nil {
 		return nil, err
 	}
-	got, silent := rs.replicas(ctx, req.GetParent(), scope)
+	got, silent, err := rs.replicas(ctx, req.GetParent(), scope)
+	if err != nil {
+		return nil, err
+	}
 	if !c.fleet {
 		for _, r := range got {
 			r.Node = ""
@@ -217,12 +230,31 @@ func (rs *runtimeService) ListReplicas(ctx context.Context, req *portolanv1.List
 	return &portolanv1.ListReplicasResponse{Replicas: got, SilentClusters: silent}, nil
 }
 
+// replicasOf reads all that a cluster has, page by page, up to what is listed.
+func replicasOf(ctx context.Context, cluster, parent string, cc grpc.ClientConnInterface) ([]*portolanv1.Replica, error) {
+	var out []*portolanv1.Replica
+	req := &portolanv1.ListReplicasRequest{Parent: parent, Cluster: cluster, PageSize: replicaPage}
+	for {
+		resp, err := portolanv1.NewRuntimeServiceClient(cc).ListReplicas(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, resp.GetReplicas()...)
+		if resp.GetNextPageToken() == "" || len(out) >= maxReplicasListed {
+			return out[:min(len(out), maxReplicasListed)], nil
+		}
+		if resp.GetNextPageToken() <= req.GetPageToken() {
+			return nil, api.E(api.Internal, "list replicas of cluster "+cluster, "its pages do not advance")
+		}
+		req.PageToken = resp.GetNextPageToken()
+	}
+}
+
 // replicas asks the clusters in scope, and keeps what each may speak about, in
 // order of name and cluster.
-func (rs *runtimeService) replicas(ctx context.Context, parent string, scope *runtimeScope) ([]*portolanv1.Replica, []string) {
-	answers, silent := fanOut(ctx, rs.s, scope.clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Replica, error) {
-		resp, err := portolanv1.NewRuntimeServiceClient(cc).ListReplicas(ctx, &portolanv1.ListReplicasRequest{Parent: parent, Cluster: cluster})
-		return resp.GetReplicas(), err
+func (rs *runtimeService) replicas(ctx context.Context, parent string, scope *runtimeScope) ([]*portolanv1.Replica, []string, error) {
+	answers, silent, err := fanOut(ctx, rs.s, scope.clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Replica, error) {
+		return replicasOf(ctx, cluster, parent, cc)
 	})
 	var out []*portolanv1.Replica
 	for _, cluster := range scope.clusters {
@@ -242,7 +274,10 @@ func (rs *runtimeService) replicas(ctx context.Context, parent string, scope *ru
 	slices.SortStableFunc(out, func(a, b *portolanv1.Replica) int {
 		return cmp.Or(strings.Compare(a.GetName(), b.GetName()), strings.Compare(a.GetCluster(), b.GetCluster()))
 	})
-	return out[:min(len(out), maxReplicasListed)], silent
+	out = slices.CompactFunc(out, func(a, b *portolanv1.Replica) bool {
+		return a.GetName() == b.GetName() && a.GetCluster() == b.GetCluster()
+	})
+	return out[:min(len(out), maxReplicasListed)], silent, err
 }
 
 // ListEvents implements portolanv1.RuntimeServiceServer.
@@ -264,10 +299,13 @@ func (rs *runtimeService) ListEvents(ctx context.Context, req *portolanv1.ListEv
 	if err != nil {
 		return nil, err
 	}
-	answers, silent := fanOut(ctx, rs.s, scope.clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Event, error) {
+	answers, silent, err := fanOut(ctx, rs.s, scope.clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Event, error) {
 		resp, err := portolanv1.NewRuntimeServiceClient(cc).ListEvents(ctx, &portolanv1.ListEventsRequest{Parent: req.GetParent(), Cluster: cluster, Limit: int32(limit)})
 		return resp.GetEvents()[:min(len(resp.GetEvents()), limit)], err
 	})
+	if err != nil {
+		return nil, err
+	}
 	if req.GetParent() == "" {
 		if err := rs.s.weigh(ctx, scope, answers); err != nil {
 			return nil, err
@@ -306,14 +344,15 @@ func (rs *runtimeService) find(ctx context.Context, doing, replica string) (grpc
 	if !c.owns(api.TenantOf(replica)) {
 		return nil, absent
 	}
-	workload := workloadOf(replica)
-	scope, err := rs.s.scopeOf(ctx, workload+"/")
+	scope, err := rs.s.scopeOf(ctx, workloadOf(replica)+"/")
 	if err != nil {
 		return nil, err
 	}
-	got, silent := rs.replicas(ctx, workload, scope)
-	got = slices.DeleteFunc(got, func(r *portolanv1.Replica) bool { return r.GetName() != replica })
+	// By its name, so that it is found in however large a cluster.
+	got, silent, err := rs.replicas(ctx, replica, scope)
 	switch {
+	case err != nil:
+		return nil, err
 	case len(got) > 1:
 		rs.s.cfg.Log.Error("replica refused", "alarm", true, "replica", replica, "clusters", []string{got[0].GetCluster(), got[1].GetCluster()}, "why", "more than one cluster claims it")
 		return nil, api.E(api.Precondition, doing, "clusters %s and %s both say that they have it", got[0].GetCluster(), got[1].GetCluster())

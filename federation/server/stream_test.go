@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/netip"
 	"strconv"
@@ -498,6 +499,70 @@ func TestClustersAreBelievedAboutWhatIsPlacedThere(t *testing.T) {
 	logs = must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("shop"), &portolanv1.LogsRequest{Replica: replica}))
 	if m := must[*portolanv1.LogsResponse](t)(logs.Recv()); string(m.GetData()) != "hello" {
 		t.Fatal(m)
+	}
+}
+
+// paged is a large cluster: it answers in pages, and knows single replicas.
+type paged struct {
+	scripted
+	fails error
+	most  int32
+}
+
+func (x *paged) ListReplicas(_ context.Context, req *portolanv1.ListReplicasRequest) (*portolanv1.ListReplicasResponse, error) {
+	x.asked.Add(1)
+	out := &portolanv1.ListReplicasResponse{}
+	for _, r := range x.replicas {
+		switch {
+		case r.GetName() <= req.GetPageToken() || !under(r.GetName(), req.GetParent()):
+		case len(out.GetReplicas()) == int(req.GetPageSize()):
+			out.NextPageToken = out.GetReplicas()[len(out.GetReplicas())-1].GetName()
+			return out, x.fails
+		default:
+			out.Replicas = append(out.Replicas, r)
+		}
+	}
+	x.most = max(x.most, int32(len(out.GetReplicas())))
+	return out, x.fails
+}
+
+func TestLargeAndFaultyClustersAreNotSilent(t *testing.T) {
+	clusters := fakeClusters{}
+	e := newEnv(t, func(c *Config) { c.Clusters = clusters })
+	e.tenant("shop")
+	x := &paged{}
+	const many = 2*replicaPage + 17
+	for i := range many {
+		x.replicas = append(x.replicas, &portolanv1.Replica{Name: fmt.Sprintf("tenants/shop/workloads/web/replicas/web-%05d", i)})
+	}
+	clusters["eu"] = serve(t, func(g *grpc.Server) { portolanv1.RegisterRuntimeServiceServer(g, x) })
+	for _, c := range []string{"eu", "us"} { // us has no tunnel
+		p := "tenants/shop/workloads/web/placements/" + c
+		e.put(store.Placement, p, &portolanv1.Placement{Name: p})
+	}
+	c := portolanv1.NewRuntimeServiceClient(e.conn)
+	list := func() (*portolanv1.ListReplicasResponse, error) {
+		return c.ListReplicas(e.as("shop"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-"})
+	}
+	got := must[*portolanv1.ListReplicasResponse](t)(list())
+	if len(got.GetReplicas()) != many || x.asked.Load() != 3 || x.most > replicaPage || strings.Join(got.GetSilentClusters(), " ") != "us" {
+		t.Errorf("%d replicas in %d pages, silent %v", len(got.GetReplicas()), x.asked.Load(), got.GetSilentClusters())
+	}
+	x.most = 0
+	logs := must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("shop"), &portolanv1.LogsRequest{Replica: x.replicas[many-1].GetName()}))
+	if m := must[*portolanv1.LogsResponse](t)(logs.Recv()); string(m.GetData()) != "hello" || x.asked.Load() != 4 || x.most != 1 {
+		t.Errorf("a replica is found by its name: %v after %d questions, the greatest answer has %d", m, x.asked.Load(), x.most)
+	}
+	for code, want := range map[codes.Code]codes.Code{
+		codes.Unavailable: codes.OK, codes.DeadlineExceeded: codes.OK,
+		codes.ResourceExhausted: codes.ResourceExhausted, codes.Internal: codes.Internal, codes.InvalidArgument: codes.InvalidArgument,
+	} {
+		x.fails = status.Error(code, "no")
+		got, err := list()
+		wantCode(t, err, want)
+		if silent := strings.Join(got.GetSilentClusters(), " "); want == codes.OK && silent != "eu us" {
+			t.Errorf("%s: silent %q", code, silent)
+		}
 	}
 }
 

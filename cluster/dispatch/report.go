@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"maps"
-	"strings"
 	"sync"
 	"time"
 
@@ -21,10 +20,10 @@ import (
 
 // Bounds of what one node may report at once.
 const (
-	maxEvents  = 256
-	maxAlarms  = 100
-	maxNacks   = 64
-	maxMessage = 2048
+	maxEvents = 256
+	maxAlarms = 100
+	maxNacks  = 64
+	maxFacts  = 1024 // labels, taints and other lists of facts
 )
 
 // session is one node's report stream. The goroutine of the stream changes it;
@@ -233,6 +232,7 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 		next.Allocations, next.Proxies = maps.Clone(s.st.Allocations), maps.Clone(s.st.Proxies)
 	}
 	if m.GetFacts() != nil {
+		api.Bound(m.GetFacts(), api.MaxTextBytes, maxFacts)
 		next.Facts = m.GetFacts()
 	}
 	if m.GetApplied() != nil {
@@ -246,6 +246,7 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 		case a.GetAddress() != "" && a.GetAddress() != own.GetAddress():
 			s.alarm("address "+a.GetAddress(), "it is not the allocation's")
 		default:
+			api.Bound(a, api.MaxTextBytes, api.MaxListItems)
 			next.Allocations[a.GetAllocation()] = a
 		}
 	}
@@ -257,7 +258,8 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 			s.alarm("proxy "+p.GetAllocation(), "its allocation is not assigned to the node")
 			continue
 		}
-		next.Proxies[p.GetAllocation()] = bounded(p)
+		api.Bound(p, api.MaxTextBytes, maxNacks)
+		next.Proxies[p.GetAllocation()] = p
 	}
 	for _, id := range m.GetRemovedProxies() {
 		delete(next.Proxies, id)
@@ -265,21 +267,9 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 	return next
 }
 
-// bounded cuts a proxy's refusals to what is kept.
-func bounded(p *nodev1.ProxyStatus) *nodev1.ProxyStatus {
-	if len(p.GetNacks()) > maxNacks {
-		p.Nacks = p.GetNacks()[:maxNacks]
-	}
-	for _, n := range p.GetNacks() {
-		if len(n.GetMessage()) > maxMessage {
-			n.Message = strings.ToValidUTF8(n.GetMessage()[:maxMessage], "") + "…"
-		}
-	}
-	return p
-}
-
 // alarm tells of a foreign thing once per session.
 func (s *session) alarm(what, why string) {
+	what = api.Clip(what, api.MaxTextBytes)
 	if s.alarmed[what] || len(s.alarmed) >= maxAlarms {
 		return
 	}
@@ -300,6 +290,7 @@ func (s *session) record(events []*portolanv1.Event) {
 			continue
 		}
 		e = proto.CloneOf(e)
+		api.Bound(e, api.MaxTextBytes, api.MaxListItems)
 		e.Cluster, e.Node = s.d.cfg.Facts.Cluster, s.node
 		s.d.cfg.Manager.AddEvents(e)
 	}

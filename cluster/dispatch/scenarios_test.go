@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -388,11 +389,29 @@ func TestForeignAllocationsAreDropped(t *testing.T) {
 		if ev := r.manager.Events(); len(ev) != 2 || ev[0].GetType() != "Started" || ev[0].GetCluster() != "eu" || ev[0].GetNode() != "n1" || ev[1].GetType() != "Booted" {
 			t.Errorf("events %v", ev)
 		}
+		// What it says of its own is bounded too.
+		loud := running("web-aaaaa")
+		loud.Reason = &portolanv1.Reason{Code: "Error", Message: strings.Repeat("x", 1<<20)}
+		for range 1000 {
+			loud.Containers = append(loud.Containers, &portolanv1.ContainerState{Name: "main"})
+		}
+		say(t, r.report("n1"), &nodev1.NodeReport{
+			Session: 2, Sequence: 1, Full: true, Allocations: []*nodev1.AllocationStatus{loud},
+			Facts:  &nodev1.NodeFacts{Address: "10.0.0.1", Labels: map[string]string{"a": strings.Repeat("x", 1<<20)}},
+			Events: []*portolanv1.Event{{Object: "clusters/eu/nodes/n1", Type: "Loud", Message: strings.Repeat("x", 1<<20)}},
+		})
+		st = r.store.Snapshot().NodeStatus["n1"]
+		if kept := st.Allocations["web-aaaaa"]; len(kept.GetReason().GetMessage()) > 4096 || len(kept.GetContainers()) > api.MaxListItems || proto.Size(st.Facts) > 4096 {
+			t.Error("a megabyte of it is kept")
+		}
+		if ev := r.manager.Events(); len(ev) != 3 || len(ev[2].GetMessage()) > 4096 {
+			t.Error("an event of a megabyte is kept")
+		}
 		// With an address that is not its own, even an own allocation.
 		forged := running("web-aaaaa")
 		forged.Address, forged.Ready = "10.1.2.2", false
 		s := r.report("n1")
-		say(t, s, &nodev1.NodeReport{Session: 2, Sequence: 1, Full: true, Allocations: []*nodev1.AllocationStatus{forged}})
+		say(t, s, &nodev1.NodeReport{Session: 3, Sequence: 1, Full: true, Allocations: []*nodev1.AllocationStatus{forged}})
 		if st := r.store.Snapshot().NodeStatus["n1"]; len(st.Allocations) != 0 {
 			t.Errorf("kept %v", st.Allocations)
 		}

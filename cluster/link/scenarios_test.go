@@ -2,6 +2,7 @@ package link_test
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -402,6 +403,47 @@ func TestForeignReportsAreDropped(t *testing.T) {
 		}
 		if n, ok := get[*storev1.NackRecord](w, store.Nack, "bundle/"+fleetDomain+"@eu"); !ok || n.GetConsumer() != "clusters/eu" {
 			t.Errorf("eu's own refusal: %v", n)
+		}
+	})
+}
+
+func TestReportsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu"})
+		w.shop("eu")
+		w.put(store.Revision, api.RevisionName("shop", "web", "r0"), &portolanv1.WorkloadRevision{Spec: &portolanv1.WorkloadSpec{}})
+		<-time.After(time.Second)
+		s, end := w.raw("eu")
+		defer end()
+		long := strings.Repeat("x", 1<<20)
+		m := &linkv1.StatusReport{
+			Session: 1, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{},
+			Workloads: []*linkv1.WorkloadStatusReport{{
+				Tenant: "shop", Workload: "web", Epoch: 1, Conditions: []*portolanv1.Condition{{Type: "Halted", Message: long}},
+				Revisions: []*portolanv1.RevisionReplicas{
+					{Revision: "r1", Replicas: 1, ReadyReplicas: 1}, {Revision: "r0", Replicas: 2}, // r0 is on its way out
+					{Revision: "made-up", Replicas: 1000}, {Revision: "r1", Replicas: 1000}, {Revision: long},
+				},
+			}},
+		}
+		for i := range 1000 {
+			m.Cluster.IngressAddresses = append(m.Cluster.IngressAddresses, fmt.Sprintf("10.0.0.1:%d", i))
+		}
+		exchange(t, s, m)
+		<-time.After(time.Second)
+		synctest.Wait()
+		p, _ := get[*storev1.PlacementStatusRecord](w, store.PlacementStatus, api.PlacementName("shop", "web", "eu"))
+		st := p.GetStatus()
+		if len(st.GetConditions()) != 1 || len(st.GetConditions()[0].GetMessage()) > 4096 {
+			t.Error("a condition of a megabyte was stored")
+		}
+		if r := st.GetRevisions(); len(r) != 2 || r[0].GetRevision() != "r1" || r[0].GetReplicas() != 1 || r[1].GetRevision() != "r0" {
+			t.Errorf("%d revisions were stored", len(r))
+		}
+		c, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+		if n := len(c.GetStatus().GetIngressAddresses()); n == 0 || n > api.MaxListItems {
+			t.Errorf("%d addresses were stored", n)
 		}
 	})
 }

@@ -24,7 +24,6 @@ import (
 const (
 	maxReported    = 50_000 // workloads, and exports
 	maxNacks       = 100
-	maxNackBytes   = 2048
 	maxGateways    = 64
 	maxExportPorts = 1024
 	maxConditions  = 32
@@ -50,12 +49,14 @@ func (r *reported) clone() *reported {
 // apply takes one report over. It fails when the cluster says more than it may.
 func (r *reported) apply(m *linkv1.StatusReport) error {
 	if m.GetCluster() != nil {
+		api.Bound(m.GetCluster(), api.MaxTextBytes, api.MaxListItems)
 		r.summary = m.GetCluster()
 	}
 	for _, w := range m.GetWorkloads() {
 		if len(w.GetConditions()) > maxConditions {
 			return fmt.Errorf("workload %s/%s has %d conditions", w.GetTenant(), w.GetWorkload(), len(w.GetConditions()))
 		}
+		api.Bound(w, api.MaxTextBytes, api.MaxListItems)
 		r.workloads[w.GetTenant()+"/"+w.GetWorkload()] = w
 	}
 	for _, k := range m.GetRemovedWorkloads() {
@@ -65,6 +66,7 @@ func (r *reported) apply(m *linkv1.StatusReport) error {
 		if len(e.GetGateways()) > maxGateways || len(e.GetPorts()) > maxExportPorts {
 			return fmt.Errorf("export of %s/%s is too great", e.GetTenant(), e.GetService())
 		}
+		api.Bound(e, api.MaxTextBytes, maxExportPorts)
 		r.exports[e.GetTenant()+"/"+e.GetService()] = e
 	}
 	for _, k := range m.GetRemovedExports() {
@@ -105,7 +107,8 @@ func statusWrites(m *model, cluster string, session int64, r *reported, confirme
 		if !t.here(cluster) && !t.exporters[cluster] {
 			continue
 		}
-		out = append(out, placementWrites(t, cluster, session, r, known, confirmed)...)
+		placed, unknown := placementWrites(m.view, t, cluster, session, r, known, confirmed)
+		out, alarms = append(out, placed...), append(alarms, unknown...)
 		out = append(out, exportWrites(m.view, t, cluster, r, known)...)
 	}
 	for _, k := range slices.Sorted(maps.Keys(r.exports)) {
@@ -154,7 +157,7 @@ func condition(state portolanv1.ConditionState, reason, message string, now time
 
 // placementWrites holds a status record for every placement, from the first pass
 // on, until the cluster confirmed the stop: permits follow from that.
-func placementWrites(t *tenantView, cluster string, session int64, r *reported, known map[string]bool, confirmed func(string) bool) (out []write) {
+func placementWrites(v *store.View, t *tenantView, cluster string, session int64, r *reported, known map[string]bool, confirmed func(string) bool) (out []write, alarms []string) {
 	all := map[string]bool{}
 	for w := range t.placed[cluster] {
 		all[w] = true
@@ -178,8 +181,14 @@ func placementWrites(t *tenantView, cluster string, session int64, r *reported, 
 			}
 			continue
 		}
+		revisions, unknown := believed(v, t.id, w, p, have, rep)
+		for _, rev := range unknown {
+			if p != nil { // of a workload that is gone nobody knows the revisions any more
+				alarms = append(alarms, "revision "+rev+" of "+key+", which does not exist")
+			}
+		}
 		want := &storev1.PlacementStatusRecord{Session: session, Epoch: rep.GetEpoch(), Status: &portolanv1.PlacementStatus{
-			Revisions: rep.GetRevisions(), Conditions: rep.GetConditions(), ObservedGeneration: have.GetStatus().GetObservedGeneration(),
+			Revisions: revisions, Conditions: rep.GetConditions(), ObservedGeneration: have.GetStatus().GetObservedGeneration(),
 		}}
 		if p != nil && p.GetSpec().GetEpoch() == rep.GetEpoch() {
 			want.Status.ObservedGeneration = p.GetGeneration()
@@ -191,7 +200,28 @@ func placementWrites(t *tenantView, cluster string, session int64, r *reported, 
 			out = append(out, write{store.PlacementStatus, name, want})
 		}
 	}
-	return out
+	return out, alarms
+}
+
+// believed gives what is reported of revisions that the placement names, or that
+// it named before: they exist, or were reported then. Of each one count.
+func believed(v *store.View, tenant, w string, p *portolanv1.Placement, have *storev1.PlacementStatusRecord, rep *linkv1.WorkloadStatusReport) (out []*portolanv1.RevisionReplicas, unknown []string) {
+	known := map[string]bool{}
+	for _, list := range [][]*portolanv1.RevisionReplicas{p.GetSpec().GetRevisions(), have.GetStatus().GetRevisions()} {
+		for _, r := range list {
+			known[r.GetRevision()] = true
+		}
+	}
+	for _, r := range rep.GetRevisions() {
+		id := r.GetRevision()
+		seen := slices.ContainsFunc(out, func(o *portolanv1.RevisionReplicas) bool { return o.GetRevision() == id })
+		if _, exists := v.Get(store.Revision, api.RevisionName(tenant, w, id)); !known[id] && !exists || seen || r.GetReplicas() < 0 || r.GetReadyReplicas() < 0 {
+			unknown = append(unknown, id)
+			continue
+		}
+		out = append(out, r)
+	}
+	return out, unknown
 }
 
 // samePlacementStatus leaves out who said it.
@@ -287,7 +317,7 @@ func nackWrites(m *model, cluster string, session int64, r *reported) (out []wri
 		}
 	}
 	for _, res := range slices.Sorted(maps.Keys(r.nacks)) {
-		if res == "" || len(res) > maxNackBytes {
+		if res == "" || len(res) > api.MaxTextBytes {
 			continue
 		}
 		n, old := r.nacks[res], have[res]
@@ -298,9 +328,9 @@ func nackWrites(m *model, cluster string, session int64, r *reported) (out []wri
 			continue
 		}
 		delete(have, res)
-		want := &storev1.NackRecord{Resource: res, Cluster: cluster, Consumer: self, Message: clip(n.GetMessage()), Revision: n.GetRevision(), Session: session}
+		want := &storev1.NackRecord{Resource: res, Cluster: cluster, Consumer: self, Message: api.Clip(n.GetMessage(), api.MaxTextBytes), Revision: n.GetRevision(), Session: session}
 		if c := n.GetConsumer(); strings.HasPrefix(c, self+"/") {
-			want.Consumer = clip(c)
+			want.Consumer = api.Clip(c, api.MaxTextBytes)
 		}
 		if old == nil || old.GetConsumer() != want.GetConsumer() || old.GetMessage() != want.GetMessage() || old.GetRevision() != want.GetRevision() {
 			out = append(out, write{store.Nack, res + suffix, want})
@@ -310,11 +340,4 @@ func nackWrites(m *model, cluster string, session int64, r *reported) (out []wri
 		out = append(out, write{store.Nack, res + suffix, nil})
 	}
 	return out, alarms
-}
-
-func clip(s string) string {
-	if len(s) > maxNackBytes {
-		return strings.ToValidUTF8(s[:maxNackBytes], "") + "…"
-	}
-	return s
 }

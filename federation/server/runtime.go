@@ -264,6 +264,7 @@ func (rs *runtimeService) replicas(ctx context.Context, parent string, scope *ru
 				dropped++
 				continue
 			}
+			api.Bound(r, api.MaxTextBytes, api.MaxListItems)
 			r.Cluster = cluster
 			out = append(out, r)
 		}
@@ -319,6 +320,7 @@ func (rs *runtimeService) ListEvents(ctx context.Context, req *portolanv1.ListEv
 			if !under(e.GetObject(), req.GetParent()) || !scope.believes(cluster, e.GetObject()) {
 				continue
 			}
+			api.Bound(e, api.MaxTextBytes, api.MaxListItems)
 			e.Cluster = cluster
 			if !c.fleet {
 				e.Node = "" // nodes are no tenant's business

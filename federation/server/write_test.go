@@ -174,15 +174,23 @@ func TestVirtualIPs(t *testing.T) {
 	}
 }
 
-// watching counts the writes of each transaction.
+// watching counts what single transactions do: the most deletions, and the most
+// reads of addresses.
 type watching struct {
 	store.Store
-	most int
+	most, reads int
 }
 
 type watchingTx struct {
 	store.Tx
-	n int
+	n, reads int
+}
+
+func (x *watchingTx) Get(k store.Kind, name string) (store.Record, error) {
+	if k == store.VirtualIP {
+		x.reads++
+	}
+	return x.Tx.Get(k, name)
 }
 
 func (x *watchingTx) Delete(k store.Kind, name string) error {
@@ -194,7 +202,7 @@ func (w *watching) Update(ctx context.Context, fn func(store.Tx) error) (int64, 
 	return w.Store.Update(ctx, func(tx store.Tx) error {
 		x := &watchingTx{Tx: tx}
 		err := fn(x)
-		w.most = max(w.most, x.n)
+		w.most, w.reads = max(w.most, x.n), max(w.reads, x.reads)
 		return err
 	})
 }
@@ -261,6 +269,49 @@ func TestAddressesRunOut(t *testing.T) {
 			want = codes.ResourceExhausted
 		}
 		wantCode(t, err, want)
+	}
+}
+
+// TestCrowdedAddresses: a service whose name points into a crowd gets the first
+// gap behind it, and no transaction reads the crowd row by row.
+func TestCrowdedAddresses(t *testing.T) {
+	w := &watching{}
+	e := newEnv(t, func(c *Config) {
+		c.VirtualIPs = prefix("10.68.0.0/22")
+		w.Store, c.Store = c.Store, w
+	})
+	e.tenant("shop")
+	e.create("shop", workload("shop", "web"))
+	svc := service("shop", "s", "web")
+	count, at := e.server.addresses()
+	start := e.server.preferred(svc.GetName())
+	const crowd = 700
+	if _, err := e.store.Update(t.Context(), func(tx store.Tx) error {
+		for i := range uint32(crowd) {
+			if err := tx.Put(store.VirtualIP, at((start+i)%count), &storev1.VirtualIP{Service: "tenants/bank/services/x"}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	w.reads = 0
+	got := must[*portolanv1.Service](t)(e.mesh().CreateService(e.as("shop"), &portolanv1.CreateServiceRequest{Service: svc}))
+	if want := at((start + crowd) % count); got.GetStatus().GetVirtualIp() != want {
+		t.Errorf("got %s, the first gap is %s", got.GetStatus().GetVirtualIp(), want)
+	}
+	if w.reads == 0 || w.reads > maxProbes {
+		t.Errorf("one transaction read %d addresses", w.reads)
+	}
+	// The rest of the range, and then one too many.
+	for i := range count - crowd {
+		_, err := e.mesh().CreateService(e.as("shop"), &portolanv1.CreateServiceRequest{Service: service("shop", fmt.Sprintf("x%d", i), "web")})
+		if i < count-crowd-1 {
+			wantCode(t, err, codes.OK)
+		} else {
+			wantCode(t, err, codes.ResourceExhausted)
+		}
 	}
 }
 

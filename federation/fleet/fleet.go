@@ -3,7 +3,8 @@
 // status reports, decides which clusters are lost, and holds the tunnels through
 // which lower planes are read. It never decides where anything runs and never
 // writes what a user or a control loop wrote: its own records are ClusterStatus,
-// PlacementStatus, ServiceExport and Nack, and the TrustBundle of a join.
+// PlacementStatus, ServiceExport and Nack; at a join it writes the TrustBundle and
+// marks the JoinToken used, which are the server's otherwise.
 //
 // Concurrency: everything exported is safe for concurrent use. One goroutine owns
 // the intents and who is a member (serve), one the decision about lost clusters

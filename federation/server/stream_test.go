@@ -169,6 +169,32 @@ func TestWatch(t *testing.T) {
 	}
 }
 
+// TestWatchShowsClustersAsGetDoes: what lies in lease rows is joined in both.
+func TestWatchShowsClustersAsGetDoes(t *testing.T) {
+	e := newEnv(t)
+	e.cluster("eu", portolanv1.ClusterState_CLUSTER_STATE_READY)
+	e.progress("cluster/eu", 2)
+	get := func() *portolanv1.Cluster {
+		return must[*portolanv1.Cluster](t)(portolanv1.NewClusterServiceClient(e.conn).GetCluster(e.root(), &portolanv1.GetClusterRequest{Name: "clusters/eu"}))
+	}
+	w := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(portolanv1.NewWatchServiceClient(e.conn).Watch(e.root(), &portolanv1.WatchRequest{Kinds: []string{"Cluster"}}))
+	_, objects := events(t, w, 0)
+	same := func(what string) {
+		t.Helper()
+		seen, _ := objects["clusters/eu"].(*portolanv1.Cluster)
+		got := get().GetStatus()
+		off := seen.GetStatus().GetLastSeenTime().AsTime().Sub(got.GetLastSeenTime().AsTime()).Abs()
+		if got.GetAppliedRevision() == 0 || got.GetLastSeenTime() == nil || seen.GetStatus().GetAppliedRevision() != got.GetAppliedRevision() || off > time.Second {
+			t.Errorf("%s: the watch says %v, a get %v", what, seen.GetStatus(), got)
+		}
+	}
+	same("snapshot")
+	e.progress("cluster/eu", 3)
+	rev := e.put(store.ClusterStatus, "clusters/eu", &storev1.ClusterStatusRecord{Status: &portolanv1.ClusterStatus{State: portolanv1.ClusterState_CLUSTER_STATE_READY, Nodes: 4}})
+	_, objects = events(t, w, rev)
+	same("change")
+}
+
 func (e *env) cluster(id string, state portolanv1.ClusterState) {
 	e.t.Helper()
 	must[*portolanv1.Cluster](e.t)(portolanv1.NewClusterServiceClient(e.conn).CreateCluster(e.root(), &portolanv1.CreateClusterRequest{

@@ -54,6 +54,18 @@ func (a *adminServer) SetNode(ctx context.Context, req *linkv1.SetNodeRequest) (
 	}), nil
 }
 
+// DeleteNode implements linkv1.ClusterAdminServiceServer.
+func (a *adminServer) DeleteNode(ctx context.Context, req *linkv1.DeleteNodeRequest) (*linkv1.DeleteNodeResponse, error) {
+	if _, err := api.ParseID(req.GetNode()); err != nil {
+		return nil, api.E(api.Invalid, "delete a node", "node: %w", err)
+	}
+	if err := a.d.cfg.Manager.DeleteNode(ctx, req.GetNode(), req.GetForce()); err != nil {
+		return nil, err
+	}
+	a.d.log.Info("node deleted", "node", req.GetNode(), "force", req.GetForce())
+	return &linkv1.DeleteNodeResponse{}, nil
+}
+
 // ListNodes implements linkv1.ClusterAdminServiceServer.
 func (a *adminServer) ListNodes(context.Context, *linkv1.ListNodesRequest) (*linkv1.ListNodesResponse, error) {
 	return a.d.nodeInfos(a.d.cfg.State.Snapshot(), func(*clusterv1.Node) bool { return true }), nil

@@ -6,7 +6,8 @@
 // the state. It writes the observed side of nodes and join tokens, nothing else.
 //
 // Concurrency: everything exported is safe for concurrent use. One goroutine owns
-// the directives (serve); each report stream has its own.
+// the directives (serve), and ends the streams of nodes that are no longer who they
+// were; each report stream has its own.
 package dispatch
 
 import (
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 
 	"github.com/portolan-io/portolan/cluster/state"
@@ -25,6 +27,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/nodev1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/api/throttle"
 	"github.com/portolan-io/portolan/federation/api/tunnel"
 	"github.com/portolan-io/portolan/identity"
 	"github.com/portolan-io/portolan/identity/ca"
@@ -52,11 +55,27 @@ type Authority interface {
 // Manager owns the records of nodes and the ring of events. (*manager.Manager) is
 // one.
 type Manager interface {
-	// RegisterNode cuts the node's range and writes its record.
+	Nodes
+	Events
+}
+
+// Nodes writes the records of nodes.
+type Nodes interface {
+	// RegisterNode cuts the node's range and writes its record. The key that joined is
+	// the only one that counts afterwards.
 	RegisterNode(ctx context.Context, node string, facts *nodev1.NodeFacts, keyHash []byte) (*clusterv1.Node, error)
 	// SetMode changes the mode of a node, or of a pool's nodes when node is empty; a
 	// deadline of zero is none.
 	SetMode(ctx context.Context, node, pool string, mode portolanv1.NodeMode, deadline time.Time) error
+	// RenewNode lets another key count beside it, for which there is a certificate
+	// until expire.
+	RenewNode(ctx context.Context, node string, keyHash []byte, expire time.Time) error
+	// DeleteNode takes a node out: a lost one, or any when forced.
+	DeleteNode(ctx context.Context, node string, force bool) error
+}
+
+// Events is the ring of the newest events.
+type Events interface {
 	AddEvents(events ...*portolanv1.Event)
 	// Events gives the newest events, oldest first.
 	Events() []*portolanv1.Event
@@ -70,6 +89,9 @@ type Config struct {
 	Manager Manager
 	// Peer gives the verified identity of a caller.
 	Peer func(ctx context.Context) (identity.ID, error)
+	// Key gives the SHA-256 of the public key that a caller showed; of its TLS
+	// certificate when nil.
+	Key func(ctx context.Context) ([]byte, error)
 	// NodeTimeout bounds how long, after the start, nodes are waited for before
 	// anything is served; 3 s when 0.
 	NodeTimeout time.Duration
@@ -80,6 +102,9 @@ type Config struct {
 func (c *Config) SetDefaults() {
 	if c.NodeTimeout <= 0 {
 		c.NodeTimeout = DefaultNodeTimeout
+	}
+	if c.Key == nil {
+		c.Key = certificateKey
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -114,6 +139,8 @@ type Dispatch struct {
 	log     *slog.Logger
 	cache   *distribute.Cache
 	tunnels tunnel.Conns
+	// strangers bounds those who have no certificate yet.
+	strangers *throttle.Throttle
 	// stopped ends what gRPC servers began.
 	stopped context.Context //nolint:containedctx // lifetime of streams that others' servers run
 	stop    context.CancelFunc
@@ -121,6 +148,8 @@ type Dispatch struct {
 	mu sync.Mutex
 	// sessions holds the newest report stream of each node.
 	sessions map[string]*session
+	// streams are all that nodes opened.
+	streams map[*bound]struct{}
 	// joins lets one redeem a token at a time, so that each is used once.
 	joins sync.Mutex
 }
@@ -131,7 +160,7 @@ func New(cfg Config) (*Dispatch, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, api.E(api.Invalid, "configure dispatch", "%w", err)
 	}
-	d := &Dispatch{cfg: cfg, log: cfg.Log, sessions: map[string]*session{}}
+	d := &Dispatch{cfg: cfg, log: cfg.Log, sessions: map[string]*session{}, streams: map[*bound]struct{}{}, strangers: throttle.New()}
 	d.cache = distribute.NewCache(distribute.CacheConfig{Log: cfg.Log, OnChange: d.acknowledged})
 	d.stopped, d.stop = context.WithCancel(context.Background())
 	return d, nil
@@ -140,10 +169,10 @@ func New(cfg Config) (*Dispatch, error) {
 // Register adds the services for nodes to a server: delta discovery and
 // NodeService.
 func (d *Dispatch) Register(r grpc.ServiceRegistrar) {
-	distribute.NewServer(d.stopped, distribute.ServerConfig{
+	discovery.RegisterAggregatedDiscoveryServiceServer(r, discoveryServer{d: d, Server: distribute.NewServer(d.stopped, distribute.ServerConfig{
 		Cache: d.cache, Log: d.log,
-		Identify: func(ctx context.Context, _ *corev3.Node) (string, error) { return d.node(ctx) },
-	}).Register(r)
+		Identify: func(ctx context.Context, _ *corev3.Node) (string, error) { return viewOf(ctx) },
+	})})
 	nodev1.RegisterNodeServiceServer(r, d)
 }
 
@@ -173,30 +202,19 @@ func (d *Dispatch) Nacks() []*linkv1.Nack {
 	return out
 }
 
-// node gives the node that calls, by its certificate, and refuses everybody else.
-func (d *Dispatch) node(ctx context.Context) (string, error) {
-	id, err := d.cfg.Peer(ctx)
-	if err != nil {
-		return "", api.E(api.Unknown, "identify node", "%w", err)
-	}
-	if id.Kind != identity.Node || id.TrustDomain != d.domain() {
-		return "", api.E(api.Denied, "identify node", "%s is no node of this cluster", id)
-	}
-	if d.cfg.State.Snapshot().Nodes[id.Name] == nil {
-		return "", api.E(api.Denied, "identify node", "node %q is not registered: let it join again", id.Name)
-	}
-	return id.Name, nil
-}
-
 func (d *Dispatch) domain() string {
 	return identity.ClusterDomain(d.cfg.Facts.Fleet, d.cfg.Facts.Cluster)
 }
 
 // Tunnel implements nodev1.NodeServiceServer.
 func (d *Dispatch) Tunnel(s grpc.BidiStreamingServer[linkv1.Chunk, linkv1.Chunk]) error {
-	node, err := d.node(s.Context())
+	node, life, release, err := d.bind(s.Context())
 	if err != nil {
 		return err
 	}
-	return d.tunnels.Handle(d.stopped, node, s)
+	defer release()
+	if err := d.tunnels.Handle(life, node, s); err != nil {
+		return err
+	}
+	return context.Cause(life)
 }

@@ -22,6 +22,9 @@ import (
 // it answers again, because the first answer may have been lost.
 func (d *Dispatch) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.JoinResponse, error) {
 	doing := "join node"
+	if err := d.strangers.Take(ctx, doing, time.Now()); err != nil {
+		return nil, err
+	}
 	if _, err := api.ParseID(req.GetNode()); err != nil {
 		return nil, api.E(api.Invalid, doing, "%w", err)
 	}
@@ -57,34 +60,52 @@ func (d *Dispatch) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.J
 	}, nil
 }
 
-// redeem uses a token up for one key. What is wrong with a token is not told
-// apart, so that nobody learns which exist.
+// redeem uses a token up for one key. It is looked up before anybody waits for
+// their turn.
 func (d *Dispatch) redeem(ctx context.Context, doing, hash, node string, key []byte) error {
-	refused := api.E(api.Denied, doing, "the token is not valid: it does not exist, is used, has expired or is another node's")
-	d.joins.Lock()
-	defer d.joins.Unlock()
-	t, err := d.cfg.State.Token(ctx, hash)
-	if api.KindOf(err) == api.NotFound {
-		return refused
-	}
-	if err != nil {
+	if t, err := d.token(ctx, doing, hash, node, key); err != nil || t == nil {
 		return err
 	}
-	if t.GetNode() != node {
-		return refused
-	}
-	if len(t.GetRedeemedBy()) > 0 {
-		if bytes.Equal(t.GetRedeemedBy(), key) {
-			return nil
-		}
-		return refused
-	}
-	if !time.Now().Before(t.GetExpireTime().AsTime()) {
-		return refused
+	d.joins.Lock()
+	defer d.joins.Unlock()
+	t, err := d.token(ctx, doing, hash, node, key)
+	if err != nil || t == nil {
+		return err
 	}
 	used := proto.CloneOf(t)
 	used.RedeemedBy = key
 	return d.cfg.State.PutToken(ctx, hash, used)
+}
+
+// token gives a token if it may be used for a key, nil when this is the same use
+// again. What is wrong with a token is not told apart, so that nobody learns which
+// exist.
+func (d *Dispatch) token(ctx context.Context, doing, hash, node string, key []byte) (*clusterv1.NodeToken, error) {
+	refused := api.E(api.Denied, doing, "the token is not valid: it does not exist, is used, has expired or is another node's")
+	t, err := d.cfg.State.Token(ctx, hash)
+	if api.KindOf(err) == api.NotFound {
+		return nil, refused
+	}
+	if err != nil {
+		return nil, err
+	}
+	if t.GetNode() != node {
+		return nil, refused
+	}
+	over := !time.Now().Before(t.GetExpireTime().AsTime())
+	if len(t.GetRedeemedBy()) > 0 {
+		// The same again, unless the node was deleted or has joined with another key
+		// meanwhile.
+		same := bytes.Equal(t.GetRedeemedBy(), key)
+		if same && (!over || bytes.Equal(d.cfg.State.Snapshot().Nodes[node].GetKeyHash(), key)) {
+			return nil, nil
+		}
+		return nil, refused
+	}
+	if over {
+		return nil, refused
+	}
+	return t, nil
 }
 
 func (d *Dispatch) signNode(ctx context.Context, node string, csr []byte) ([][]byte, error) {
@@ -93,12 +114,26 @@ func (d *Dispatch) signNode(ctx context.Context, node string, csr []byte) ([][]b
 
 // Renew implements nodev1.NodeServiceServer.
 func (d *Dispatch) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nodev1.RenewResponse, error) {
-	node, err := d.node(ctx)
+	c, err := d.identify(ctx)
 	if err != nil {
 		return nil, err
 	}
-	chain, err := d.signNode(ctx, node, req.GetCsr())
+	doing := "renew node " + c.node
+	csr, err := x509.ParseCertificateRequest(req.GetCsr())
+	if err != nil || csr.CheckSignature() != nil {
+		return nil, api.E(api.Invalid, doing, "the certificate request is not valid")
+	}
+	chain, err := d.signNode(ctx, c.node, req.GetCsr())
 	if err != nil {
+		return nil, err
+	}
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		return nil, api.E(api.Internal, doing, "read what was signed: %w", err)
+	}
+	// Noted before the node has it: what it shows next must count.
+	key := sha256.Sum256(csr.RawSubjectPublicKeyInfo)
+	if err := d.cfg.Manager.RenewNode(ctx, c.node, key[:], leaf.NotAfter); err != nil {
 		return nil, err
 	}
 	return &nodev1.RenewResponse{Chain: chain, Bundle: d.cfg.CA.Bundle()}, nil
@@ -107,11 +142,11 @@ func (d *Dispatch) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nodev1
 // SignWorkload implements nodev1.NodeServiceServer: never for a stopped allocation
 // and never for one of another node.
 func (d *Dispatch) SignWorkload(ctx context.Context, req *nodev1.SignWorkloadRequest) (*nodev1.SignWorkloadResponse, error) {
-	node, err := d.node(ctx)
+	c, err := d.identify(ctx)
 	if err != nil {
 		return nil, err
 	}
-	doing := "sign for allocation " + req.GetAllocation()
+	node, doing := c.node, "sign for allocation "+req.GetAllocation()
 	s := d.cfg.State.Snapshot()
 	a := s.Allocations[req.GetAllocation()]
 	if a.GetNode() != node {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"maps"
-	"strings"
 	"sync"
 	"time"
 
@@ -24,7 +23,7 @@ const (
 	maxEvents  = 256
 	maxAlarms  = 100
 	maxNacks   = 64
-	maxMessage = 2048
+	maxFacts   = 1024 // labels, taints and other lists of facts
 	maxImages  = 1000
 	maxDevices = 256
 	maxGauges  = 8 // as many as a spec can name metrics
@@ -37,8 +36,6 @@ type session struct {
 	node   string
 	number int64
 	cancel context.CancelCauseFunc
-	// release ends the wait for the cluster's end.
-	release func() bool
 
 	mu       sync.Mutex
 	sequence int64
@@ -51,15 +48,16 @@ type session struct {
 
 // Report implements nodev1.NodeServiceServer.
 func (d *Dispatch) Report(stream grpc.BidiStreamingServer[nodev1.NodeReport, linkv1.ReportAck]) error {
-	node, err := d.node(stream.Context())
+	node, life, release, err := d.bind(stream.Context())
 	if err != nil {
 		return err
 	}
+	defer release()
 	first, err := stream.Recv()
 	if err != nil {
 		return err
 	}
-	s, ctx, err := d.enter(stream.Context(), node, first.GetSession())
+	s, ctx, err := d.enter(life, node, first.GetSession())
 	if err != nil {
 		d.log.Warn("report refused", "node", node, "session", first.GetSession(), "error", err)
 		return err
@@ -93,7 +91,6 @@ func (d *Dispatch) enter(ctx context.Context, node string, number int64) (*sessi
 	}
 	s := &session{d: d, node: node, number: number, alarmed: map[string]bool{}}
 	ctx, s.cancel = context.WithCancelCause(ctx)
-	s.release = context.AfterFunc(d.stopped, func() { s.cancel(api.E(api.Unavailable, doing, "the cluster is stopping")) })
 	d.sessions[node] = s
 	d.log.Info("node reports", "node", node, "session", number)
 	return s, ctx, nil
@@ -102,7 +99,6 @@ func (d *Dispatch) enter(ctx context.Context, node string, number int64) (*sessi
 // leave notes that the node is gone, unless a newer stream has taken over.
 func (d *Dispatch) leave(s *session) {
 	s.cancel(nil)
-	s.release()
 	d.mu.Lock()
 	newest := d.sessions[s.node] == s
 	if newest {
@@ -239,6 +235,7 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 		next.Allocations, next.Proxies, next.RemovedVolumes = maps.Clone(s.st.Allocations), maps.Clone(s.st.Proxies), maps.Clone(s.st.RemovedVolumes)
 	}
 	if m.GetFacts() != nil {
+		api.Bound(m.GetFacts(), api.MaxTextBytes, maxFacts)
 		next.Facts = boundedFacts(m.GetFacts())
 	}
 	if m.GetApplied() != nil {
@@ -256,6 +253,7 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 			s.alarm("usage of "+a.GetAllocation(), "it has too many gauges")
 			next.Allocations[a.GetAllocation()] = a
 		default:
+			api.Bound(a, api.MaxTextBytes, api.MaxListItems)
 			next.Allocations[a.GetAllocation()] = a
 		}
 	}
@@ -267,7 +265,8 @@ func (s *session) merge(m *nodev1.NodeReport, now time.Time) *state.NodeStatus {
 			s.alarm("proxy "+p.GetAllocation(), "its allocation is not assigned to the node")
 			continue
 		}
-		next.Proxies[p.GetAllocation()] = bounded(p)
+		api.Bound(p, api.MaxTextBytes, maxNacks)
+		next.Proxies[p.GetAllocation()] = p
 	}
 	for _, id := range m.GetRemovedProxies() {
 		delete(next.Proxies, id)
@@ -300,21 +299,9 @@ func boundedFacts(f *nodev1.NodeFacts) *nodev1.NodeFacts {
 	return f
 }
 
-// bounded cuts a proxy's refusals to what is kept.
-func bounded(p *nodev1.ProxyStatus) *nodev1.ProxyStatus {
-	if len(p.GetNacks()) > maxNacks {
-		p.Nacks = p.GetNacks()[:maxNacks]
-	}
-	for _, n := range p.GetNacks() {
-		if len(n.GetMessage()) > maxMessage {
-			n.Message = strings.ToValidUTF8(n.GetMessage()[:maxMessage], "") + "…"
-		}
-	}
-	return p
-}
-
 // alarm tells of a foreign thing once per session.
 func (s *session) alarm(what, why string) {
+	what = api.Clip(what, api.MaxTextBytes)
 	if s.alarmed[what] || len(s.alarmed) >= maxAlarms {
 		return
 	}
@@ -335,7 +322,8 @@ func (s *session) record(events []*portolanv1.Event) {
 			continue
 		}
 		e = proto.CloneOf(e)
-		e.Cluster = s.d.cfg.Facts.Cluster
+		api.Bound(e, api.MaxTextBytes, api.MaxListItems)
+		e.Cluster, e.Node = s.d.cfg.Facts.Cluster, s.node
 		s.d.cfg.Manager.AddEvents(e)
 	}
 }

@@ -2,16 +2,19 @@ package dispatch
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"io"
 	"log/slog"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -61,6 +64,16 @@ func (m *fakeManager) SetMode(ctx context.Context, node, pool string, mode porto
 	return m.store.Commit(ctx, c)
 }
 
+func (m *fakeManager) RenewNode(ctx context.Context, node string, key []byte, expire time.Time) error {
+	n := proto.CloneOf(m.store.Snapshot().Nodes[node])
+	n.RenewedKeys = append(n.RenewedKeys, &clusterv1.NodeKey{Hash: key, ExpireTime: timestamppb.New(expire)})
+	return m.store.Commit(ctx, state.Change{Base: m.store.Snapshot().Generation, PutNodes: []*clusterv1.Node{n}})
+}
+
+func (m *fakeManager) DeleteNode(ctx context.Context, node string, _ bool) error {
+	return m.store.Commit(ctx, state.Change{Base: m.store.Snapshot().Generation, DeleteNodes: []string{node}})
+}
+
 func (m *fakeManager) AddEvents(events ...*portolanv1.Event) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -91,7 +104,7 @@ func newRig(t *testing.T, store *mem.Store) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.d, err = New(Config{State: store, Facts: testFacts, CA: authority, Manager: r.manager, Peer: peerOf, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	r.d, err = New(Config{State: store, Facts: testFacts, CA: authority, Manager: r.manager, Peer: peerOf, Key: keyOf, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,12 +132,27 @@ func peerOf(ctx context.Context) (identity.ID, error) {
 	return identity.ID{}, api.E(api.Unknown, "identify", "nobody")
 }
 
+// keyOf reads what key a caller shows; the nodes of populate have none.
+func keyOf(ctx context.Context) ([]byte, error) {
+	md, _ := metadata.FromIncomingContext(ctx)
+	if v := md.Get("key-bin"); len(v) == 1 {
+		return []byte(v[0]), nil
+	}
+	return nil, nil
+}
+
 // as dials as somebody; "" is nobody.
-func (r *rig) as(id string) *grpc.ClientConn {
+func (r *rig) as(id string) *grpc.ClientConn { return r.with(id, nil) }
+
+// with dials as somebody with a key.
+func (r *rig) with(id string, key []byte) *grpc.ClientConn {
 	r.t.Helper()
 	with := func(ctx context.Context) context.Context {
 		if id == "" {
 			return ctx
+		}
+		if key != nil {
+			ctx = metadata.AppendToOutgoingContext(ctx, "key-bin", string(key))
 		}
 		return metadata.AppendToOutgoingContext(ctx, "peer", id)
 	}
@@ -371,14 +399,32 @@ func TestForeignAllocationsAreDropped(t *testing.T) {
 		if len(st.Allocations) != 1 || st.Allocations["web-aaaaa"] == nil || len(st.Proxies) != 1 {
 			t.Errorf("kept %v and %v", st.Allocations, st.Proxies)
 		}
-		if ev := r.manager.Events(); len(ev) != 2 || ev[0].GetType() != "Started" || ev[0].GetCluster() != "eu" || ev[1].GetType() != "Booted" {
+		if ev := r.manager.Events(); len(ev) != 2 || ev[0].GetType() != "Started" || ev[0].GetCluster() != "eu" || ev[0].GetNode() != "n1" || ev[1].GetType() != "Booted" {
 			t.Errorf("events %v", ev)
+		}
+		// What it says of its own is bounded too.
+		loud := running("web-aaaaa")
+		loud.Reason = &portolanv1.Reason{Code: "Error", Message: strings.Repeat("x", 1<<20)}
+		for range 1000 {
+			loud.Containers = append(loud.Containers, &portolanv1.ContainerState{Name: "main"})
+		}
+		say(t, r.report("n1"), &nodev1.NodeReport{
+			Session: 2, Sequence: 1, Full: true, Allocations: []*nodev1.AllocationStatus{loud},
+			Facts:  &nodev1.NodeFacts{Address: "10.0.0.1", Labels: map[string]string{"a": strings.Repeat("x", 1<<20)}},
+			Events: []*portolanv1.Event{{Object: "clusters/eu/nodes/n1", Type: "Loud", Message: strings.Repeat("x", 1<<20)}},
+		})
+		st = r.store.Snapshot().NodeStatus["n1"]
+		if kept := st.Allocations["web-aaaaa"]; len(kept.GetReason().GetMessage()) > 4096 || len(kept.GetContainers()) > api.MaxListItems || proto.Size(st.Facts) > 4096 {
+			t.Error("a megabyte of it is kept")
+		}
+		if ev := r.manager.Events(); len(ev) != 3 || len(ev[2].GetMessage()) > 4096 {
+			t.Error("an event of a megabyte is kept")
 		}
 		// With an address that is not its own, even an own allocation.
 		forged := running("web-aaaaa")
 		forged.Address, forged.Ready = "10.1.2.2", false
 		s := r.report("n1")
-		say(t, s, &nodev1.NodeReport{Session: 2, Sequence: 1, Full: true, Allocations: []*nodev1.AllocationStatus{forged}})
+		say(t, s, &nodev1.NodeReport{Session: 3, Sequence: 1, Full: true, Allocations: []*nodev1.AllocationStatus{forged}})
 		if st := r.store.Snapshot().NodeStatus["n1"]; len(st.Allocations) != 0 {
 			t.Errorf("kept %v", st.Allocations)
 		}
@@ -522,6 +568,140 @@ func TestTokensAreForOneNodeOneKeyAndTenMinutes(t *testing.T) {
 		_, err = join(late, "n1", key)
 		refused("an expired token", err)
 	})
+}
+
+// Anybody may call Join; who tries tokens is bounded.
+func TestStrangersAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, mem.New())
+		got := map[codes.Code]int{}
+		key := csr(t)
+		for range 200 {
+			token, _ := attest.NewToken([]byte("root"))
+			got[status.Code(r.join(token, key))]++
+		}
+		if got[codes.PermissionDenied] > 30 || got[codes.PermissionDenied]+got[codes.ResourceExhausted] != 200 {
+			t.Errorf("answers %v", got)
+		}
+	})
+}
+
+// keyIn is the key that a certificate request stands for.
+func keyIn(t *testing.T, der []byte) []byte {
+	t.Helper()
+	c, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(c.RawSubjectPublicKeyInfo)
+	return sum[:]
+}
+
+// TestNodesAreWhoJoinedLast: a node that joined anew, or was deleted, leaves its
+// former key worth nothing, on streams that are open too.
+func TestNodesAreWhoJoinedLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, mem.New())
+		a := &adminServer{d: r.d}
+		join := func(csr []byte) (token string) {
+			t.Helper()
+			resp, err := a.CreateNodeJoinToken(r.ctx, &linkv1.CreateNodeJoinTokenRequest{Node: "n1"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.join(resp.GetToken(), csr); err != nil {
+				t.Fatal(err)
+			}
+			return resp.GetToken()
+		}
+		renew := func(key, csr []byte) error {
+			_, err := nodev1.NewNodeServiceClient(r.with(node("n1"), key)).Renew(r.ctx, &nodev1.RenewRequest{Csr: csr})
+			return err
+		}
+		// opened has a node's three streams, and gives how each ended.
+		opened := func(key []byte) func() []codes.Code {
+			t.Helper()
+			cc := r.with(node("n1"), key)
+			rep, err := nodev1.NewNodeServiceClient(cc).Report(r.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			say(t, rep, &nodev1.NodeReport{Session: time.Now().UnixNano(), Sequence: 1, Full: true})
+			tun, err := nodev1.NewNodeServiceClient(cc).Tunnel(r.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ads, err := discovery.NewAggregatedDiscoveryServiceClient(cc).DeltaAggregatedResources(r.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := ads.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: api.DirectiveTypeURL}); err != nil {
+				t.Fatal(err)
+			}
+			return func() []codes.Code {
+				var out []codes.Code
+				for _, recv := range []func() error{
+					func() error { _, err := rep.Recv(); return err },
+					func() error { _, err := tun.Recv(); return err },
+					func() error { _, err := ads.Recv(); return err },
+				} {
+					err := recv()
+					for err == nil {
+						err = recv()
+					}
+					out = append(out, status.Code(err))
+				}
+				return out
+			}
+		}
+		denied := func(what string, got []codes.Code) {
+			t.Helper()
+			for i, c := range got {
+				if c != codes.PermissionDenied {
+					t.Errorf("%s: stream %d ended with %v", what, i, c)
+				}
+			}
+		}
+		first, second, third := csr(t), csr(t), csr(t)
+		token := join(first)
+		ended := opened(keyIn(t, first))
+		pause(time.Second)
+		join(second)
+		denied("after another joined", ended())
+		if err := renew(keyIn(t, first), csr(t)); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("the former key is renewed: %v", err)
+		}
+		// A renewal counts beside what is in use: its answer may be lost.
+		if err := renew(keyIn(t, second), third); err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range [][]byte{keyIn(t, second), keyIn(t, third)} {
+			if err := renew(key, csr(t)); err != nil {
+				t.Errorf("a key that counts: %v", err)
+			}
+		}
+		ended = opened(keyIn(t, third))
+		pause(time.Second)
+		if _, err := a.DeleteNode(r.ctx, &linkv1.DeleteNodeRequest{Node: "n1", Force: true}); err != nil {
+			t.Fatal(err)
+		}
+		denied("after the node was deleted", ended())
+		for _, key := range [][]byte{keyIn(t, first), keyIn(t, second), keyIn(t, third), nil} {
+			if err := renew(key, csr(t)); status.Code(err) != codes.PermissionDenied {
+				t.Errorf("a deleted node: %v", err)
+			}
+		}
+		pause(DefaultTokenTTL)
+		if err := r.join(token, first); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("a deleted node came back with its old token: %v", err)
+		}
+	})
+}
+
+func (r *rig) join(token string, csr []byte) error {
+	r.t.Helper()
+	_, err := nodev1.NewNodeServiceClient(r.as("")).Join(r.ctx, &nodev1.JoinRequest{Token: token, Node: "n1", Csr: csr, Facts: &nodev1.NodeFacts{Address: "10.0.0.1"}})
+	return err
 }
 
 func TestSignsOnlyForTheCallersOwnLiveAllocations(t *testing.T) {
@@ -673,8 +853,23 @@ func TestLogsAndExecReadThroughTheNodesTunnel(t *testing.T) {
 			t.Errorf("exec ended with %v, %v", m, err)
 		}
 		got, err := c.ListReplicas(r.ctx, &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-"})
-		if err != nil || len(got.GetReplicas()) != 2 || got.GetReplicas()[0].GetName() != replica {
+		if err != nil || len(got.GetReplicas()) != 2 || got.GetReplicas()[0].GetName() != replica || got.GetNextPageToken() != "" {
 			t.Errorf("replicas %v, %v", got, err)
+		}
+		token := ""
+		for _, want := range got.GetReplicas() {
+			page, err := c.ListReplicas(r.ctx, &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-", PageSize: 1, PageToken: token})
+			if err != nil || len(page.GetReplicas()) != 1 || page.GetReplicas()[0].GetName() != want.GetName() {
+				t.Errorf("page after %q: %v, %v", token, page, err)
+			}
+			token = page.GetNextPageToken()
+		}
+		if token != "" {
+			t.Errorf("there is no more after the last, but a token %q", token)
+		}
+		got, err = c.ListReplicas(r.ctx, &portolanv1.ListReplicasRequest{Parent: replica})
+		if err != nil || len(got.GetReplicas()) != 1 || got.GetReplicas()[0].GetName() != replica {
+			t.Errorf("one by its name: %v, %v", got, err)
 		}
 	})
 }

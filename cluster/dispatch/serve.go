@@ -80,6 +80,7 @@ func (d *Dispatch) Run(ctx context.Context) error {
 			return err
 		}
 		snapshot := d.cfg.State.Snapshot()
+		d.fence(snapshot)
 		s.pass(snapshot)
 		seen = snapshot.Generation
 		select {

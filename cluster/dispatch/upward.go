@@ -32,24 +32,37 @@ type runtimeServer struct {
 	d *Dispatch
 }
 
-// ListReplicas implements portolanv1.RuntimeServiceServer.
+// ListReplicas implements portolanv1.RuntimeServiceServer. A page token is the name
+// after which the next page begins.
 func (r *runtimeServer) ListReplicas(_ context.Context, req *portolanv1.ListReplicasRequest) (*portolanv1.ListReplicasResponse, error) {
+	const doing = "list replicas"
 	match, err := parentFilter(req.GetParent())
 	if err != nil {
-		return nil, api.E(api.Invalid, "list replicas", "%w", err)
+		return nil, api.E(api.Invalid, doing, "%w", err)
+	}
+	if req.GetPageSize() < 0 {
+		return nil, api.E(api.Invalid, doing, "page_size: must not be negative")
 	}
 	s := r.d.cfg.State.Snapshot()
-	out := &portolanv1.ListReplicasResponse{}
-	for _, id := range slices.Sorted(maps.Keys(s.Allocations)) {
-		if a := s.Allocations[id]; match(a) {
-			out.Replicas = append(out.Replicas, r.d.replica(s, a))
+	names := map[string]*clusterv1.Allocation{}
+	for _, a := range s.Allocations {
+		if name := api.ReplicaName(a.GetTenant(), a.GetWorkload(), a.GetAllocation()); match(a) && name > req.GetPageToken() {
+			names[name] = a
 		}
+	}
+	out := &portolanv1.ListReplicasResponse{}
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		if n := len(out.GetReplicas()); n > 0 && n == int(req.GetPageSize()) {
+			out.NextPageToken = out.GetReplicas()[n-1].GetName()
+			break
+		}
+		out.Replicas = append(out.Replicas, r.d.replica(s, names[name]))
 	}
 	return out, nil
 }
 
 // parentFilter reads tenants/{t}/workloads/{w}, where {w} and the whole may be
-// "-".
+// "-", or the name of one replica.
 func parentFilter(parent string) (func(*clusterv1.Allocation) bool, error) {
 	if parent == "" || parent == "-" {
 		return func(*clusterv1.Allocation) bool { return true }, nil
@@ -61,11 +74,13 @@ func parentFilter(parent string) (func(*clusterv1.Allocation) bool, error) {
 		}
 		return func(a *clusterv1.Allocation) bool { return a.GetTenant() == ids[0] }, nil
 	}
-	ids, err := api.ParseName(parent, api.WorkloadPattern)
+	ids, err := api.ParseName(parent, api.WorkloadPattern, api.ReplicaPattern)
 	if err != nil {
 		return nil, err
 	}
-	return func(a *clusterv1.Allocation) bool { return a.GetTenant() == ids[0] && a.GetWorkload() == ids[1] }, nil
+	return func(a *clusterv1.Allocation) bool {
+		return a.GetTenant() == ids[0] && a.GetWorkload() == ids[1] && (len(ids) == 2 || a.GetAllocation() == ids[2])
+	}, nil
 }
 
 // replica joins what is desired and what is observed.
@@ -120,7 +135,7 @@ func (r *runtimeServer) nodeOf(replica string) (portolanv1.RuntimeServiceClient,
 	}
 	cc, ok := r.d.tunnels.Get(a.GetNode())
 	if !ok {
-		return nil, api.E(api.Unavailable, "reach replica "+replica, "its node %q has no tunnel open", a.GetNode())
+		return nil, api.E(api.Unavailable, "reach replica "+replica, "its node has no tunnel open")
 	}
 	return portolanv1.NewRuntimeServiceClient(cc), nil
 }

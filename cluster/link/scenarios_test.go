@@ -2,6 +2,9 @@ package link_test
 
 import (
 	"context"
+	"fmt"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -373,6 +376,12 @@ func TestForeignReportsAreDropped(t *testing.T) {
 			Session: 1, Sequence: 1, Full: true,
 			Exports:   []*linkv1.ServiceExport{{Cluster: "us", Tenant: "shop", Service: "web", Healthy: true, Gateways: []string{"6.6.6.6:1"}}},
 			Workloads: []*linkv1.WorkloadStatusReport{{Tenant: "shop", Workload: "web", Epoch: 9}},
+			Nacks: []*linkv1.Nack{
+				{Resource: "service/shop/web", Consumer: "clusters/us", Message: "a lie"},
+				{Resource: "policy/tenants/shop/policyBundles/p", Message: "a lie"},
+				{Resource: "policy/policyBundles/nowhere", Message: "a lie"},
+				{Resource: "bundle/" + fleetDomain, Consumer: "clusters/us/nodes/n1", Message: "it is told this"},
+			},
 		})
 		<-time.After(time.Second)
 		synctest.Wait()
@@ -387,6 +396,55 @@ func TestForeignReportsAreDropped(t *testing.T) {
 		if w.clusterState("eu") != ready {
 			t.Error("the rest of the report was dropped too")
 		}
+		for _, res := range []string{"service/shop/web", "policy/tenants/shop/policyBundles/p", "policy/policyBundles/nowhere"} {
+			if _, ok := get[*storev1.NackRecord](w, store.Nack, res+"@eu"); ok {
+				t.Errorf("a refusal of %s was stored, which eu is not told", res)
+			}
+		}
+		if n, ok := get[*storev1.NackRecord](w, store.Nack, "bundle/"+fleetDomain+"@eu"); !ok || n.GetConsumer() != "clusters/eu" {
+			t.Errorf("eu's own refusal: %v", n)
+		}
+	})
+}
+
+func TestReportsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu"})
+		w.shop("eu")
+		w.put(store.Revision, api.RevisionName("shop", "web", "r0"), &portolanv1.WorkloadRevision{Spec: &portolanv1.WorkloadSpec{}})
+		<-time.After(time.Second)
+		s, end := w.raw("eu")
+		defer end()
+		long := strings.Repeat("x", 1<<20)
+		m := &linkv1.StatusReport{
+			Session: 1, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{},
+			Workloads: []*linkv1.WorkloadStatusReport{{
+				Tenant: "shop", Workload: "web", Epoch: 1, Conditions: []*portolanv1.Condition{{Type: "Halted", Message: long}},
+				Revisions: []*portolanv1.RevisionReplicas{
+					{Revision: "r1", Replicas: 1, ReadyReplicas: 1}, {Revision: "r0", Replicas: 2}, // r0 is on its way out
+					{Revision: "made-up", Replicas: 1000}, {Revision: "r1", Replicas: 1000}, {Revision: long},
+				},
+			}},
+		}
+		for i := range 1000 {
+			m.Cluster.IngressAddresses = append(m.Cluster.IngressAddresses, fmt.Sprintf("10.0.0.1:%d", i))
+		}
+		exchange(t, s, m)
+		<-time.After(time.Second)
+		synctest.Wait()
+		p, _ := get[*storev1.PlacementStatusRecord](w, store.PlacementStatus, api.PlacementName("shop", "web", "eu"))
+		st := p.GetStatus()
+		if len(st.GetConditions()) != 1 || len(st.GetConditions()[0].GetMessage()) > 4096 {
+			t.Error("a condition of a megabyte was stored")
+		}
+		if r := st.GetRevisions(); len(r) != 2 || r[0].GetRevision() != "r1" || r[0].GetReplicas() != 1 || r[1].GetRevision() != "r0" {
+			t.Errorf("%d revisions were stored", len(r))
+		}
+		c, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+		if n := len(c.GetStatus().GetIngressAddresses()); n == 0 || n > api.MaxListItems {
+			t.Errorf("%d addresses were stored", n)
+		}
 	})
 }
 
@@ -400,5 +458,119 @@ func TestOnlyClustersOfTheFleetReport(t *testing.T) {
 		if _, err := s.Recv(); status.Code(err) != codes.PermissionDenied {
 			t.Errorf("answered with %v", err)
 		}
+	})
+}
+
+// left lists what is said of a cluster.
+func (w *world) left(cluster string) (out []string) {
+	w.t.Helper()
+	if _, err := w.store.View(w.ctx, func(r store.Reader) error {
+		out = nil
+		for _, kind := range []store.Kind{store.ClusterStatus, store.PlacementStatus, store.ServiceExport, store.Nack} {
+			for rec, err := range r.List(kind, store.ListOptions{}) {
+				if err != nil {
+					return err
+				}
+				if strings.HasSuffix(rec.Name, "/"+cluster) || strings.HasSuffix(rec.Name, "@"+cluster) {
+					out = append(out, rec.Name)
+				}
+			}
+		}
+		return nil
+	}); err != nil {
+		w.t.Fatal(err)
+	}
+	return out
+}
+
+func TestDeletedClusterIsCutOffAndForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, "eu", "us")
+		w.shop("eu", "us")
+		for _, c := range w.clusters {
+			c.run(t)
+		}
+		w.put(store.Service, api.ServiceName("shop", "web"), &portolanv1.Service{Spec: &portolanv1.ServiceSpec{Ports: []*portolanv1.ServicePort{{Port: 80}}}})
+		w.put(store.Service, api.ServiceName("shop", "odd"), &portolanv1.Service{Spec: &portolanv1.ServiceSpec{}})
+		w.eventually(2*time.Second, "all is said of eu", func() bool { return len(w.left("eu")) == 4 })
+		// By hand, because a link tries again at once.
+		w.put(store.Cluster, "clusters/ap", &portolanv1.Cluster{Name: "clusters/ap"})
+		<-time.After(time.Second)
+		hand, end := w.raw("ap")
+		defer end()
+		exchange(t, hand, &linkv1.StatusReport{Session: 1, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 9}})
+		cc, err := w.dial(&cluster{id: "ap", wires: map[*wire]int{}}, "fed-1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = cc.Close() }()
+		pipe, err := linkv1.NewLinkServiceClient(cc).Tunnel(w.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		w.update(func(tx store.Tx) error {
+			if err := tx.Delete(store.Placement, api.PlacementName("shop", "web", "eu")); err != nil {
+				return err
+			}
+			if err := tx.Delete(store.Cluster, "clusters/ap"); err != nil {
+				return err
+			}
+			return tx.Delete(store.Cluster, "clusters/eu")
+		})
+		if _, err := hand.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("the report stream ended with %v", err)
+		}
+		for err == nil {
+			_, err = pipe.Recv()
+		}
+		if status.Code(err) != codes.PermissionDenied {
+			t.Errorf("the tunnel ended with %v", err)
+		}
+		w.eventually(time.Second, "what was open of eu is closed", func() bool {
+			for _, r := range w.replicas {
+				st, _ := r.fleet.Status("eu")
+				if slices.Contains(r.fleet.Connected(), "eu") || st.Connected {
+					return false
+				}
+			}
+			return true
+		})
+		w.eventually(time.Second, "nothing is said of eu", func() bool { return len(w.left("eu"))+len(w.left("ap")) == 0 })
+		if len(w.left("us")) != 4 {
+			t.Errorf("of us there is left: %v", w.left("us"))
+		}
+		<-time.After(5 * time.Second) // eu's link goes on trying
+		synctest.Wait()
+		if got := w.left("eu"); len(got) != 0 {
+			t.Errorf("it came back: %v", got)
+		}
+	})
+}
+
+func TestClusterMadeAgainBeginsAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu", Uid: "first"})
+		<-time.After(time.Second)
+		first, end := w.raw("eu")
+		defer end()
+		exchange(t, first, &linkv1.StatusReport{Session: 7, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 9}})
+		w.eventually(time.Second, "the first is ready", func() bool { return w.clusterState("eu") == ready })
+		// Nobody can look between these two.
+		w.update(func(tx store.Tx) error { return tx.Delete(store.Cluster, "clusters/eu") })
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu", Uid: "second"})
+		if _, err := first.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("the first's stream ended with %v", err)
+		}
+		w.eventually(time.Second, "nothing of the first counts", func() bool { return len(w.left("eu")) == 0 })
+		second, end2 := w.raw("eu")
+		defer end2()
+		// An older number than the first's: there is no order between them.
+		exchange(t, second, &linkv1.StatusReport{Session: 2, Sequence: 1, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 1}})
+		w.eventually(time.Second, "the second is ready", func() bool {
+			s, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+			return s.GetStatus().GetNodes() == 1 && s.GetUid() == "second"
+		})
 	})
 }

@@ -220,8 +220,15 @@ func isGateway(spec *portolanv1.WorkloadSpec) bool {
 	return spec.GetGateway() != portolanv1.GatewayKind_GATEWAY_KIND_UNSPECIFIED
 }
 
+// event tells of a replica. Tenants read it: its node stands in a field of its own,
+// which they are not shown.
 func (d *decider) event(k reconcile.Key, allocation, typ, message string) {
+	a := d.put[allocation]
+	if a == nil {
+		a = d.s.Allocations[allocation]
+	}
 	d.out.events = append(d.out.events, &portolanv1.Event{
-		Time: timestamppb.New(d.now), Object: api.ReplicaName(k.Tenant, k.Workload, allocation), Type: typ, Message: message, Cluster: d.m.cfg.Cluster, Count: 1,
+		Time: timestamppb.New(d.now), Object: api.ReplicaName(k.Tenant, k.Workload, allocation), Type: typ, Message: message,
+		Cluster: d.m.cfg.Cluster, Count: 1, Node: a.GetNode(),
 	})
 }

@@ -5,7 +5,8 @@
 // federation.
 //
 // Concurrency: Run is one goroutine and the only writer of allocations.
-// RegisterNode, SetMode, Events and AddEvents may be called from any goroutine.
+// RegisterNode, RenewNode, SetMode, DeleteNode, Events and AddEvents may be called
+// from any goroutine.
 package manager
 
 import (

@@ -352,6 +352,7 @@ func TestNodeLostAndReturned(t *testing.T) {
 		if r.store.Snapshot().Nodes["n1"].GetLostTime() != nil || r.events("NodeReturned") != 1 {
 			t.Error("the return of the node is not on record")
 		}
+		r.namesNoNode()
 	})
 }
 
@@ -571,6 +572,87 @@ func TestRegisterNode(t *testing.T) {
 	}
 }
 
+func TestDeleteNode(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		n1 := r.addNode("n1")
+		r.addNode("n2")
+		r.want("web", "r1", 2, spec(service, "500m"))
+		time.Sleep(10 * time.Second)
+		r.expect("web", "n1 r1 ready", "n2 r1 ready")
+		if err := r.m.DeleteNode(t.Context(), "n1", false); api.KindOf(err) != api.Precondition {
+			t.Fatalf("a live node: %v", err)
+		}
+		if err := r.m.DeleteNode(t.Context(), "n9", true); api.KindOf(err) != api.NotFound {
+			t.Fatalf("a node that is not there: %v", err)
+		}
+		n1.set(func(n *fakeNode) { n.cut = true })
+		time.Sleep(4 * time.Second)
+		if err := r.m.DeleteNode(t.Context(), "n1", false); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		r.expect("web", "n2 r1 ready", "n2 r1 ready")
+		s := r.store.Snapshot()
+		if s.Nodes["n1"] != nil || s.NodeStatus["n1"] != nil || r.events("NodeDeleted") != 1 {
+			t.Error("something of the node is left")
+		}
+		for _, a := range s.Allocations {
+			if a.GetNode() == "n1" {
+				t.Errorf("%s is still assigned to it", a.GetAllocation())
+			}
+		}
+		r.addNode("n3")
+		if got := r.store.Snapshot().Nodes["n3"].GetReplicaCidr(); got != "10.77.1.0/24" {
+			t.Errorf("its range was not given again: n3 has %s", got)
+		}
+		// By force also one that lives.
+		if err := r.m.DeleteNode(t.Context(), "n2", true); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		r.expect("web", "n3 r1 ready", "n3 r1 ready")
+	})
+}
+
+func TestKeysOfANode(t *testing.T) {
+	now := time.Unix(1000, 0)
+	m, err := New(Config{Store: mem.New(), Cluster: "eu", CIDR: "10.9.0.0/22", Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	if err := m.RenewNode(ctx, "n1", []byte("k"), now); api.KindOf(err) != api.NotFound {
+		t.Errorf("a node that is not there: %v", err)
+	}
+	if _, err := m.RegisterNode(ctx, "n1", nil, []byte("joined")); err != nil {
+		t.Fatal(err)
+	}
+	keys := func() (out []string) {
+		for _, k := range m.cfg.Store.Snapshot().Nodes["n1"].GetRenewedKeys() {
+			out = append(out, string(k.GetHash()))
+		}
+		return out
+	}
+	for i := range maxNodeKeys {
+		if err := m.RenewNode(ctx, "n1", fmt.Append(nil, i), now.Add(time.Duration(i+1)*time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.RenewNode(ctx, "n1", []byte("more"), now.Add(time.Hour)); api.KindOf(err) != api.Exhausted {
+		t.Errorf("one more than the bound: %v", err)
+	}
+	now = now.Add(14 * time.Hour)
+	if err := m.RenewNode(ctx, "n1", []byte("next"), now.Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if got := keys(); !slices.Equal(got, []string{"14", "15", "next"}) {
+		t.Errorf("keys %v: those whose certificates ended must be gone", got)
+	}
+	if n, err := m.RegisterNode(ctx, "n1", nil, []byte("again")); err != nil || string(n.GetKeyHash()) != "again" || len(keys()) != 0 {
+		t.Errorf("keys of before it joined again count: %v %v %v", n, keys(), err)
+	}
+}
+
 func TestConfig(t *testing.T) {
 	for _, c := range []Config{
 		{}, {Store: mem.New(), Cluster: "eu", CIDR: "10.0.0.0/24"}, {Store: mem.New(), Cluster: "eu", CIDR: "fd00::/16"}, {Store: mem.New(), Cluster: "EU", CIDR: "10.0.0.0/16"},
@@ -698,4 +780,31 @@ func TestModes(t *testing.T) {
 			t.Errorf("events: %v", r.m.Events())
 		}
 	})
+}
+
+// namesNoNode: what tenants read of their replicas names no node; events have it in
+// a field of its own.
+func (r *rig) namesNoNode() {
+	r.t.Helper()
+	names := func(text string) bool {
+		words := strings.FieldsFunc(text, func(c rune) bool { return strings.ContainsRune(" :;,.", c) })
+		return slices.ContainsFunc(words, func(w string) bool { return r.nodes[w] != nil })
+	}
+	bound := 0
+	for _, e := range r.m.Events() {
+		if !strings.HasPrefix(e.GetObject(), "tenants/") {
+			continue
+		}
+		if names(e.GetMessage()) {
+			r.t.Errorf("%s of %s names a node: %s", e.GetType(), e.GetObject(), e.GetMessage())
+		}
+		if e.GetType() == "Bound" {
+			if bound++; r.nodes[e.GetNode()] == nil {
+				r.t.Errorf("an event does not say on which node %s is", e.GetObject())
+			}
+		}
+	}
+	if bound == 0 {
+		r.t.Error("nothing was bound")
+	}
 }

@@ -25,7 +25,8 @@ import (
 const maxRegisterTries = 10
 
 // RegisterNode makes a node part of the cluster and gives it a range for its
-// replicas. Doing it again updates facts and key, and keeps the range.
+// replicas. Doing it again updates facts and key, and keeps the range; keys of
+// before count no more.
 // api.Exhausted when no range is left, api.Invalid for a bad ID.
 func (m *Manager) RegisterNode(ctx context.Context, node string, facts *nodev1.NodeFacts, keyHash []byte) (*clusterv1.Node, error) {
 	doing := "register node " + node
@@ -47,7 +48,7 @@ func (m *Manager) RegisterNode(ctx context.Context, node string, facts *nodev1.N
 		} else if n.ReplicaCidr, err = m.freeRange(s); err != nil {
 			return nil, err
 		}
-		n.Facts, n.KeyHash = facts, keyHash
+		n.Facts, n.KeyHash, n.RenewedKeys = facts, keyHash, nil
 		err = m.cfg.Store.Commit(ctx, state.Change{Base: s.Generation, PutNodes: []*clusterv1.Node{n}})
 		if err == nil {
 			if !known {

@@ -237,7 +237,7 @@ func (p *planner) whyLeave(d desired, r *replica) (code, reason string) {
 	case r.leave != nil:
 		return r.leave.code, r.leave.reason
 	case r.replaced:
-		return Surplus, fmt.Sprintf("%s took its place while node %s was lost", r.GetReplacedBy(), r.GetNode())
+		return Surplus, fmt.Sprintf("%s took its place while its node was lost", r.GetReplacedBy())
 	}
 	if id := p.replacedFor[r.GetAllocation()]; id != "" {
 		return Surplus, fmt.Sprintf("%s, which it replaced, is back", id)

@@ -4,12 +4,15 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/nodev1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/place"
 )
@@ -23,14 +26,12 @@ const (
 	w3Seed                         = 42
 )
 
-var w3Request = api.Resources{CPUMilli: 1000, MemoryBytes: 1 << 30}
-
-// w3 is the World, and the nodes of every cluster.
-func w3(b *testing.B) (place.World, [][]schedule.Node) {
+// w3 is the World, and the table of every cluster's nodes.
+func w3(b *testing.B) (place.World, []*schedule.Table) {
 	b.Helper()
 	rnd := rand.New(rand.NewPCG(w3Seed, w3Seed))
 	var w place.World
-	nodes := make([][]schedule.Node, w3Clusters)
+	tables := make([]*schedule.Table, w3Clusters)
 	labels := make([]map[string]string, 50)
 	for i := range labels {
 		labels[i] = map[string]string{"rack": fmt.Sprintf("r%d", i)}
@@ -46,12 +47,13 @@ func w3(b *testing.B) (place.World, [][]schedule.Node) {
 			cl.Spec.Taints = taint
 		}
 		w.Clusters = append(w.Clusters, cl)
+		tables[c] = schedule.NewTable(w3Seed)
 		for n := range w3Nodes {
-			node := schedule.Node{ID: fmt.Sprintf("n%04d", n), Capacity: api.Resources{CPUMilli: 9000, MemoryBytes: 9 << 30}, Addresses: 253, Labels: labels[n%50]}
+			f := &nodev1.NodeFacts{CpuMilli: 9000, MemoryBytes: 9 << 30, Labels: labels[n%50]}
 			if n%20 == 3 {
-				node.Taints = taint
+				f.Taints = taint
 			}
-			nodes[c] = append(nodes[c], node)
+			tables[c].PutNode(schedule.Node{ID: fmt.Sprintf("n%04d", n), Facts: f, Addresses: 253})
 		}
 	}
 	for i := range w3Workloads {
@@ -77,25 +79,21 @@ func w3(b *testing.B) (place.World, [][]schedule.Node) {
 			Workload: place.Workload{ID: fmt.Sprintf("w%05d", i), Spec: spec, Revisions: []place.Revision{rev}},
 		})
 	}
-	return w, nodes
+	return w, tables
 }
 
-// bound is what a cluster's scheduler made of one workload's share.
-type bound struct {
-	workload int
-	nodes    []int32
-}
+// w3Batch is how many groups are scheduled at once.
+const w3Batch = 200
 
-// bind schedules what plans ask of every cluster, more than in before, and enters
-// it into the nodes. It gives what was bound, and how many replicas found no node.
-// It is all that this benchmark knows of the scheduler.
-func bind(w place.World, nodes [][]schedule.Node, before, plans []place.Plan) (out [][]bound, missing int) {
-	out = make([][]bound, len(nodes))
+// bind schedules what plans ask of every cluster, more than in before, and binds it
+// in the tables. It says how many replicas found no node.
+func bind(b *testing.B, w place.World, tables []*schedule.Table, before, plans []place.Plan) (missing int) {
+	b.Helper()
 	index := map[string]int{}
 	for c := range w.Clusters {
 		index[w.Clusters[c].ID] = c
 	}
-	groups := make([][]schedule.Group, len(nodes))
+	groups := make([][]schedule.Group, len(tables))
 	for i, p := range plans {
 		had := map[string]int{}
 		if before != nil {
@@ -103,26 +101,33 @@ func bind(w place.World, nodes [][]schedule.Node, before, plans []place.Plan) (o
 				had[a.Cluster] = a.Replicas
 			}
 		}
+		item := &w.Workloads[i]
+		class, err := schedule.Compile(item.Workload.Spec, schedule.Options{Owner: schedule.Owner{Tenant: item.Tenant, Workload: item.Workload.ID, Revision: "r1"}})
+		if err != nil {
+			b.Fatal(err)
+		}
 		for _, a := range p.Assignments {
 			if n := a.Replicas - had[a.Cluster]; n > 0 {
-				c := index[a.Cluster]
-				groups[c] = append(groups[c], schedule.Group{Key: w.Workloads[i].Name, Count: n, Request: w3Request, Address: true})
-				out[c] = append(out[c], bound{workload: i})
+				groups[index[a.Cluster]] = append(groups[index[a.Cluster]], schedule.Group{Key: item.Name, Class: class, Count: n})
 			}
 		}
 	}
-	for c := range nodes {
-		for g, r := range schedule.Schedule(schedule.Input{Nodes: nodes[c], Groups: groups[c], Seed: w3Seed}) {
-			out[c][g].nodes = r.Nodes
-			missing += r.Missing
-			for _, n := range r.Nodes {
-				node := &nodes[c][n]
-				node.Used, node.Addresses = node.Used.Add(w3Request), node.Addresses-1
+	for c, t := range tables {
+		for batch := range slices.Chunk(groups[c], w3Batch) {
+			for g, p := range schedule.Schedule(t, schedule.Batch{Groups: batch, NoPreemption: true}).Placed {
+				missing += p.Missing
+				for _, x := range p.Bindings {
+					bound++
+					t.PutReplica(schedule.Replica{ID: strconv.Itoa(bound), Class: batch[g].Class, Node: x.Node})
+				}
 			}
 		}
 	}
-	return out, missing
+	return missing
 }
+
+// bound counts replicas, for their names.
+var bound int
 
 func cpuSeconds(b *testing.B) float64 {
 	b.Helper()
@@ -147,7 +152,7 @@ func BenchmarkT4_Decide_W3(b *testing.B) {
 		start := cpuSeconds(b)
 		plans := place.PlaceAll(w, now)
 		placed := cpuSeconds(b)
-		kept, missing := bind(w, nodes, nil, plans)
+		missing := bind(b, w, nodes, nil, plans)
 		done := cpuSeconds(b)
 		unplaced := 0
 		for i := range plans {
@@ -165,7 +170,6 @@ func BenchmarkT4_Decide_W3(b *testing.B) {
 		runtime.GC()
 		runtime.ReadMemStats(&m)
 		b.ReportMetric(float64(m.HeapInuse)/(1<<30), "GiB")
-		runtime.KeepAlive(kept)
 		runtime.KeepAlive(nodes)
 		runtime.KeepAlive(plans)
 		runtime.KeepAlive(w.Workloads)
@@ -174,7 +178,7 @@ func BenchmarkT4_Decide_W3(b *testing.B) {
 }
 
 // loseOne loses the cluster that holds most.
-func loseOne(b *testing.B, w place.World, nodes [][]schedule.Node, plans []place.Plan, now time.Time) {
+func loseOne(b *testing.B, w place.World, nodes []*schedule.Table, plans []place.Plan, now time.Time) {
 	b.Helper()
 	held := map[string]int{}
 	lost := ""
@@ -197,7 +201,7 @@ func loseOne(b *testing.B, w place.World, nodes [][]schedule.Node, plans []place
 			extra += a.Failover
 		}
 	}
-	_, missing := bind(w, nodes, plans, after)
+	missing := bind(b, w, nodes, plans, after)
 	done := cpuSeconds(b)
 	if extra != held[lost] || short+missing > 0 {
 		b.Fatalf("%d stand in for the %d of %s, %d found no cluster and %d no node", extra, held[lost], lost, short, missing)

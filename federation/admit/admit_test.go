@@ -86,6 +86,32 @@ func TestMissingLimitsAreLeftToPolicy(t *testing.T) {
 	}
 }
 
+func TestCapabilities(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		ok   bool
+	}{
+		{"CHOWN", true},
+		{"NET_BIND_SERVICE", true},
+		{"SETUID", false}, // with it a process becomes the proxy's user, whom nothing captures
+		{"SETGID", false},
+		{"SETPCAP", false},
+		{"NET_ADMIN", false},
+		{"CAP_CHOWN", false},
+	} {
+		w := good()
+		w.Spec.Containers[0].AddCapabilities = []string{c.name}
+		Defaults(w, shop())
+		got, want := fields(Validate(Input{Object: w, Snapshot: shop()})), ""
+		if !c.ok {
+			want = "spec.containers[0].add_capabilities[0]"
+		}
+		if got != want {
+			t.Errorf("%s: refused fields %q, want %q", c.name, got, want)
+		}
+	}
+}
+
 func TestResidency(t *testing.T) {
 	w := good()
 	w.Spec.Placement = &portolanv1.WorkloadSpec_Placement{AllowedRegions: []string{"eu-west", "us-east"}}

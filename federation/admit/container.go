@@ -21,8 +21,10 @@ const minMemory = 4 << 20
 // reservedPorts are the proxy's own: captured outbound and inbound traffic.
 var reservedPorts = []int32{15001, 15006}
 
-// capabilities that a container may ask for, on top of none.
-var capabilities = []string{"CHOWN", "NET_BIND_SERVICE", "SETGID", "SETUID"}
+// capabilities that a container may ask for, on top of none. Those that change who
+// a process is are not among them: it would become the proxy's user, whose traffic
+// is not captured, and leave the mesh.
+var capabilities = []string{"CHOWN", "NET_BIND_SERVICE"}
 
 // reservedEnv is set by the node agent.
 var reservedEnv = []string{"SPIFFE_ENDPOINT_SOCKET"}

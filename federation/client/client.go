@@ -8,12 +8,15 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -157,8 +160,40 @@ func (c Context) TLS() (*tls.Config, error) {
 	return &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, RootCAs: roots, ServerName: c.ServerName}, nil
 }
 
-// retries apply to calls that may be repeated without harm.
-const retries = `{"methodConfig":[{"name":[{}],"retryPolicy":{"maxAttempts":4,"initialBackoff":"0.1s","maxBackoff":"1s","backoffMultiplier":2,"retryableStatusCodes":["UNAVAILABLE"]}}]}`
+// repeatable are the calls that may be made twice without harm: unary ones that
+// only read. What changes something is repeated by its caller, under one
+// request_id, and a stream by whoever knows how far it got: a command that was run
+// twice is not what somebody typed once.
+var repeatable = map[string][]string{
+	"TenantService":   {"GetTenant", "ListTenants", "GetRoleBinding", "ListRoleBindings"},
+	"ClusterService":  {"GetCluster", "ListClusters", "ListNodes"},
+	"WorkloadService": {"GetWorkload", "ListWorkloads", "GetWorkloadRevision", "ListWorkloadRevisions", "GetPlacement", "ListPlacements", "ExplainWorkload"},
+	"MeshService":     {"GetService", "ListServices", "GetRoute", "ListRoutes"},
+	"PolicyService":   {"GetPolicyBundle", "ListPolicyBundles"},
+	"AuditService":    {"GetAuditEntry", "ListAuditEntries"},
+	"RuntimeService":  {"ListReplicas", "ListEvents"},
+}
+
+// retries is the service configuration that repeats them.
+func retries() (string, error) {
+	type name struct {
+		Service string `json:"service"`
+		Method  string `json:"method"`
+	}
+	var names []name
+	for _, service := range slices.Sorted(maps.Keys(repeatable)) {
+		for _, method := range repeatable[service] {
+			names = append(names, name{"portolan.v1." + service, method})
+		}
+	}
+	b, err := json.Marshal(map[string]any{"methodConfig": []any{map[string]any{
+		"name": names,
+		"retryPolicy": map[string]any{
+			"maxAttempts": 4, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": []string{"UNAVAILABLE"},
+		},
+	}}})
+	return string(b), err
+}
 
 // Dial prepares a connection over all replicas; it connects on the first call.
 func Dial(c Context) (*grpc.ClientConn, error) {
@@ -168,6 +203,10 @@ func Dial(c Context) (*grpc.ClientConn, error) {
 	conf, err := c.TLS()
 	if err != nil {
 		return nil, err
+	}
+	policy, err := retries()
+	if err != nil {
+		return nil, fmt.Errorf("configure retries: %w", err)
 	}
 	r := manual.NewBuilderWithScheme("portolan")
 	var addrs []resolver.Address
@@ -181,7 +220,7 @@ func Dial(c Context) (*grpc.ClientConn, error) {
 		grpc.WithContextDialer(func(ctx context.Context, a string) (net.Conn, error) {
 			return (&net.Dialer{Timeout: 3 * time.Second}).DialContext(ctx, "tcp", a)
 		}),
-		grpc.WithDefaultServiceConfig(retries),
+		grpc.WithDefaultServiceConfig(policy),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.5, MaxDelay: 2 * time.Second}, MinConnectTimeout: 3 * time.Second}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(api.MaxMessageBytes), grpc.MaxCallSendMsgSize(api.MaxMessageBytes)),

@@ -162,10 +162,14 @@ func (t *tenantView) addWorkloads(v *store.View) {
 func (t *tenantView) workload(v *store.View, cluster, w string, derived int64, p *portolanv1.Placement) *linkv1.Intent {
 	out := &linkv1.WorkloadIntent{Tenant: t.id, Workload: w, Epoch: p.GetSpec().GetEpoch(), ActiveRevision: p.GetSpec().GetActiveRevision()}
 	newest, newestGeneration := "", int64(-1)
+	// A workload that is deleted takes its revisions along; the placements follow.
+	owner, owned := v.Get(store.Workload, api.WorkloadName(t.id, w))
 	for _, r := range p.GetSpec().GetRevisions() {
 		rec, ok := v.Get(store.Revision, api.RevisionName(t.id, w, r.GetRevision()))
 		if !ok {
-			t.problems = append(t.problems, fmt.Sprintf("placement %s names revision %q, which does not exist", p.GetName(), r.GetRevision()))
+			if owned {
+				t.problems = append(t.problems, fmt.Sprintf("placement %s names revision %q, which does not exist", p.GetName(), r.GetRevision()))
+			}
 			continue
 		}
 		m := rec.Message.(*portolanv1.WorkloadRevision)
@@ -181,11 +185,11 @@ func (t *tenantView) workload(v *store.View, cluster, w string, derived int64, p
 		return nil
 	}
 	out.CurrentRevision = newest
-	if rec, ok := v.Get(store.Workload, api.WorkloadName(t.id, w)); ok {
-		m := rec.Message.(*portolanv1.Workload)
+	if owned {
+		m := owner.Message.(*portolanv1.Workload)
 		out.Uid, out.Labels = m.GetUid(), m.GetLabels()
 		if overlay(out.Revisions, m.GetSpec()) {
-			derived = max(derived, rec.Revision)
+			derived = max(derived, owner.Revision)
 		}
 		for _, current := range []string{m.GetSpec().GetRevision(), m.GetStatus().GetCurrentRevision()} {
 			if slices.ContainsFunc(out.Revisions, func(r *linkv1.RevisionIntent) bool { return current != "" && r.GetRevision() == current }) {

@@ -3,11 +3,13 @@
 // status reports, decides which clusters are lost, and holds the tunnels through
 // which lower planes are read. It never decides where anything runs and never
 // writes what a user or a control loop wrote: its own records are ClusterStatus,
-// PlacementStatus, ServiceExport and Nack, and the TrustBundle of a join.
+// PlacementStatus, ServiceExport and Nack; at a join it writes the TrustBundle and
+// marks the JoinToken used, which are the server's otherwise.
 //
 // Concurrency: everything exported is safe for concurrent use. One goroutine owns
-// the intents (serve), one the decision about lost clusters (watchLiveness), and
-// each report stream has its own.
+// the intents and who is a member (serve), one the decision about lost clusters
+// and what is left of deleted ones (watchLiveness), and each report stream has its
+// own.
 package fleet
 
 import (
@@ -19,11 +21,13 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/throttle"
 	"github.com/portolan-io/portolan/federation/api/tunnel"
 	"github.com/portolan-io/portolan/federation/store"
 	"github.com/portolan-io/portolan/identity"
@@ -103,13 +107,16 @@ type Fleet struct {
 	mirror       *store.Mirror
 	cache        *distribute.Cache
 	tunnels      tunnel.Conns
+	strangers    *throttle.Throttle
 	model        atomic.Pointer[model]
 	rootsChanged chan struct{}
-	// stopped ends what the gRPC server began.
+	// stopped ends what the gRPC server began, with a reason.
 	stopped context.Context //nolint:containedctx // lifetime of streams that others' servers run
-	stop    context.CancelFunc
+	stop    context.CancelCauseFunc
 
 	mu sync.Mutex
+	// members are the clusters that may be served, by ID.
+	members map[string]*member
 	// sessions holds the newest report stream of each cluster at this replica.
 	sessions map[string]*session
 }
@@ -123,25 +130,26 @@ func New(cfg Config) (*Fleet, error) {
 	f := &Fleet{
 		cfg: cfg, log: cfg.Log, mirror: store.NewMirror(cfg.Store, mirrored()),
 		cache: distribute.NewCache(distribute.CacheConfig{Log: cfg.Log}), rootsChanged: make(chan struct{}, 1), sessions: map[string]*session{},
+		members: map[string]*member{}, strangers: throttle.New(),
 	}
 	f.model.Store(&model{view: f.mirror.Snapshot(), tenants: map[string]*tenantView{}})
-	f.stopped, f.stop = context.WithCancel(context.Background())
+	f.stopped, f.stop = context.WithCancelCause(context.Background())
 	return f, nil
 }
 
 // Register adds the services for clusters to a server: delta discovery and
 // LinkService.
 func (f *Fleet) Register(r grpc.ServiceRegistrar) {
-	distribute.NewServer(f.stopped, distribute.ServerConfig{
+	discovery.RegisterAggregatedDiscoveryServiceServer(r, discoveryServer{f: f, Server: distribute.NewServer(f.stopped, distribute.ServerConfig{
 		Cache: f.cache, Log: f.log,
-		Identify: func(ctx context.Context, _ *corev3.Node) (string, error) { return f.cluster(ctx) },
-	}).Register(r)
+		Identify: func(ctx context.Context, _ *corev3.Node) (string, error) { return viewOf(ctx) },
+	})})
 	linkv1.RegisterLinkServiceServer(r, f)
 }
 
 // Run serves until ctx ends. Streams are answered only while it runs.
 func (f *Fleet) Run(ctx context.Context) error {
-	defer f.stop()
+	defer f.stop(api.E(api.Unavailable, "serve clusters", "this replica is stopping"))
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return f.mirror.Run(ctx) })
 	g.Go(func() error { return f.serve(ctx) })
@@ -184,32 +192,14 @@ func (f *Fleet) RootsChanged() {
 
 // Tunnel implements linkv1.LinkServiceServer.
 func (f *Fleet) Tunnel(s grpc.BidiStreamingServer[linkv1.Chunk, linkv1.Chunk]) error {
-	c, err := f.cluster(s.Context())
+	m, err := f.member(s.Context())
 	if err != nil {
 		return err
 	}
-	f.log.Info("tunnel opened", "cluster", c)
-	defer f.log.Info("tunnel closed", "cluster", c)
-	return f.tunnels.Handle(f.stopped, c, s)
-}
-
-// cluster gives the cluster that calls, by its certificate, and refuses everybody
-// else.
-func (f *Fleet) cluster(ctx context.Context) (string, error) {
-	id, err := f.cfg.Peer(ctx)
-	if err != nil {
-		return "", api.E(api.Unknown, "identify cluster", "%w", err)
+	f.log.Info("tunnel opened", "cluster", m.id)
+	defer f.log.Info("tunnel closed", "cluster", m.id)
+	if err := f.tunnels.Handle(m.in, m.id, s); err != nil {
+		return err
 	}
-	c, ok := identity.ClusterOf(f.cfg.Fleet, id.TrustDomain)
-	if !ok || id.Kind != identity.Control {
-		return "", api.E(api.Denied, "identify cluster", "%s is no control plane of a cluster", id)
-	}
-	v := f.mirror.Snapshot()
-	if v.Revision < 0 {
-		return "", api.E(api.Unavailable, "identify cluster", "this replica has no state yet")
-	}
-	if _, ok := v.Get(store.Cluster, api.ClusterName(c)); !ok {
-		return "", api.E(api.Denied, "identify cluster", "cluster %q is not in the fleet", c)
-	}
-	return c, nil
+	return context.Cause(m.in)
 }

@@ -25,10 +25,14 @@ const (
 	maxRoots       = 8
 )
 
-// Join implements linkv1.LinkServiceServer. The one record that it writes for
-// others is the TrustBundle of the cluster's own domain.
+// Join implements linkv1.LinkServiceServer. It writes the TrustBundle of the
+// cluster's own domain, and marks the token used. Anybody may call it: it costs
+// little until the token is known to be good.
 func (f *Fleet) Join(ctx context.Context, req *linkv1.JoinRequest) (*linkv1.JoinResponse, error) {
 	doing := "join cluster"
+	if err := f.strangers.Take(ctx, doing, time.Now()); err != nil {
+		return nil, err
+	}
 	if _, err := api.ParseID(req.GetCluster()); err != nil {
 		return nil, api.E(api.Invalid, doing, "%w", err)
 	}
@@ -44,10 +48,14 @@ func (f *Fleet) Join(ctx context.Context, req *linkv1.JoinRequest) (*linkv1.Join
 	if err := attest.VerifyProof(req.GetToken(), req.GetBundle(), req.GetProof()); err != nil {
 		return nil, api.E(api.Denied, doing, "%w", err)
 	}
-	redeemer := sha256.Sum256(req.GetBundle())
-	_, err = f.cfg.Store.Update(ctx, func(tx store.Tx) error {
-		return redeem(tx, doing, hash, req.GetCluster(), redeemer[:], &linkv1.TrustBundle{TrustDomain: domain, X509Roots: req.GetBundle(), Cluster: req.GetCluster()}, time.Now())
-	})
+	sum := sha256.Sum256(req.GetBundle())
+	r := redemption{doing: doing, hash: hash, cluster: req.GetCluster(), redeemer: sum[:], now: time.Now()}
+	// Looked up before anything is locked for writing.
+	if _, err = f.cfg.Store.View(ctx, func(rd store.Reader) error { _, err := r.check(rd); return err }); err == nil {
+		_, err = f.cfg.Store.Update(ctx, func(tx store.Tx) error {
+			return r.redeem(tx, &linkv1.TrustBundle{TrustDomain: domain, X509Roots: req.GetBundle(), Cluster: req.GetCluster()})
+		})
+	}
 	if err != nil {
 		f.log.Warn("join refused", "cluster", req.GetCluster(), "error", err)
 		return nil, err
@@ -56,35 +64,51 @@ func (f *Fleet) Join(ctx context.Context, req *linkv1.JoinRequest) (*linkv1.Join
 	return &linkv1.JoinResponse{Fleet: f.cfg.Fleet, FleetBundle: f.cfg.FleetBundle(), TrustDomain: domain, VirtualIpCidr: f.cfg.VirtualIPs}, nil
 }
 
-// redeem uses the token up for one bundle. What is wrong with a token is not told
-// apart, so that nobody learns which exist.
-func redeem(tx store.Tx, doing, hash, cluster string, redeemer []byte, bundle *linkv1.TrustBundle, now time.Time) error {
-	refused := api.E(api.Denied, doing, "the token is not valid: it does not exist, is used, has expired or is another cluster's")
-	rec, err := tx.Get(store.JoinToken, hash)
+// redemption is the use of one token for one bundle.
+type redemption struct {
+	doing, hash, cluster string
+	redeemer             []byte
+	now                  time.Time
+}
+
+// check gives the token if it may be used, nil when this is the same use again.
+// What is wrong with a token is not told apart, so that nobody learns which exist.
+func (r redemption) check(rd store.Reader) (*storev1.JoinToken, error) {
+	refused := api.E(api.Denied, r.doing, "the token is not valid: it does not exist, is used, has expired or is another cluster's")
+	rec, err := rd.Get(store.JoinToken, r.hash)
 	if api.KindOf(err) == api.NotFound {
-		return refused
+		return nil, refused
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w", doing, err)
+		return nil, fmt.Errorf("%s: %w", r.doing, err)
 	}
 	t := proto.CloneOf(rec.Message.(*storev1.JoinToken))
-	if t.GetCluster() != cluster {
-		return refused
+	if t.GetCluster() != r.cluster {
+		return nil, refused
 	}
-	if _, err := tx.Get(store.Cluster, api.ClusterName(cluster)); err != nil {
-		return refused
+	if _, err := rd.Get(store.Cluster, api.ClusterName(r.cluster)); err != nil {
+		return nil, refused
 	}
 	if used := t.GetRedeemedBy(); len(used) > 0 {
-		if bytes.Equal(used, redeemer) {
-			return nil // the answer was lost on its way: the same again
+		if bytes.Equal(used, r.redeemer) {
+			return nil, nil // the answer was lost on its way: the same again
 		}
-		return refused
+		return nil, refused
 	}
-	if !now.Before(t.GetExpireTime().AsTime()) {
-		return refused
+	if !r.now.Before(t.GetExpireTime().AsTime()) {
+		return nil, refused
 	}
-	t.RedeemedBy = redeemer
-	if err := tx.Put(store.JoinToken, hash, t); err != nil {
+	return t, nil
+}
+
+// redeem uses the token up.
+func (r redemption) redeem(tx store.Tx, bundle *linkv1.TrustBundle) error {
+	t, err := r.check(tx)
+	if err != nil || t == nil {
+		return err
+	}
+	t.RedeemedBy = r.redeemer
+	if err := tx.Put(store.JoinToken, r.hash, t); err != nil {
 		return err
 	}
 	return tx.Put(store.TrustBundle, bundle.GetTrustDomain(), bundle)

@@ -148,3 +148,44 @@ func TestObserverCountsOnlySilenceThatItWatched(t *testing.T) {
 		t.Errorf("silent: %v", s)
 	}
 }
+
+// counting counts what is asked of a store.
+type counting struct {
+	store.Store
+	views, updates int
+}
+
+func (c *counting) View(ctx context.Context, fn func(store.Reader) error) (int64, error) {
+	c.views++
+	return c.Store.View(ctx, fn)
+}
+
+func (c *counting) Update(ctx context.Context, fn func(store.Tx) error) (int64, error) {
+	c.updates++
+	return c.Store.Update(ctx, fn)
+}
+
+// Anybody may call Join: those without a good token lock nothing, and are bounded.
+func TestStrangersAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st, fed := &counting{Store: mem.New(mem.Config{})}, authority(t, testFleet)
+		f, err := New(Config{Store: st, Replica: "r", Fleet: testFleet, VirtualIPs: "10.68.0.0/16", FleetBundle: fed.Bundle, Peer: func(context.Context) (identity.ID, error) { return identity.ID{}, nil }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		eu := authority(t, "eu."+testFleet)
+		token, _ := fed.NewToken()
+		proof, err := eu.Prove(token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := map[api.Kind]int{}
+		for range 500 {
+			_, err := f.Join(t.Context(), &linkv1.JoinRequest{Token: token, Cluster: "eu", Bundle: eu.Bundle(), Proof: proof})
+			got[api.KindOf(err)]++
+		}
+		if got[api.Denied] != st.views || st.views > 30 || got[api.Denied]+got[api.Exhausted] != 500 || st.updates != 0 {
+			t.Errorf("answers %v, %d looks, %d transactions", got, st.views, st.updates)
+		}
+	})
+}

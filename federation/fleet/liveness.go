@@ -15,7 +15,8 @@ import (
 	"github.com/portolan-io/portolan/federation/store"
 )
 
-// LivenessLease is the lease under which one replica marks clusters as lost.
+// LivenessLease is the lease under which one replica marks clusters as lost, and
+// deletes what departed ones left.
 const LivenessLease = "fleet/liveness"
 
 // observer judges silence by this process's own clock: a cluster is silent when
@@ -68,13 +69,15 @@ func (o *observer) look(now time.Time, clusters []string, leases []store.Lease) 
 	return silent
 }
 
-// watchLiveness marks silent clusters as lost, if this replica holds the lease.
-// Every replica looks all the time, so that a successor need not begin anew.
+// watchLiveness marks silent clusters as lost and forgets departed ones, if this
+// replica holds the lease. Every replica looks all the time, so that a successor need not begin anew.
 func (f *Fleet) watchLiveness(ctx context.Context) error {
 	o := &observer{timeout: f.cfg.LivenessTimeout}
 	tick := time.NewTicker(f.cfg.LivenessTimeout / 12)
 	defer tick.Stop()
-	dark := false
+	dark, swept := false, ""
+	var out outage
+	var next time.Time // before it the store is left alone
 	for {
 		select {
 		case <-tick.C:
@@ -84,26 +87,44 @@ func (f *Fleet) watchLiveness(ctx context.Context) error {
 			cancel()
 			return nil
 		}
+		if time.Now().Before(next) {
+			continue
+		}
 		ready, lost := f.known()
 		tctx, cancel := context.WithTimeout(ctx, f.cfg.LivenessTimeout/4)
-		dark = f.judge(tctx, o, ready, lost, dark)
+		var err error
+		dark, err = f.judge(tctx, o, ready, lost, dark)
 		cancel()
+		if err != nil && ctx.Err() == nil {
+			first, wait := out.failed()
+			if first {
+				f.log.Warn("signs of life cannot be read: no cluster is judged", "error", err)
+			}
+			next = time.Now().Add(wait)
+			continue
+		}
+		if out.worked() {
+			f.log.Info("signs of life are read again")
+		}
+		swept = f.forget(ctx, swept)
 	}
 }
 
-// judge makes one look and acts on it. It returns whether everything looks dead.
-func (f *Fleet) judge(ctx context.Context, o *observer, ready, lost []string, dark bool) bool {
+// judge makes one look and acts on it. It returns whether everything looks dead,
+// and an error when the store did not answer: without it nothing is known and
+// nothing can be said.
+func (f *Fleet) judge(ctx context.Context, o *observer, ready, lost []string, dark bool) (bool, error) {
 	lease, err := f.cfg.Store.Acquire(ctx, LivenessLease, f.cfg.Replica, f.cfg.LivenessTimeout, f.Revision())
 	if err != nil {
-		return dark // without the store nothing is known and nothing can be said
+		return dark, err
 	}
 	leases, err := f.cfg.Store.Leases(ctx)
 	if err != nil {
-		return dark
+		return dark, err
 	}
 	silent := o.look(time.Now(), ready, leases)
 	if len(silent) == 0 {
-		return false
+		return false, nil
 	}
 	if len(silent) == len(ready) {
 		// If everything looks dead, the observer is broken: stop acting. With one
@@ -111,17 +132,17 @@ func (f *Fleet) judge(ctx context.Context, o *observer, ready, lost []string, da
 		if !dark {
 			f.log.Error("every cluster is silent: nothing is done", "alarm", true, "silent", silent, "lost_before", lost)
 		}
-		return true
+		return true, nil
 	}
 	if !lease.Held {
-		return false
+		return false, nil
 	}
 	for _, c := range silent {
 		if err := f.markLost(ctx, c, lease.Epoch, o.renewed[c].at); err != nil {
 			f.log.Warn("cluster not marked as lost", "cluster", c, "error", err)
 		}
 	}
-	return false
+	return false, nil
 }
 
 // known gives the clusters that are ready and those that are lost.

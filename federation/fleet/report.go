@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
 	"github.com/portolan-io/portolan/federation/store"
 )
@@ -23,6 +25,9 @@ const (
 	renewEvery   = 500 * time.Millisecond // of the lease, while nothing moves
 	storeTimeout = 2 * time.Second
 	writeBatch   = 500
+	// Between two tries while the store does not answer.
+	retryMin = 50 * time.Millisecond
+	retryMax = 2 * time.Second
 )
 
 // LeaseOf is the name of a cluster's lease row. It is renewed with each report;
@@ -35,9 +40,10 @@ func LeaseOf(cluster string) string { return "cluster/" + cluster }
 type session struct {
 	f       *Fleet
 	cluster string
+	uid     string
 	number  int64
 	cancel  context.CancelCauseFunc
-	release func() bool // of the wait for the replica's end
+	release func() bool // of the wait for the membership's end
 
 	lease chan struct{} // wakes renew
 	write chan struct{} // wakes commit
@@ -70,7 +76,7 @@ func (f *Fleet) wakeSessions() {
 
 // Report implements linkv1.LinkServiceServer.
 func (f *Fleet) Report(stream grpc.BidiStreamingServer[linkv1.StatusReport, linkv1.ReportAck]) error {
-	cluster, err := f.cluster(stream.Context())
+	m, err := f.member(stream.Context())
 	if err != nil {
 		return err
 	}
@@ -78,9 +84,9 @@ func (f *Fleet) Report(stream grpc.BidiStreamingServer[linkv1.StatusReport, link
 	if err != nil {
 		return err
 	}
-	s, ctx, err := f.enter(stream.Context(), cluster, first.GetSession())
+	s, ctx, err := f.enter(stream.Context(), m, first.GetSession())
 	if err != nil {
-		f.log.Warn("report refused", "cluster", cluster, "session", first.GetSession(), "error", err)
+		f.log.Warn("report refused", "cluster", m.id, "session", first.GetSession(), "error", err)
 		return err
 	}
 	var wg sync.WaitGroup
@@ -98,13 +104,15 @@ func (f *Fleet) Report(stream grpc.BidiStreamingServer[linkv1.StatusReport, link
 
 // enter makes the session the cluster's newest, or refuses it because a newer one
 // was seen.
-func (f *Fleet) enter(ctx context.Context, cluster string, number int64) (*session, context.Context, error) {
-	doing := "take reports of cluster " + cluster
+func (f *Fleet) enter(ctx context.Context, m *member, number int64) (*session, context.Context, error) {
+	cluster, doing := m.id, "take reports of cluster "+m.id
 	if number <= 0 {
 		return nil, nil, api.E(api.Invalid, doing, "the session number is missing")
 	}
-	stored, _ := store.One[*storev1.ClusterStatusRecord](f.mirror.Snapshot(), store.ClusterStatus, api.ClusterName(cluster))
-	newest := stored.GetStatus().GetSession()
+	newest := int64(0)
+	if stored, _ := store.One[*storev1.ClusterStatusRecord](f.mirror.Snapshot(), store.ClusterStatus, api.ClusterName(cluster)); speaksOf(stored, m.uid) {
+		newest = stored.GetStatus().GetSession()
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	old := f.sessions[cluster]
@@ -118,11 +126,11 @@ func (f *Fleet) enter(ctx context.Context, cluster string, number int64) (*sessi
 		old.cancel(api.E(api.Conflict, doing, "a newer stream took this one's place"))
 	}
 	s := &session{
-		f: f, cluster: cluster, number: number, lease: make(chan struct{}, 1), write: make(chan struct{}, 1),
+		f: f, cluster: cluster, uid: m.uid, number: number, lease: make(chan struct{}, 1), write: make(chan struct{}, 1),
 		got: newReported(), goneAt: map[string]int64{},
 	}
 	ctx, s.cancel = context.WithCancelCause(ctx)
-	s.release = context.AfterFunc(f.stopped, func() { s.cancel(api.E(api.Unavailable, doing, "this replica is stopping")) })
+	s.release = context.AfterFunc(m.in, func() { s.cancel(context.Cause(m.in)) })
 	f.sessions[cluster] = s
 	return s, ctx, nil
 }
@@ -228,6 +236,7 @@ func changes(m *linkv1.StatusReport) bool {
 // reports wake it: a stream that hangs renews nothing.
 func (s *session) renew(ctx context.Context) {
 	var last time.Time
+	var out outage
 	progress := int64(-1)
 	for {
 		select {
@@ -248,34 +257,68 @@ func (s *session) renew(ctx context.Context) {
 		_, err := s.f.cfg.Store.Acquire(tctx, LeaseOf(s.cluster), s.cluster, s.f.cfg.LivenessTimeout, applied)
 		cancel()
 		if err != nil {
-			if ctx.Err() == nil {
+			if first, _ := out.failed(); first && ctx.Err() == nil {
 				s.f.log.Warn("sign of life not stored", "cluster", s.cluster, "error", err)
 			}
 			continue // the next report tries again
+		}
+		if out.worked() {
+			s.f.log.Info("signs of life are stored again", "cluster", s.cluster)
 		}
 		last, progress = time.Now(), applied
 	}
 }
 
+// outage follows a run of failures of the store: it says when to try again, and
+// what is worth a line in the log, which is its beginning and its end.
+type outage struct{ failures int }
+
+// failed notes a failure. first is whether it is the run's first, wait a full
+// jitter, so that replicas and clusters do not come back in step.
+func (o *outage) failed() (first bool, wait time.Duration) {
+	o.failures++
+	return o.failures == 1, rand.N(min(retryMin<<min(o.failures-1, 10), retryMax)) + 1
+}
+
+// worked notes a success, and says whether it ends a run of failures.
+func (o *outage) worked() bool {
+	over := o.failures > 0
+	o.failures = 0
+	return over
+}
+
 // commit writes what differs between what was reported and the records.
 func (s *session) commit(ctx context.Context) {
 	alarmed := map[string]bool{}
+	var out outage
 	for {
 		select {
 		case <-s.write:
 		case <-ctx.Done():
 			return
 		}
-		if err := s.once(ctx, alarmed); err != nil && ctx.Err() == nil {
-			s.f.log.Warn("status not stored", "cluster", s.cluster, "error", err)
-			if api.KindOf(err) == api.Conflict {
-				s.cancel(err)
-				return
+		wait := writeEvery
+		switch err := s.once(ctx, alarmed); {
+		case err == nil:
+			if out.worked() {
+				s.f.log.Info("status is stored again", "cluster", s.cluster)
 			}
+		case ctx.Err() != nil:
+			return
+		case api.KindOf(err) == api.Conflict || api.KindOf(err) == api.Denied:
+			s.f.log.Warn("status not stored", "cluster", s.cluster, "error", err)
+			s.cancel(err)
+			return
+		default:
+			first, pause := out.failed()
+			if first {
+				s.f.log.Warn("status not stored", "cluster", s.cluster, "error", err)
+			}
+			wait = max(wait, pause)
 			poke(s.write)
 		}
 		select {
-		case <-time.After(writeEvery):
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return
 		}
@@ -314,7 +357,7 @@ func (s *session) once(ctx context.Context, alarmed map[string]bool) error {
 	}
 	for batch := range slices.Chunk(writes, writeBatch) {
 		tctx, cancel := context.WithTimeout(ctx, storeTimeout)
-		rev, err := commitWrites(tctx, s.f.cfg.Store, s.cluster, s.number, batch)
+		rev, err := commitWrites(tctx, s.f.cfg.Store, s.cluster, s.uid, s.number, batch)
 		cancel()
 		if err != nil {
 			return err
@@ -343,13 +386,22 @@ func (s *session) confirmed(revision, applied int64) func(string) bool {
 	}
 }
 
-// commitWrites commits a batch under the fence of the session: a newer session's
-// records stay as they are. What is already so is not written again.
-func commitWrites(ctx context.Context, st store.Store, cluster string, number int64, batch []write) (int64, error) {
+// commitWrites commits a batch under two fences: the cluster must be in the fleet,
+// in the life in which the session began, and a newer session's records stay as
+// they are. What is already so is not written again.
+func commitWrites(ctx context.Context, st store.Store, cluster, uid string, number int64, batch []write) (int64, error) {
+	doing := "store status of cluster " + cluster
 	return st.Update(ctx, func(tx store.Tx) error {
+		rec, err := tx.Get(store.Cluster, api.ClusterName(cluster))
+		if err != nil && api.KindOf(err) != api.NotFound {
+			return err
+		}
+		if c, ok := rec.Message.(*portolanv1.Cluster); err != nil || !ok || c.GetUid() != uid {
+			return api.E(api.Denied, doing, "it was taken out of the fleet")
+		}
 		if rec, err := tx.Get(store.ClusterStatus, api.ClusterName(cluster)); err == nil {
 			if newest := rec.Message.(*storev1.ClusterStatusRecord).GetStatus().GetSession(); newest > number {
-				return api.E(api.Conflict, "store status of cluster "+cluster, "session %d is older than session %d, which has reported", number, newest)
+				return api.E(api.Conflict, doing, "session %d is older than session %d, which has reported", number, newest)
 			}
 		}
 		for _, w := range batch {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/store"
 	"github.com/portolan-io/portolan/xds/distribute"
 )
@@ -21,8 +22,10 @@ const debounce = 10 * time.Millisecond
 // model is what the reporting side reads of the serving side's last pass. Never
 // changed after it was published.
 type model struct {
-	view    *store.View
-	tenants map[string]*tenantView
+	view     *store.View
+	tenants  map[string]*tenantView
+	shared   []named         // what every cluster is told alike
+	gateways map[string]bool // clusters with an ingress gateway
 }
 
 // fleetUnit is the part of a cluster's set that belongs to no tenant.
@@ -37,8 +40,10 @@ type stepper struct {
 	tenants  map[string]*tenantView
 	shared   []named // of fleetUnit, without the cluster's own
 	gateways map[string]bool
-	// sets holds for each cluster what it is told, by tenant (or fleetUnit).
+	// sets holds for each cluster what it is told, by tenant (or fleetUnit), and
+	// uids whose set that is.
 	sets map[string]map[string]map[string]*distribute.Resource
+	uids map[string]string
 }
 
 // update is what changed for one cluster.
@@ -49,7 +54,7 @@ type update struct {
 }
 
 func newStepper(fleet string) *stepper {
-	return &stepper{fleet: fleet, revision: -1, tenants: map[string]*tenantView{}, gateways: map[string]bool{}, sets: map[string]map[string]map[string]*distribute.Resource{}}
+	return &stepper{fleet: fleet, revision: -1, tenants: map[string]*tenantView{}, gateways: map[string]bool{}, sets: map[string]map[string]map[string]*distribute.Resource{}, uids: map[string]string{}}
 }
 
 // dirt is what a batch of changes makes stale.
@@ -81,7 +86,8 @@ func dirtOf(changes []store.Change) dirt {
 }
 
 // step takes the next view. It returns the updates by cluster, the clusters that
-// are gone, and faults to be told.
+// are gone, and faults to be told. A cluster of a name that was another's before
+// is both gone and new.
 func (s *stepper) step(v *store.View, roots []byte, d dirt) (updates map[string]*update, gone, problems []string) {
 	if s.revision < 0 || d.all {
 		d = dirt{all: true, fleet: true, tenants: map[string]bool{}}
@@ -99,6 +105,14 @@ func (s *stepper) step(v *store.View, roots []byte, d dirt) (updates map[string]
 	for rec := range v.List(store.Cluster, store.ListOptions{}) {
 		clusters[strings.TrimPrefix(rec.Name, "clusters/")] = rec
 	}
+	for c := range s.sets {
+		rec, ok := clusters[c]
+		if m, _ := rec.Message.(*portolanv1.Cluster); !ok || m.GetUid() != s.uids[c] {
+			delete(s.sets, c)
+			delete(s.uids, c)
+			gone = append(gone, c)
+		}
+	}
 	problems = s.resolve(v, d)
 	wider := s.moveGateways()
 	marshal := marshaller{}
@@ -107,6 +121,8 @@ func (s *stepper) step(v *store.View, roots []byte, d dirt) (updates map[string]
 		u := &update{}
 		if s.sets[c] == nil {
 			u.first = true
+			m, _ := rec.Message.(*portolanv1.Cluster)
+			s.uids[c] = m.GetUid()
 			s.sets[c] = map[string]map[string]*distribute.Resource{}
 		}
 		if d.fleet || u.first {
@@ -121,12 +137,6 @@ func (s *stepper) step(v *store.View, roots []byte, d dirt) (updates map[string]
 		}
 		u.put = append(u.put, marshal.resource(watermark(v.Revision)))
 		updates[c] = u
-	}
-	for c := range s.sets {
-		if _, ok := clusters[c]; !ok {
-			delete(s.sets, c)
-			gone = append(gone, c)
-		}
 	}
 	s.revision = v.Revision
 	return updates, gone, append(problems, marshal.problems()...)
@@ -289,11 +299,15 @@ func (f *Fleet) pass(s *stepper, v *store.View) {
 	if s.revision < 0 || d.all || d.fleet || !bytes.Equal(roots, s.roots) {
 		f.cfg.OnBundles(bundles(v, f.cfg.Fleet, roots))
 	}
+	f.admit(v)
 	updates, gone, problems := s.step(v, roots, d)
 	for _, p := range problems {
 		f.log.Error("intent left out", "alarm", true, "problem", p)
 	}
-	f.model.Store(&model{view: v, tenants: s.tenants})
+	f.model.Store(&model{view: v, tenants: s.tenants, shared: s.shared, gateways: s.gateways})
+	for _, c := range gone {
+		f.cache.Remove(c)
+	}
 	for _, c := range slices.Sorted(maps.Keys(updates)) {
 		u := updates[c]
 		slices.SortStableFunc(u.put, func(a, b *distribute.Resource) int { return rank(a.Name) - rank(b.Name) })
@@ -302,9 +316,6 @@ func (f *Fleet) pass(s *stepper, v *store.View) {
 		} else {
 			f.cache.Update(c, api.IntentTypeURL, u.put, u.remove)
 		}
-	}
-	for _, c := range gone {
-		f.cache.Remove(c)
 	}
 	f.wakeSessions()
 }

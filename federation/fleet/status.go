@@ -24,7 +24,6 @@ import (
 const (
 	maxReported    = 50_000 // workloads, and exports
 	maxNacks       = 100
-	maxNackBytes   = 2048
 	maxGateways    = 64
 	maxExportPorts = 1024
 	maxConditions  = 32
@@ -50,12 +49,14 @@ func (r *reported) clone() *reported {
 // apply takes one report over. It fails when the cluster says more than it may.
 func (r *reported) apply(m *linkv1.StatusReport) error {
 	if m.GetCluster() != nil {
+		api.Bound(m.GetCluster(), api.MaxTextBytes, api.MaxListItems)
 		r.summary = m.GetCluster()
 	}
 	for _, w := range m.GetWorkloads() {
 		if len(w.GetConditions()) > maxConditions {
 			return fmt.Errorf("workload %s/%s has %d conditions", w.GetTenant(), w.GetWorkload(), len(w.GetConditions()))
 		}
+		api.Bound(w, api.MaxTextBytes, api.MaxListItems)
 		r.workloads[w.GetTenant()+"/"+w.GetWorkload()] = w
 	}
 	for _, k := range m.GetRemovedWorkloads() {
@@ -65,6 +66,7 @@ func (r *reported) apply(m *linkv1.StatusReport) error {
 		if len(e.GetGateways()) > maxGateways || len(e.GetPorts()) > maxExportPorts {
 			return fmt.Errorf("export of %s/%s is too great", e.GetTenant(), e.GetService())
 		}
+		api.Bound(e, api.MaxTextBytes, maxExportPorts)
 		r.exports[e.GetTenant()+"/"+e.GetService()] = e
 	}
 	for _, k := range m.GetRemovedExports() {
@@ -92,8 +94,12 @@ type write struct {
 // statusWrites compares what a cluster reported with the records of the model.
 // confirmed says of a workload ("tenant/workload") that is placed no more and not
 // reported, that the cluster knows of its end. alarms are reports about what is
-// not the sender's; they are dropped.
+// not the sender's; they are dropped. Nothing is written of a cluster that is not
+// in the fleet, nor while records of an earlier life of its name are there.
 func statusWrites(m *model, cluster string, session int64, r *reported, confirmed func(workload string) bool, now time.Time) (out []write, alarms []string) {
+	if departed(m.view.Get, cluster) {
+		return nil, nil
+	}
 	out = append(out, clusterWrite(m.view, cluster, session, r.summary, now)...)
 	known := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(m.tenants)) {
@@ -101,7 +107,8 @@ func statusWrites(m *model, cluster string, session int64, r *reported, confirme
 		if !t.here(cluster) && !t.exporters[cluster] {
 			continue
 		}
-		out = append(out, placementWrites(t, cluster, session, r, known, confirmed)...)
+		placed, unknown := placementWrites(m.view, t, cluster, session, r, known, confirmed)
+		out, alarms = append(out, placed...), append(alarms, unknown...)
 		out = append(out, exportWrites(m.view, t, cluster, r, known)...)
 	}
 	for _, k := range slices.Sorted(maps.Keys(r.exports)) {
@@ -114,11 +121,16 @@ func statusWrites(m *model, cluster string, session int64, r *reported, confirme
 			alarms = append(alarms, "status of "+k+", which is not placed there")
 		}
 	}
-	return append(out, nackWrites(m.view, cluster, session, r)...), alarms
+	nacks, foreign := nackWrites(m, cluster, session, r)
+	return append(out, nacks...), append(alarms, foreign...)
 }
 
 func clusterWrite(v *store.View, cluster string, session int64, s *linkv1.ClusterSummary, now time.Time) []write {
 	name := api.ClusterName(cluster)
+	c, ok := store.One[*portolanv1.Cluster](v, store.Cluster, name)
+	if !ok {
+		return nil
+	}
 	have, _ := store.One[*storev1.ClusterStatusRecord](v, store.ClusterStatus, name)
 	want := &storev1.ClusterStatusRecord{
 		Status: &portolanv1.ClusterStatus{
@@ -126,7 +138,7 @@ func clusterWrite(v *store.View, cluster string, session int64, s *linkv1.Cluste
 			Nodes: s.GetNodes(), NodesReady: s.GetNodesReady(), Session: session, IngressAddresses: s.GetIngressAddresses(),
 			LastSeenTime: have.GetStatus().GetLastSeenTime(), Conditions: have.GetStatus().GetConditions(),
 		},
-		GatewayAddresses: s.GetGatewayAddresses(),
+		GatewayAddresses: s.GetGatewayAddresses(), Uid: c.GetUid(),
 	}
 	if have.GetStatus().GetState() != portolanv1.ClusterState_CLUSTER_STATE_READY {
 		want.Status.Conditions = []*portolanv1.Condition{condition(portolanv1.ConditionState_CONDITION_STATE_TRUE, "Reporting", "the cluster reports", now)}
@@ -145,7 +157,7 @@ func condition(state portolanv1.ConditionState, reason, message string, now time
 
 // placementWrites holds a status record for every placement, from the first pass
 // on, until the cluster confirmed the stop: permits follow from that.
-func placementWrites(t *tenantView, cluster string, session int64, r *reported, known map[string]bool, confirmed func(string) bool) (out []write) {
+func placementWrites(v *store.View, t *tenantView, cluster string, session int64, r *reported, known map[string]bool, confirmed func(string) bool) (out []write, alarms []string) {
 	all := map[string]bool{}
 	for w := range t.placed[cluster] {
 		all[w] = true
@@ -169,8 +181,14 @@ func placementWrites(t *tenantView, cluster string, session int64, r *reported, 
 			}
 			continue
 		}
+		revisions, unknown := believed(v, t.id, w, p, have, rep)
+		for _, rev := range unknown {
+			if p != nil { // of a workload that is gone nobody knows the revisions any more
+				alarms = append(alarms, "revision "+rev+" of "+key+", which does not exist")
+			}
+		}
 		want := &storev1.PlacementStatusRecord{Session: session, Epoch: rep.GetEpoch(), Status: &portolanv1.PlacementStatus{
-			Revisions: rep.GetRevisions(), Conditions: rep.GetConditions(), ObservedGeneration: have.GetStatus().GetObservedGeneration(),
+			Revisions: revisions, Conditions: rep.GetConditions(), ObservedGeneration: have.GetStatus().GetObservedGeneration(),
 		}}
 		if p != nil && p.GetSpec().GetEpoch() == rep.GetEpoch() {
 			want.Status.ObservedGeneration = p.GetGeneration()
@@ -182,7 +200,28 @@ func placementWrites(t *tenantView, cluster string, session int64, r *reported, 
 			out = append(out, write{store.PlacementStatus, name, want})
 		}
 	}
-	return out
+	return out, alarms
+}
+
+// believed gives what is reported of revisions that the placement names, or that
+// it named before: they exist, or were reported then. Of each one count.
+func believed(v *store.View, tenant, w string, p *portolanv1.Placement, have *storev1.PlacementStatusRecord, rep *linkv1.WorkloadStatusReport) (out []*portolanv1.RevisionReplicas, unknown []string) {
+	known := map[string]bool{}
+	for _, list := range [][]*portolanv1.RevisionReplicas{p.GetSpec().GetRevisions(), have.GetStatus().GetRevisions()} {
+		for _, r := range list {
+			known[r.GetRevision()] = true
+		}
+	}
+	for _, r := range rep.GetRevisions() {
+		id := r.GetRevision()
+		seen := slices.ContainsFunc(out, func(o *portolanv1.RevisionReplicas) bool { return o.GetRevision() == id })
+		if _, exists := v.Get(store.Revision, api.RevisionName(tenant, w, id)); !known[id] && !exists || seen || r.GetReplicas() < 0 || r.GetReadyReplicas() < 0 {
+			unknown = append(unknown, id)
+			continue
+		}
+		out = append(out, r)
+	}
+	return out, unknown
 }
 
 // samePlacementStatus leaves out who said it.
@@ -242,22 +281,57 @@ func silenced(e *linkv1.ServiceExport) *linkv1.ServiceExport {
 	return e
 }
 
-func nackWrites(v *store.View, cluster string, session int64, r *reported) (out []write) {
-	suffix := "@" + cluster
+// told says whether a resource is one that a cluster is told. What it names of its
+// own making, towards its nodes, is no object of anybody's.
+func (m *model) told(cluster, resource string) bool {
+	kind, rest, _ := strings.Cut(resource, "/")
+	tenant, _, _ := strings.Cut(rest, "/")
+	switch kind {
+	case "workload", "service", "route", "tenant", "permit":
+	case "export":
+		_, rest, _ = strings.Cut(rest, "/")
+		tenant, _, _ = strings.Cut(rest, "/")
+	case "policy":
+		tenant = api.TenantOf(rest)
+	case "bundle":
+		tenant = fleetUnit
+	default:
+		return true
+	}
+	all := m.shared
+	if tenant != fleetUnit {
+		all = nil
+		if t := m.tenants[tenant]; t != nil {
+			all = t.forCluster(cluster, m.gateways[cluster])
+		}
+	}
+	return slices.ContainsFunc(all, func(n named) bool { return n.name == resource })
+}
+
+func nackWrites(m *model, cluster string, session int64, r *reported) (out []write, alarms []string) {
+	suffix, self := "@"+cluster, api.ClusterName(cluster)
 	have := map[string]*storev1.NackRecord{}
-	for name, n := range store.All[*storev1.NackRecord](v, store.Nack) {
+	for name, n := range store.All[*storev1.NackRecord](m.view, store.Nack) {
 		if strings.HasSuffix(name, suffix) {
 			have[n.GetResource()] = n
 		}
 	}
 	for _, res := range slices.Sorted(maps.Keys(r.nacks)) {
-		n := r.nacks[res]
-		want := &storev1.NackRecord{Resource: res, Cluster: cluster, Consumer: n.GetConsumer(), Message: clip(n.GetMessage()), Revision: n.GetRevision(), Session: session}
-		if res == "" || len(res) > maxNackBytes {
+		if res == "" || len(res) > api.MaxTextBytes {
 			continue
 		}
-		old := have[res]
+		n, old := r.nacks[res], have[res]
+		if !m.told(cluster, res) {
+			if old == nil { // else it was told, and is being taken back
+				alarms = append(alarms, "refusal of "+res+", which the cluster is not told")
+			}
+			continue
+		}
 		delete(have, res)
+		want := &storev1.NackRecord{Resource: res, Cluster: cluster, Consumer: self, Message: api.Clip(n.GetMessage(), api.MaxTextBytes), Revision: n.GetRevision(), Session: session}
+		if c := n.GetConsumer(); strings.HasPrefix(c, self+"/") {
+			want.Consumer = api.Clip(c, api.MaxTextBytes)
+		}
 		if old == nil || old.GetConsumer() != want.GetConsumer() || old.GetMessage() != want.GetMessage() || old.GetRevision() != want.GetRevision() {
 			out = append(out, write{store.Nack, res + suffix, want})
 		}
@@ -265,12 +339,5 @@ func nackWrites(v *store.View, cluster string, session int64, r *reported) (out 
 	for _, res := range slices.Sorted(maps.Keys(have)) {
 		out = append(out, write{store.Nack, res + suffix, nil})
 	}
-	return out
-}
-
-func clip(s string) string {
-	if len(s) > maxNackBytes {
-		return strings.ToValidUTF8(s[:maxNackBytes], "") + "…"
-	}
-	return s
+	return out, alarms
 }

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"net/netip"
@@ -24,12 +25,12 @@ import (
 
 // writeBeside writes what goes with an object in its transaction, and sets the
 // parts of its status that are stored with it.
-func (s *Server) writeBeside(tx store.Tx, next, old object, now time.Time) error {
+func (s *Server) writeBeside(tx store.Tx, ch *change, next, old object, now time.Time) error {
 	switch o := next.(type) {
 	case *portolanv1.Workload:
 		return s.writeRevision(tx, o, old, now)
 	case *portolanv1.Service:
-		return s.writeVirtualIP(tx, o, now)
+		return s.writeVirtualIP(tx, ch, o, now)
 	case *portolanv1.PolicyBundle:
 		o.Status = &portolanv1.PolicyBundleStatus{Digest: bundle.Digest(o.GetSpec().GetFiles())}
 	}
@@ -175,13 +176,13 @@ func (s *Server) trimRevisions(tx store.Tx, w *portolanv1.Workload, current stri
 }
 
 // writeVirtualIP gives a new service its address and every service its host name.
-func (s *Server) writeVirtualIP(tx store.Tx, svc *portolanv1.Service, now time.Time) error {
+func (s *Server) writeVirtualIP(tx store.Tx, ch *change, svc *portolanv1.Service, now time.Time) error {
 	host := api.Hostname(api.TenantOf(svc.GetName()), lastID(svc.GetName()))
 	if ip := svc.GetStatus().GetVirtualIp(); ip != "" {
 		svc.Status = &portolanv1.ServiceStatus{VirtualIp: ip, Hostname: host}
 		return nil
 	}
-	ip, err := s.freeVirtualIP(tx, svc.GetName(), now)
+	ip, err := s.freeVirtualIP(tx, ch, svc.GetName(), now)
 	if err != nil {
 		return err
 	}
@@ -189,19 +190,50 @@ func (s *Server) writeVirtualIP(tx store.Tx, svc *portolanv1.Service, now time.T
 	return tx.Put(store.VirtualIP, ip, &storev1.VirtualIP{Service: svc.GetName()})
 }
 
-// freeVirtualIP probes from a place that the service's name gives, so that a
-// service that comes back finds its old address, and so that bursts do not meet.
-// The first and the last address of the range are not given.
-func (s *Server) freeVirtualIP(r store.Reader, service string, now time.Time) (string, error) {
+// errCrowded says that the probes of a transaction met taken addresses only: a gap
+// must be looked for outside of it.
+var errCrowded = errors.New("no free address near where the service's name points")
+
+// maxProbes bounds the reads of a transaction that looks for an address: it has
+// the whole fleet's writes waiting.
+const maxProbes = 64
+
+// addresses are the virtual IPs, by offset. The first and the last address of the
+// range are not given.
+func (s *Server) addresses() (count uint32, at func(offset uint32) string) {
 	base := binary.BigEndian.Uint32(s.cfg.VirtualIPs.Addr().AsSlice())
-	usable := uint32(1)<<(32-s.cfg.VirtualIPs.Bits()) - 2
+	return uint32(1)<<(32-s.cfg.VirtualIPs.Bits()) - 2, func(offset uint32) string {
+		var b [4]byte
+		binary.BigEndian.PutUint32(b[:], base+1+offset)
+		return netip.AddrFrom4(b).String()
+	}
+}
+
+// preferred is the offset that a service's name gives: so one that comes back
+// finds its old address, and bursts do not meet.
+func (s *Server) preferred(service string) uint32 {
+	count, _ := s.addresses()
 	h := fnv.New32a()
 	_, _ = h.Write([]byte(service))
-	start := h.Sum32() % usable
-	for i := range usable {
-		var b [4]byte
-		binary.BigEndian.PutUint32(b[:], base+1+(start+i)%usable)
-		ip := netip.AddrFrom4(b).String()
+	return h.Sum32() % count
+}
+
+// mayTake says whether a service may have an address of which that record is.
+func mayTake(held *storev1.VirtualIP, service string, now time.Time) bool {
+	t := held.GetReleaseTime()
+	return t != nil && (held.GetService() == service || now.After(t.AsTime()))
+}
+
+// freeVirtualIP probes from the preferred address on, or from the gap that was
+// found outside the transaction.
+func (s *Server) freeVirtualIP(r store.Reader, ch *change, service string, now time.Time) (string, error) {
+	count, at := s.addresses()
+	start := s.preferred(service)
+	if ch.gap != nil {
+		start = *ch.gap
+	}
+	for i := range min(count, maxProbes) {
+		ip := at((start + i) % count)
 		rec, err := r.Get(store.VirtualIP, ip)
 		if err != nil && api.KindOf(err) == api.NotFound {
 			return ip, nil
@@ -213,11 +245,47 @@ func (s *Server) freeVirtualIP(r store.Reader, service string, now time.Time) (s
 		if !ok {
 			return "", api.E(api.Internal, "find a virtual IP", "record holds a %T", rec.Message)
 		}
-		if t := held.GetReleaseTime(); t != nil && (held.GetService() == service || now.After(t.AsTime())) {
+		if mayTake(held, service, now) {
 			return ip, nil
 		}
 	}
-	return "", api.E(api.Exhausted, "find a virtual IP", "every address of %s is taken", s.cfg.VirtualIPs)
+	if count > maxProbes {
+		return "", errCrowded
+	}
+	return "", s.allTaken()
+}
+
+func (s *Server) allTaken() error {
+	return api.E(api.Exhausted, "find a virtual IP", "every address of %s is taken", s.cfg.VirtualIPs)
+}
+
+// findGap reads which addresses are taken, on a snapshot, and gives the first free
+// one from the preferred on.
+func (s *Server) findGap(ctx context.Context, service string, now time.Time) (uint32, error) {
+	taken := map[string]bool{}
+	_, err := s.cfg.Store.View(ctx, func(r store.Reader) error {
+		clear(taken)
+		for rec, err := range r.List(store.VirtualIP, store.ListOptions{}) {
+			if err != nil {
+				return err
+			}
+			if held, ok := rec.Message.(*storev1.VirtualIP); !ok || !mayTake(held, service, now) {
+				taken[rec.Name] = true
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	count, at := s.addresses()
+	start := s.preferred(service)
+	for i := range count {
+		if offset := (start + i) % count; !taken[at(offset)] {
+			return offset, nil
+		}
+	}
+	return 0, s.allTaken()
 }
 
 // resultKey is where the first result of a request ID is kept.
@@ -263,49 +331,81 @@ func (s *Server) remember(tx store.Tx, ch *change, result proto.Message, now tim
 	})
 }
 
-// maintain deletes what expired, a bounded number at a time.
+// sweep is how far maintain has looked at a kind.
+type sweep struct {
+	kind  store.Kind
+	after string
+	done  bool
+}
+
+// maintain deletes all that expired. It goes through each kind in pages, each in a
+// snapshot and a transaction of its own, and takes turns between the kinds: a
+// backlog of one holds neither the store nor the others up.
 func (s *Server) maintain(ctx context.Context, now time.Time) error {
-	type gone struct {
-		kind store.Kind
-		name string
+	sweeps := []*sweep{{kind: store.RequestResult}, {kind: store.VirtualIP}, {kind: store.JoinToken}}
+	var errs []error
+	for busy := true; busy; {
+		busy = false
+		for _, w := range sweeps {
+			if w.done {
+				continue
+			}
+			if err := s.sweepPage(ctx, w, now); err != nil {
+				errs = append(errs, fmt.Errorf("clear %ss: %w", w.kind, err))
+				w.done = true
+			}
+			busy = busy || !w.done
+		}
 	}
-	var old []gone
+	return errors.Join(errs...)
+}
+
+// sweepPage looks at the next records of a kind and deletes the expired ones.
+func (s *Server) sweepPage(ctx context.Context, w *sweep, now time.Time) error {
+	var old []string
+	next := w.after
 	_, err := s.cfg.Store.View(ctx, func(r store.Reader) error {
-		old = nil
-		for _, kind := range []store.Kind{store.RequestResult, store.VirtualIP, store.JoinToken} {
-			for rec, err := range r.List(kind, store.ListOptions{}) {
-				if err != nil {
-					return err
-				}
-				if t := expiry(rec.Message); t != nil && now.After(t.AsTime()) && len(old) < scanBatch {
-					old = append(old, gone{kind, rec.Name})
-				}
+		old, next = nil, w.after
+		n := 0
+		for rec, err := range r.List(w.kind, store.ListOptions{After: w.after, Limit: scanBatch}) {
+			if err != nil {
+				return err
+			}
+			n, next = n+1, rec.Name
+			if expired(rec.Message, now) {
+				old = append(old, rec.Name)
 			}
 		}
+		w.done = n < scanBatch
 		return nil
 	})
+	w.after = next
 	if err != nil || len(old) == 0 {
 		return err
 	}
 	_, err = s.cfg.Store.Update(ctx, func(tx store.Tx) error {
-		for _, g := range old {
-			rec, err := tx.Get(g.kind, g.name)
-			if api.KindOf(err) == api.NotFound && err != nil {
+		for _, name := range old {
+			rec, err := tx.Get(w.kind, name)
+			switch {
+			case err != nil && api.KindOf(err) == api.NotFound:
 				continue
-			}
-			if err != nil {
+			case err != nil:
 				return err
-			}
-			if t := expiry(rec.Message); t == nil || !now.After(t.AsTime()) {
+			case !expired(rec.Message, now):
 				continue
 			}
-			if err := tx.Delete(g.kind, g.name); err != nil {
+			if err := tx.Delete(w.kind, name); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
 	return err
+}
+
+func expired(m proto.Message, now time.Time) bool {
+	t := expiry(m)
+	return t != nil && now.After(t.AsTime())
 }
 
 func expiry(m proto.Message) *timestamppb.Timestamp {

@@ -208,7 +208,7 @@ func (b *barrier) ask(ctx context.Context, laggards []*portolanv1.Laggard) {
 	for _, l := range laggards {
 		clusters = append(clusters, lastID(l.GetName()))
 	}
-	got, _ := fanOut(ctx, b.s, clusters, func(ctx context.Context, _ string, cc grpc.ClientConnInterface) ([]*portolanv1.Laggard, error) {
+	got, _, _ := fanOut(ctx, b.s, clusters, func(ctx context.Context, _ string, cc grpc.ClientConnInterface) ([]*portolanv1.Laggard, error) {
 		resp, err := linkv1.NewClusterAdminServiceClient(cc).ListLaggards(ctx, &linkv1.ListLaggardsRequest{Revision: b.derived})
 		return resp.GetLaggards(), err
 	})

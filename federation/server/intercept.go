@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -38,16 +39,20 @@ func (s *Server) UnaryInterceptor(ctx context.Context, req any, info *grpc.Unary
 	if foreign(info.FullMethod) {
 		return next(ctx, req)
 	}
-	c, err := s.authorize(ctx, info.FullMethod)
+	c, err := s.identify(ctx, info.FullMethod)
 	if err != nil {
-		s.refused(ctx, c, info.FullMethod, req, err)
 		return nil, err
 	}
+	// Before anything is read for them: who has no role counts too.
 	release, err := s.limits.take(c.actor, false)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
+	if err := s.authorize(ctx, c); err != nil {
+		s.refused(ctx, c, info.FullMethod, req, err)
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(context.WithValue(ctx, callerKey{}, c), unaryTimeout)
 	defer cancel()
 	resp, err = next(ctx, req)
@@ -64,9 +69,8 @@ func (s *Server) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.Str
 	if foreign(info.FullMethod) {
 		return next(srv, ss)
 	}
-	c, err := s.authorize(ss.Context(), info.FullMethod)
+	c, err := s.identify(ss.Context(), info.FullMethod)
 	if err != nil {
-		s.refused(ss.Context(), c, info.FullMethod, nil, err)
 		return err
 	}
 	release, err := s.limits.take(c.actor, true)
@@ -74,15 +78,92 @@ func (s *Server) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.Str
 		return err
 	}
 	defer release()
-	return next(srv, &callerStream{ServerStream: ss, ctx: context.WithValue(ss.Context(), callerKey{}, c)})
+	if err := s.authorize(ss.Context(), c); err != nil {
+		s.refused(ss.Context(), c, info.FullMethod, nil, err)
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(context.WithValue(ss.Context(), callerKey{}, c))
+	defer cancel(nil)
+	go s.watchRoles(ctx, cancel, c, info.FullMethod == watchMethod)
+	err = next(srv, &callerStream{ServerStream: ss, ctx: ctx})
+	if e, ok := errors.AsType[*api.Error](context.Cause(ctx)); ok {
+		return e
+	}
+	return err
 }
 
+// How a long stream's caller is looked at again.
+const (
+	recheckEvery = 10 * time.Second
+	// maxUnchecked looks may fail before the stream ends: without the store nobody
+	// knows who the caller is.
+	maxUnchecked = 3
+	watchMethod  = "/portolan.v1.WatchService/Watch"
+)
+
+// watchRoles ends a stream, with the reason, when its caller lost a role that they
+// began it with. exact ends it also when they got one, because what they see was
+// chosen at the beginning.
+func (s *Server) watchRoles(ctx context.Context, end context.CancelCauseFunc, c *caller, exact bool) {
+	t := time.NewTicker(recheckEvery)
+	defer t.Stop()
+	for failed := 0; ; {
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+		now := &caller{actor: c.actor, method: c.method}
+		look, cancel := context.WithTimeout(ctx, recheckEvery/2)
+		err := s.loadRoles(look, now)
+		cancel()
+		if err != nil {
+			if failed++; failed >= maxUnchecked {
+				end(api.E(api.Unavailable, "", "the roles of %s cannot be read", c.actor))
+				return
+			}
+			continue
+		}
+		failed = 0
+		if c.lost(now) || exact && now.lost(c) {
+			end(api.E(api.Denied, "", "the roles of %s have changed: begin again", c.actor))
+			return
+		}
+	}
+}
+
+// lost says whether a caller had a role that they have no longer.
+func (c *caller) lost(now *caller) bool {
+	return c.fleet && !now.fleet || slices.ContainsFunc(c.tenants, func(t string) bool { return !slices.Contains(now.tenants, t) })
+}
+
+// callerStream is a stream that ends with its caller's rights: nothing is read
+// from or sent to who has lost them.
 type callerStream struct {
 	grpc.ServerStream
 	ctx context.Context //nolint:containedctx // a stream's context is its own, grpc-go's interface asks for it
 }
 
 func (c *callerStream) Context() context.Context { return c.ctx }
+
+// SendMsg implements grpc.ServerStream.
+func (c *callerStream) SendMsg(m any) error {
+	if c.ctx.Err() != nil {
+		return context.Cause(c.ctx)
+	}
+	return c.ServerStream.SendMsg(m)
+}
+
+// RecvMsg implements grpc.ServerStream.
+func (c *callerStream) RecvMsg(m any) error {
+	if err := c.ServerStream.RecvMsg(m); err != nil {
+		return err
+	}
+	if c.ctx.Err() != nil {
+		return context.Cause(c.ctx)
+	}
+	return nil
+}
 
 // answer maps an error to what the caller may see. Everything that is no
 // decision is logged under a reference, and the caller gets the reference.

@@ -1,7 +1,9 @@
 package server
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -106,7 +108,11 @@ func workloadOf(name string) string {
 // statusOf gives what a cluster reported of a placement, unless it speaks of an
 // older decision's epoch.
 func (j *joiner) statusOf(p *portolanv1.Placement) *portolanv1.PlacementStatus {
-	return j.reported[p.GetName()].GetStatus()
+	got := j.reported[p.GetName()]
+	if got.GetEpoch() < p.GetSpec().GetEpoch() {
+		return nil
+	}
+	return got.GetStatus()
 }
 
 func (j *joiner) placement(p *portolanv1.Placement) error {
@@ -121,33 +127,31 @@ func (j *joiner) workload(w *portolanv1.Workload) error {
 	if err := j.loadPlacements(); err != nil {
 		return err
 	}
-	current := w.GetStatus().GetCurrentRevision()
-	st := &portolanv1.WorkloadStatus{CurrentRevision: current}
-	placed, carried := int32(0), len(j.placements[w.GetName()]) > 0
+	st := &portolanv1.WorkloadStatus{CurrentRevision: w.GetStatus().GetCurrentRevision()}
+	tally, carried := revisionTally{}, len(j.placements[w.GetName()]) > 0
 	for _, p := range j.placements[w.GetName()] {
+		said := j.statusOf(p)
+		carried = carried && said != nil
 		sum := &portolanv1.PlacementSummary{Cluster: lastID(p.GetName())}
 		for _, rev := range p.GetSpec().GetRevisions() {
-			if rev.GetRevision() == current {
-				placed += rev.GetReplicas()
-			}
+			tally.of(rev.GetRevision()).placed += rev.GetReplicas()
 		}
-		got := j.reported[p.GetName()]
-		carried = carried && got.GetEpoch() >= p.GetSpec().GetEpoch()
-		for _, rev := range got.GetStatus().GetRevisions() {
+		// Replicas of an older decision run on until the newer one is carried out.
+		for _, rev := range j.reported[p.GetName()].GetStatus().GetRevisions() {
 			sum.Revisions = append(sum.Revisions, proto.CloneOf(rev))
 			sum.ReadyReplicas += rev.GetReadyReplicas()
 			st.Replicas += rev.GetReplicas()
 			st.ReadyReplicas += rev.GetReadyReplicas()
+			t := tally.of(rev.GetRevision())
+			t.have, t.ready = t.have+rev.GetReplicas(), t.ready+rev.GetReadyReplicas()
 		}
-		for _, cond := range got.GetStatus().GetConditions() {
-			c := proto.CloneOf(cond)
-			c.Message = fmt.Sprintf("%s: %s", sum.GetCluster(), c.GetMessage())
-			st.Conditions = append(st.Conditions, c)
+		for _, cond := range said.GetConditions() {
+			sum.Conditions = append(sum.Conditions, proto.CloneOf(cond))
 		}
 		st.Placements = append(st.Placements, sum)
 	}
 	st.DesiredReplicas = desired(w, st.Replicas)
-	st.UnplacedReplicas = unplaced(w, placed)
+	st.UnplacedReplicas = unplaced(w, tally.of(st.GetCurrentRevision()).placed)
 	if carried && st.UnplacedReplicas == 0 {
 		st.ObservedGeneration = w.GetGeneration()
 	} else {
@@ -157,7 +161,10 @@ func (j *joiner) workload(w *portolanv1.Workload) error {
 		return err
 	}
 	acc, err := j.accepted("workload", w)
-	st.Conditions = append(workloadConditions(w, st), append(st.Conditions, acc...)...)
+	st.Conditions = append(workloadConditions(w, st, tally), acc...)
+	for _, c := range st.Conditions {
+		c.ObservedGeneration = st.ObservedGeneration
+	}
 	w.Status = st
 	return err
 }
@@ -185,6 +192,18 @@ func (j *joiner) rollout(name string, st *portolanv1.WorkloadStatus) error {
 	return nil
 }
 
+// revisionTally counts the replicas of a workload by revision.
+type revisionTally map[string]*revisionCount
+
+type revisionCount struct{ placed, have, ready int32 }
+
+func (t revisionTally) of(revision string) *revisionCount {
+	if t[revision] == nil {
+		t[revision] = &revisionCount{}
+	}
+	return t[revision]
+}
+
 // desired is how many replicas there should be at a time; a daemon's number is
 // known only by those that have it.
 func desired(w *portolanv1.Workload, have int32) int32 {
@@ -205,22 +224,92 @@ func unplaced(w *portolanv1.Workload, placed int32) int32 {
 	return max(desired(w, 0)-placed, 0)
 }
 
-func workloadConditions(w *portolanv1.Workload, st *portolanv1.WorkloadStatus) []*portolanv1.Condition {
+// workloadConditions judges the workload as a whole: each type stands once. What
+// single clusters say is with their placements.
+func workloadConditions(w *portolanv1.Workload, st *portolanv1.WorkloadStatus, tally revisionTally) []*portolanv1.Condition {
 	placed := condition("Placed", w, st.GetUnplacedReplicas() == 0, "Placed", "every replica has a cluster")
 	if st.GetUnplacedReplicas() > 0 {
 		placed.Reason = "Unplaced"
 		placed.Message = fmt.Sprintf("%d of %d replicas have no cluster: explain says why", st.GetUnplacedReplicas(), st.GetDesiredReplicas())
 	}
-	ready := condition("Available", w, st.GetReadyReplicas() >= st.GetDesiredReplicas() && len(st.GetPlacements()) > 0, "Ready", "every replica is ready")
-	if ready.GetState() != portolanv1.ConditionState_CONDITION_STATE_TRUE {
-		ready.Reason = "NotReady"
-		ready.Message = fmt.Sprintf("%d of %d replicas are ready", st.GetReadyReplicas(), st.GetDesiredReplicas())
+	out := []*portolanv1.Condition{placed}
+	if w.GetSpec().GetKind() != portolanv1.WorkloadKind_WORKLOAD_KIND_JOB {
+		out = append(out, available(w, st, tally))
 	}
-	if w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB {
-		return []*portolanv1.Condition{placed}
-	}
-	return []*portolanv1.Condition{placed, ready}
+	return append(out, rollUp(w, st)...)
 }
+
+// available is whether every revision that is to serve has all its replicas
+// ready: the current one as many as the spec says, and each that placements name
+// as many as they say. Ready replicas of one say nothing about another.
+func available(w *portolanv1.Workload, st *portolanv1.WorkloadStatus, tally revisionTally) *portolanv1.Condition {
+	var short []string
+	for _, rev := range slices.Sorted(maps.Keys(tally)) {
+		t := tally[rev]
+		want := t.placed
+		switch {
+		case w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON:
+			want = t.have
+		case rev == st.GetCurrentRevision():
+			want = max(want, st.GetDesiredReplicas())
+		}
+		if t.ready < want {
+			short = append(short, fmt.Sprintf("%d of %d replicas of revision %s are ready", t.ready, want, rev))
+		}
+	}
+	if len(st.GetPlacements()) == 0 {
+		short = []string{"it is in no cluster"}
+	}
+	if len(short) == 0 {
+		return condition("Available", w, true, "Ready", "every replica is ready")
+	}
+	return condition("Available", w, false, "NotReady", strings.Join(short, "; "))
+}
+
+// rollUp gives what clusters say of their parts as one condition per type: what is
+// so for the workload when it is so for all of its parts, and the rest, when it is
+// so for any. Available is judged over all clusters, not from theirs.
+func rollUp(w *portolanv1.Workload, st *portolanv1.WorkloadStatus) []*portolanv1.Condition {
+	said := map[string]map[bool][]string{}
+	reasons := map[string]map[bool]string{}
+	for _, p := range st.GetPlacements() {
+		for _, c := range p.GetConditions() {
+			typ, is := c.GetType(), c.GetState() == portolanv1.ConditionState_CONDITION_STATE_TRUE
+			if typ == "Available" {
+				continue
+			}
+			if said[typ] == nil {
+				said[typ], reasons[typ] = map[bool][]string{}, map[bool]string{}
+			}
+			said[typ][is] = append(said[typ][is], p.GetCluster()+": "+c.GetMessage())
+			reasons[typ][is] = cmp.Or(reasons[typ][is], c.GetReason())
+		}
+	}
+	var out []*portolanv1.Condition
+	for _, typ := range slices.Sorted(maps.Keys(said)) {
+		is := len(said[typ][true]) > 0
+		switch typ {
+		case "Complete":
+			is = len(said[typ][true]) == len(st.GetPlacements())
+		case "Scheduled":
+			is = len(said[typ][false]) == 0
+		}
+		who := said[typ][is]
+		if len(who) == 0 { // one cluster is complete, and the others have said nothing yet
+			out = append(out, condition(typ, w, false, "Running", "not every cluster has said so"))
+			continue
+		}
+		msg := strings.Join(who[:min(len(who), maxNamed)], "; ")
+		if len(who) > maxNamed {
+			msg += fmt.Sprintf("; and %d more", len(who)-maxNamed)
+		}
+		out = append(out, condition(typ, w, is, reasons[typ][is], msg))
+	}
+	return out
+}
+
+// maxNamed is how many clusters or consumers one condition names.
+const maxNamed = 5
 
 func condition(typ string, o object, ok bool, reason, message string) *portolanv1.Condition {
 	state := portolanv1.ConditionState_CONDITION_STATE_FALSE
@@ -250,7 +339,8 @@ func (j *joiner) cluster(cl *portolanv1.Cluster) error {
 	if st.GetState() == portolanv1.ClusterState_CLUSTER_STATE_UNSPECIFIED {
 		st.State = portolanv1.ClusterState_CLUSTER_STATE_PENDING
 	}
-	if h, ok := j.heard[lastID(cl.GetName())]; ok {
+	// Without a status the row is of an earlier cluster of this name.
+	if h, ok := j.heard[lastID(cl.GetName())]; ok && j.clusters[cl.GetName()] != nil {
 		st.AppliedRevision = max(st.GetAppliedRevision(), h.applied)
 		if h.at.After(st.GetLastSeenTime().AsTime()) {
 			st.LastSeenTime = timestamppb.New(h.at)
@@ -291,7 +381,7 @@ func (j *joiner) accepted(kind string, o object) ([]*portolanv1.Condition, error
 		return []*portolanv1.Condition{condition("Accepted", o, true, "Accepted", "no consumer refuses it")}, nil
 	}
 	var who []string
-	for _, n := range nacks[:min(len(nacks), 5)] {
+	for _, n := range nacks[:min(len(nacks), maxNamed)] {
 		consumer := n.GetConsumer()
 		if !j.c.fleet {
 			consumer = withoutNode(consumer)

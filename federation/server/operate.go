@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/portolan-io/portolan/federation/api"
@@ -134,6 +135,37 @@ func (x *clusterService) ListNodes(ctx context.Context, req *portolanv1.ListNode
 	return &portolanv1.ListNodesResponse{Nodes: resp.GetNodes()}, nil
 }
 
+// DeleteNode has the cluster take a node out.
+func (x *clusterService) DeleteNode(ctx context.Context, req *portolanv1.DeleteNodeRequest) (*emptypb.Empty, error) {
+	doing := "delete node " + clip(req.GetName())
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ids, err := api.ParseName(req.GetName(), api.NodePattern)
+	if err != nil {
+		return nil, api.InvalidFields(doing, []api.Violation{{Field: "name", Message: err.Error()}})
+	}
+	admin, err := x.s.admin(ctx, doing, api.ClusterName(ids[0]))
+	if err != nil {
+		return nil, err
+	}
+	// Audited first, as with tokens.
+	e := newEntry(c, time.Now(), req.GetName(), "")
+	if req.GetForce() {
+		e.Detail = "force"
+	}
+	if err := x.s.auditAlone(ctx, e); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, clusterCallTimeout)
+	defer cancel()
+	if _, err := admin.DeleteNode(ctx, &linkv1.DeleteNodeRequest{Node: ids[1], Force: req.GetForce()}); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
 // SetNodeMode cordons, drains or frees nodes. Their records are the cluster's.
 func (x *clusterService) SetNodeMode(ctx context.Context, req *portolanv1.SetNodeModeRequest) (*portolanv1.ListNodesResponse, error) {
 	doing := "set the mode of " + clip(req.GetName())
@@ -219,7 +251,7 @@ func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.E
 	if err != nil {
 		return nil, err
 	}
-	got, _ := fanOut(ctx, s, clusters, func(ctx context.Context, _ string, cc grpc.ClientConnInterface) ([]*portolanv1.NodeVerdict, error) {
+	got, _, _ := fanOut(ctx, s, clusters, func(ctx context.Context, _ string, cc grpc.ClientConnInterface) ([]*portolanv1.NodeVerdict, error) {
 		r, err := linkv1.NewClusterAdminServiceClient(cc).ExplainPending(ctx, &linkv1.ExplainPendingRequest{Workload: req.GetName()})
 		return r.GetVerdicts(), err
 	})

@@ -1,9 +1,12 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"sort"
 	"strings"
@@ -22,6 +25,7 @@ import (
 
 const (
 	maxReplicasListed = 10000
+	replicaPage       = 1000 // at a time of one cluster
 	maxEventsListed   = 1000
 	defaultEvents     = 200
 )
@@ -33,10 +37,11 @@ type runtimeService struct {
 }
 
 // fanOut asks several clusters at once, each for a bounded time. It gives what
-// each answered and, sorted, who did not.
-func fanOut[T any](ctx context.Context, s *Server, clusters []string, call func(context.Context, string, grpc.ClientConnInterface) (T, error)) (map[string]T, []string) {
+// each answered and, sorted, who did not: who cannot be reached or is too slow. One
+// that answers with an error is not silent; the first in order is the error.
+func fanOut[T any](ctx context.Context, s *Server, clusters []string, call func(context.Context, string, grpc.ClientConnInterface) (T, error)) (map[string]T, []string, error) {
 	var mu sync.Mutex
-	out, silent := map[string]T{}, []string{}
+	out, silent, failed := map[string]T{}, []string{}, map[string]error{}
 	var g errgroup.Group
 	g.SetLimit(maxClusterCalls)
 	for _, name := range clusters {
@@ -52,54 +57,110 @@ func fanOut[T any](ctx context.Context, s *Server, clusters []string, call func(
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			if err != nil {
+			switch kind := api.KindOf(err); {
+			case err == nil:
+				out[name] = got
+			case kind == api.Unavailable || kind == api.Timeout:
+				s.cfg.Log.Debug("a cluster is silent", "cluster", name, "error", err)
 				silent = append(silent, name)
-				return nil
+			default:
+				s.cfg.Log.Warn("a cluster answered with an error", "cluster", name, "error", err)
+				failed[name] = api.E(kind, "ask cluster "+name, "%w", err)
 			}
-			out[name] = got
 			return nil
 		})
 	}
 	_ = g.Wait()
 	sort.Strings(silent)
-	return out, silent
+	for _, name := range slices.Sorted(maps.Keys(failed)) {
+		return out, silent, failed[name]
+	}
+	return out, silent, nil
 }
 
-// clustersOf lists where something of a workload, a tenant or the fleet may run.
-func (s *Server) clustersOf(ctx context.Context, prefix string) ([]string, error) {
-	seen := map[string]bool{}
+// runtimeScope is where a runtime request is asked, and what of the answers is
+// believed: nobody is, beyond their own.
+type runtimeScope struct {
+	clusters []string // sorted
+	// placed says in which clusters each workload is, or has not yet confirmed to
+	// have stopped.
+	placed map[string]map[string]bool
+}
+
+// believes says whether a cluster may speak about an object.
+func (sc *runtimeScope) believes(cluster, object string) bool {
+	own := api.ClusterName(cluster)
+	return object == own || strings.HasPrefix(object, own+"/") || sc.placed[workloadOf(object)][cluster]
+}
+
+// place notes a record of a workload in a cluster: its Placement, or its
+// PlacementStatus, which stays until the cluster confirmed the stop.
+func (sc *runtimeScope) place(placement string) {
+	w := workloadOf(placement)
+	if sc.placed[w] == nil {
+		sc.placed[w] = map[string]bool{}
+	}
+	sc.placed[w][lastID(placement)] = true
+}
+
+// scopeOf lists where something of a workload or a tenant is; of the whole fleet
+// it is every cluster, and placed is left empty.
+func (s *Server) scopeOf(ctx context.Context, prefix string) (*runtimeScope, error) {
+	var sc *runtimeScope
 	_, err := s.cfg.Store.View(ctx, func(r store.Reader) error {
-		clear(seen)
-		kind, opts := store.Placement, store.ListOptions{Prefix: prefix}
+		sc = &runtimeScope{placed: map[string]map[string]bool{}}
 		if prefix == "" {
-			kind, opts = store.Cluster, store.ListOptions{}
+			names, err := namesUnder(r, store.Cluster, "")
+			for _, n := range names {
+				sc.clusters = append(sc.clusters, lastID(n))
+			}
+			return err
 		}
-		for rec, err := range r.List(kind, opts) {
+		seen := map[string]bool{}
+		for _, kind := range []store.Kind{store.Placement, store.PlacementStatus} {
+			names, err := namesUnder(r, kind, prefix)
 			if err != nil {
 				return err
 			}
-			seen[lastID(rec.Name)] = true
+			for _, n := range names {
+				sc.place(n)
+				seen[lastID(n)] = true
+			}
 		}
+		sc.clusters = slices.Sorted(maps.Keys(seen))
 		return nil
 	})
-	var out []string
-	for c := range seen {
-		out = append(out, c)
-	}
-	// A placement that went leaves replicas behind for a while.
-	if s.cfg.Clusters != nil {
-		for _, c := range s.cfg.Clusters.Connected() {
-			if !seen[c] {
-				out = append(out, c)
+	return sc, err
+}
+
+// weigh fills placed in for what clusters said about the whole fleet.
+func (s *Server) weigh(ctx context.Context, sc *runtimeScope, answers map[string][]*portolanv1.Event) error {
+	asked := map[string]bool{}
+	for cluster, list := range answers {
+		for _, e := range list {
+			if ids, err := api.ParseName(e.GetObject(), api.WorkloadPattern, api.ReplicaPattern); err == nil {
+				asked[api.PlacementName(ids[0], ids[1], cluster)] = true
 			}
 		}
 	}
-	sort.Strings(out)
-	return out, err
+	_, err := s.cfg.Store.View(ctx, func(r store.Reader) error {
+		clear(sc.placed)
+		for name := range asked {
+			for _, kind := range []store.Kind{store.Placement, store.PlacementStatus} {
+				if _, err := r.Get(kind, name); err == nil {
+					sc.place(name)
+				} else if api.KindOf(err) != api.NotFound {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	return err
 }
 
-// place of a runtime request: what it is about, and in which clusters to ask.
-func (s *Server) runtimeScope(ctx context.Context, doing, parent, cluster string, patterns ...string) ([]string, error) {
+// runtimeScope of a request: what it is about, and in which clusters to ask.
+func (s *Server) runtimeScope(ctx context.Context, doing, parent, cluster string, patterns ...string) (*runtimeScope, error) {
 	c, err := callerOf(ctx)
 	if err != nil {
 		return nil, err
@@ -125,13 +186,17 @@ func (s *Server) runtimeScope(ctx context.Context, doing, parent, cluster string
 	} else if !c.fleet {
 		return nil, api.E(api.Denied, doing, "only fleet admins may leave out the parent")
 	}
-	if cluster == "" {
-		return s.clustersOf(ctx, prefix)
+	if cluster != "" {
+		if _, err := api.ParseID(cluster); err != nil {
+			return nil, bad("cluster", err.Error())
+		}
 	}
-	if _, err := api.ParseID(cluster); err != nil {
-		return nil, bad("cluster", err.Error())
+	sc, err := s.scopeOf(ctx, prefix)
+	if err != nil || cluster == "" {
+		return sc, err
 	}
-	return []string{cluster}, nil
+	sc.clusters = slices.DeleteFunc(sc.clusters, func(c string) bool { return c != cluster })
+	return sc, nil
 }
 
 // under says whether a name belongs to a parent as it is written in requests.
@@ -146,7 +211,7 @@ func (rs *runtimeService) ListReplicas(ctx context.Context, req *portolanv1.List
 	if req.GetParent() == "" {
 		return nil, api.InvalidFields(doing, []api.Violation{{Field: "parent", Message: "is required: tenants/{tenant}/workloads/{workload}, or - for all of a tenant"}})
 	}
-	clusters, err := rs.s.runtimeScope(ctx, doing, req.GetParent(), req.GetCluster(), api.WorkloadPattern)
+	scope, err := rs.s.runtimeScope(ctx, doing, req.GetParent(), req.GetCluster(), api.WorkloadPattern)
 	if err != nil {
 		return nil, err
 	}
@@ -154,7 +219,10 @@ func (rs *runtimeService) ListReplicas(ctx context.Context, req *portolanv1.List
 	if err != nil {
 		return nil, err
 	}
-	got, silent := rs.replicas(ctx, req.GetParent(), clusters)
+	got, silent, err := rs.replicas(ctx, req.GetParent(), scope)
+	if err != nil {
+		return nil, err
+	}
 	if !c.fleet {
 		for _, r := range got {
 			r.Node = ""
@@ -163,24 +231,55 @@ func (rs *runtimeService) ListReplicas(ctx context.Context, req *portolanv1.List
 	return &portolanv1.ListReplicasResponse{Replicas: got, SilentClusters: silent}, nil
 }
 
-func (rs *runtimeService) replicas(ctx context.Context, parent string, clusters []string) ([]*portolanv1.Replica, []string) {
-	answers, silent := fanOut(ctx, rs.s, clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Replica, error) {
-		resp, err := portolanv1.NewRuntimeServiceClient(cc).ListReplicas(ctx, &portolanv1.ListReplicasRequest{Parent: parent, Cluster: cluster})
-		return resp.GetReplicas(), err
+// replicasOf reads all that a cluster has, page by page, up to what is listed.
+func replicasOf(ctx context.Context, cluster, parent string, cc grpc.ClientConnInterface) ([]*portolanv1.Replica, error) {
+	var out []*portolanv1.Replica
+	req := &portolanv1.ListReplicasRequest{Parent: parent, Cluster: cluster, PageSize: replicaPage}
+	for {
+		resp, err := portolanv1.NewRuntimeServiceClient(cc).ListReplicas(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, resp.GetReplicas()...)
+		if resp.GetNextPageToken() == "" || len(out) >= maxReplicasListed {
+			return out[:min(len(out), maxReplicasListed)], nil
+		}
+		if resp.GetNextPageToken() <= req.GetPageToken() {
+			return nil, api.E(api.Internal, "list replicas of cluster "+cluster, "its pages do not advance")
+		}
+		req.PageToken = resp.GetNextPageToken()
+	}
+}
+
+// replicas asks the clusters in scope, and keeps what each may speak about, in
+// order of name and cluster.
+func (rs *runtimeService) replicas(ctx context.Context, parent string, scope *runtimeScope) ([]*portolanv1.Replica, []string, error) {
+	answers, silent, err := fanOut(ctx, rs.s, scope.clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Replica, error) {
+		return replicasOf(ctx, cluster, parent, cc)
 	})
 	var out []*portolanv1.Replica
-	for cluster, list := range answers {
-		for _, r := range list {
-			// Nobody is believed beyond their own.
-			if _, err := api.ParseName(r.GetName(), api.ReplicaPattern); err != nil || !under(r.GetName(), parent) || len(out) >= maxReplicasListed {
+	for _, cluster := range scope.clusters {
+		dropped := 0
+		for _, r := range answers[cluster] {
+			if _, err := api.ParseName(r.GetName(), api.ReplicaPattern); err != nil || !under(r.GetName(), parent) || !scope.believes(cluster, r.GetName()) {
+				dropped++
 				continue
 			}
+			api.Bound(r, api.MaxTextBytes, api.MaxListItems)
 			r.Cluster = cluster
 			out = append(out, r)
 		}
+		if dropped > 0 {
+			rs.s.cfg.Log.Error("replicas dropped", "alarm", true, "cluster", cluster, "replicas", dropped, "why", "they are not of what was asked for, or not placed there")
+		}
 	}
-	sort.Slice(out, func(i, j int) bool { return out[i].GetName() < out[j].GetName() })
-	return out, silent
+	slices.SortStableFunc(out, func(a, b *portolanv1.Replica) int {
+		return cmp.Or(strings.Compare(a.GetName(), b.GetName()), strings.Compare(a.GetCluster(), b.GetCluster()))
+	})
+	out = slices.CompactFunc(out, func(a, b *portolanv1.Replica) bool {
+		return a.GetName() == b.GetName() && a.GetCluster() == b.GetCluster()
+	})
+	return out[:min(len(out), maxReplicasListed)], silent, err
 }
 
 // ListEvents implements portolanv1.RuntimeServiceServer.
@@ -194,21 +293,39 @@ func (rs *runtimeService) ListEvents(ctx context.Context, req *portolanv1.ListEv
 		limit = defaultEvents
 	}
 	limit = min(limit, maxEventsListed)
-	clusters, err := rs.s.runtimeScope(ctx, doing, req.GetParent(), req.GetCluster(), api.TenantPattern, api.WorkloadPattern, api.ReplicaPattern)
+	scope, err := rs.s.runtimeScope(ctx, doing, req.GetParent(), req.GetCluster(), api.TenantPattern, api.WorkloadPattern, api.ReplicaPattern)
 	if err != nil {
 		return nil, err
 	}
-	answers, silent := fanOut(ctx, rs.s, clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Event, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	answers, silent, err := fanOut(ctx, rs.s, scope.clusters, func(ctx context.Context, cluster string, cc grpc.ClientConnInterface) ([]*portolanv1.Event, error) {
 		resp, err := portolanv1.NewRuntimeServiceClient(cc).ListEvents(ctx, &portolanv1.ListEventsRequest{Parent: req.GetParent(), Cluster: cluster, Limit: int32(limit)})
-		return resp.GetEvents(), err
+		return resp.GetEvents()[:min(len(resp.GetEvents()), limit)], err
 	})
+	if err != nil {
+		return nil, err
+	}
+	if req.GetParent() == "" {
+		if err := rs.s.weigh(ctx, scope, answers); err != nil {
+			return nil, err
+		}
+	}
 	var out []*portolanv1.Event
-	for cluster, list := range answers {
-		for _, e := range list[:min(len(list), limit)] {
-			if !under(e.GetObject(), req.GetParent()) {
+	for _, cluster := range scope.clusters {
+		for _, e := range answers[cluster] {
+			// A workload that is gone leaves events behind: that is no lie, but nobody's
+			// either.
+			if !under(e.GetObject(), req.GetParent()) || !scope.believes(cluster, e.GetObject()) {
 				continue
 			}
+			api.Bound(e, api.MaxTextBytes, api.MaxListItems)
 			e.Cluster = cluster
+			if !c.fleet {
+				e.Node = "" // nodes are no tenant's business
+			}
 			out = append(out, e)
 		}
 	}
@@ -216,9 +333,9 @@ func (rs *runtimeService) ListEvents(ctx context.Context, req *portolanv1.ListEv
 	return &portolanv1.ListEventsResponse{Events: out[max(len(out)-limit, 0):], SilentClusters: silent}, nil
 }
 
-// find locates a replica: it answers which cluster has it. The access is audited
-// before anything is read.
-func (rs *runtimeService) find(ctx context.Context, doing, replica string) (grpc.ClientConnInterface, error) {
+// find locates a replica: it answers which cluster has it. The access is audited,
+// with what is to be done there, before anything is read.
+func (rs *runtimeService) find(ctx context.Context, doing, replica, detail string) (grpc.ClientConnInterface, error) {
 	c, err := callerOf(ctx)
 	if err != nil {
 		return nil, err
@@ -230,23 +347,27 @@ func (rs *runtimeService) find(ctx context.Context, doing, replica string) (grpc
 	if !c.owns(api.TenantOf(replica)) {
 		return nil, absent
 	}
-	workload := workloadOf(replica)
-	clusters, err := rs.s.clustersOf(ctx, workload+"/")
+	scope, err := rs.s.scopeOf(ctx, workloadOf(replica)+"/")
 	if err != nil {
 		return nil, err
 	}
-	got, silent := rs.replicas(ctx, workload, clusters)
-	for _, r := range got {
-		if r.GetName() != replica {
-			continue
-		}
-		cc, ok := rs.s.cfg.Clusters.Conn(r.GetCluster())
+	// By its name, so that it is found in however large a cluster.
+	got, silent, err := rs.replicas(ctx, replica, scope)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(got) > 1:
+		rs.s.cfg.Log.Error("replica refused", "alarm", true, "replica", replica, "clusters", []string{got[0].GetCluster(), got[1].GetCluster()}, "why", "more than one cluster claims it")
+		return nil, api.E(api.Precondition, doing, "clusters %s and %s both say that they have it", got[0].GetCluster(), got[1].GetCluster())
+	case len(got) == 1:
+		cc, ok := rs.s.cfg.Clusters.Conn(got[0].GetCluster())
 		if !ok {
-			break
+			return nil, api.E(api.Unavailable, doing, "cluster %s has no tunnel to this replica any more", got[0].GetCluster())
 		}
-		return cc, rs.s.auditAlone(ctx, newEntry(c, time.Now(), replica, api.TenantOf(replica)))
-	}
-	if len(silent) > 0 {
+		e := newEntry(c, time.Now(), replica, api.TenantOf(replica))
+		e.Detail = detail
+		return cc, rs.s.auditAlone(ctx, e)
+	case len(silent) > 0:
 		return nil, api.E(api.Unavailable, doing, "the replica was not found, and clusters %v do not answer", silent)
 	}
 	return nil, absent
@@ -260,7 +381,7 @@ func (rs *runtimeService) Logs(req *portolanv1.LogsRequest, out grpc.ServerStrea
 	if err != nil {
 		return rs.refuse(ctx, req, err)
 	}
-	cc, err := rs.find(ctx, doing, req.GetReplica())
+	cc, err := rs.find(ctx, doing, req.GetReplica(), "")
 	if err != nil {
 		return rs.refuse(ctx, req, err)
 	}
@@ -297,7 +418,7 @@ func (rs *runtimeService) Exec(out grpc.BidiStreamingServer[portolanv1.ExecReque
 	if err := rs.s.checkRequest(doing, first); err != nil {
 		return rs.refuse(ctx, about, err)
 	}
-	cc, err := rs.find(ctx, doing+" in "+clip(start.GetReplica()), start.GetReplica())
+	cc, err := rs.find(ctx, doing+" in "+clip(start.GetReplica()), start.GetReplica(), clip(fmt.Sprintf("%q", start.GetCommand())))
 	if err != nil {
 		return rs.refuse(ctx, about, err)
 	}

@@ -5,7 +5,9 @@
 // policy bundles), join tokens, virtual IPs, request results and audit entries.
 // It never decides where anything runs and never writes what federation/control
 // and federation/fleet own; their records are joined to objects when these are
-// read.
+// read. Two records it shares, at moments that exclude each other: a join token is
+// marked used, and a cluster's trust bundle made, by federation/fleet at Join; both
+// are deleted here, with the cluster.
 //
 // Stored with the object although part of status, because only this package
 // writes them: Service.status.virtual_ip and hostname,
@@ -55,7 +57,6 @@ const (
 // replica. federation/fleet has them.
 type Clusters interface {
 	Conn(cluster string) (grpc.ClientConnInterface, bool)
-	Connected() []string
 }
 
 // PolicyChecker compiles a bundle and runs its tests. Each violation says file

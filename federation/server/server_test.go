@@ -89,14 +89,6 @@ type fakeClusters map[string]grpc.ClientConnInterface
 
 func (f fakeClusters) Conn(c string) (grpc.ClientConnInterface, bool) { cc, ok := f[c]; return cc, ok }
 
-func (f fakeClusters) Connected() []string {
-	var out []string
-	for c := range f {
-		out = append(out, c)
-	}
-	return out
-}
-
 type env struct {
 	t        *testing.T
 	store    store.Store
@@ -169,6 +161,11 @@ func (e *env) as(user string) context.Context {
 	ctx, cancel := context.WithTimeout(e.t.Context(), 30*time.Second)
 	e.t.Cleanup(cancel)
 	return metadata.AppendToOutgoingContext(ctx, callerHeader, "spiffe://"+testFleet+"/user/"+user)
+}
+
+// forever is as without an end.
+func (e *env) forever(user string) context.Context {
+	return metadata.AppendToOutgoingContext(e.t.Context(), callerHeader, "spiffe://"+testFleet+"/user/"+user)
 }
 
 func (e *env) root() context.Context { return e.as("root") }

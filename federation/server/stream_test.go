@@ -3,10 +3,12 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,6 +21,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
@@ -166,6 +169,32 @@ func TestWatch(t *testing.T) {
 	}
 }
 
+// TestWatchShowsClustersAsGetDoes: what lies in lease rows is joined in both.
+func TestWatchShowsClustersAsGetDoes(t *testing.T) {
+	e := newEnv(t)
+	e.cluster("eu", portolanv1.ClusterState_CLUSTER_STATE_READY)
+	e.progress("cluster/eu", 2)
+	get := func() *portolanv1.Cluster {
+		return must[*portolanv1.Cluster](t)(portolanv1.NewClusterServiceClient(e.conn).GetCluster(e.root(), &portolanv1.GetClusterRequest{Name: "clusters/eu"}))
+	}
+	w := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(portolanv1.NewWatchServiceClient(e.conn).Watch(e.root(), &portolanv1.WatchRequest{Kinds: []string{"Cluster"}}))
+	_, objects := events(t, w, 0)
+	same := func(what string) {
+		t.Helper()
+		seen, _ := objects["clusters/eu"].(*portolanv1.Cluster)
+		got := get().GetStatus()
+		off := seen.GetStatus().GetLastSeenTime().AsTime().Sub(got.GetLastSeenTime().AsTime()).Abs()
+		if got.GetAppliedRevision() == 0 || got.GetLastSeenTime() == nil || seen.GetStatus().GetAppliedRevision() != got.GetAppliedRevision() || off > time.Second {
+			t.Errorf("%s: the watch says %v, a get %v", what, seen.GetStatus(), got)
+		}
+	}
+	same("snapshot")
+	e.progress("cluster/eu", 3)
+	rev := e.put(store.ClusterStatus, "clusters/eu", &storev1.ClusterStatusRecord{Status: &portolanv1.ClusterStatus{State: portolanv1.ClusterState_CLUSTER_STATE_READY, Nodes: 4}})
+	_, objects = events(t, w, rev)
+	same("change")
+}
+
 func (e *env) cluster(id string, state portolanv1.ClusterState) {
 	e.t.Helper()
 	must[*portolanv1.Cluster](e.t)(portolanv1.NewClusterServiceClient(e.conn).CreateCluster(e.root(), &portolanv1.CreateClusterRequest{
@@ -251,7 +280,7 @@ func (fakeRuntime) ListReplicas(context.Context, *portolanv1.ListReplicasRequest
 }
 
 func (fakeRuntime) ListEvents(_ context.Context, req *portolanv1.ListEventsRequest) (*portolanv1.ListEventsResponse, error) {
-	return &portolanv1.ListEventsResponse{Events: []*portolanv1.Event{{Object: replica, Type: "Bound"}, {Object: "clusters/eu-west/nodes/n1", Type: "NodeLost"}}}, nil
+	return &portolanv1.ListEventsResponse{Events: []*portolanv1.Event{{Object: replica, Type: "Bound", Node: "n1"}, {Object: "clusters/eu-west/nodes/n1", Type: "NodeLost"}}}, nil
 }
 
 func (fakeRuntime) Logs(_ *portolanv1.LogsRequest, s grpc.ServerStreamingServer[portolanv1.LogsResponse]) error {
@@ -277,6 +306,13 @@ func (fakeRuntime) Exec(s grpc.BidiStreamingServer[portolanv1.ExecRequest, porto
 
 func (fakeRuntime) CreateNodeJoinToken(context.Context, *linkv1.CreateNodeJoinTokenRequest) (*linkv1.CreateNodeJoinTokenResponse, error) {
 	return &linkv1.CreateNodeJoinTokenResponse{Token: "ptj1_node"}, nil
+}
+
+func (fakeRuntime) DeleteNode(_ context.Context, req *linkv1.DeleteNodeRequest) (*linkv1.DeleteNodeResponse, error) {
+	if !req.GetForce() {
+		return nil, api.E(api.Precondition, "delete node "+req.GetNode(), "it is not lost")
+	}
+	return &linkv1.DeleteNodeResponse{}, nil
 }
 
 func (fakeRuntime) ListLaggards(context.Context, *linkv1.ListLaggardsRequest) (*linkv1.ListLaggardsResponse, error) {
@@ -310,7 +346,11 @@ func TestRuntime(t *testing.T) {
 	_, err := c.ListReplicas(e.as("bank"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/web"})
 	wantCode(t, err, codes.NotFound)
 	ev := must[*portolanv1.ListEventsResponse](t)(c.ListEvents(e.as("shop"), &portolanv1.ListEventsRequest{Parent: "tenants/shop"}))
-	if len(ev.GetEvents()) != 1 || ev.GetEvents()[0].GetType() != "Bound" {
+	if len(ev.GetEvents()) != 1 || ev.GetEvents()[0].GetType() != "Bound" || ev.GetEvents()[0].GetNode() != "" {
+		t.Fatal(ev)
+	}
+	ev = must[*portolanv1.ListEventsResponse](t)(c.ListEvents(e.root(), &portolanv1.ListEventsRequest{Parent: "tenants/shop"}))
+	if len(ev.GetEvents()) != 1 || ev.GetEvents()[0].GetNode() != "n1" {
 		t.Fatal(ev)
 	}
 	_, err = c.ListEvents(e.as("shop"), &portolanv1.ListEventsRequest{})
@@ -349,20 +389,324 @@ func TestRuntime(t *testing.T) {
 	if tok.GetToken() == "" {
 		t.Fatal(tok)
 	}
-	var said []string
+	admin := portolanv1.NewClusterServiceClient(e.conn)
+	for _, bad := range []struct {
+		user, name string
+		force      bool
+		code       codes.Code
+	}{
+		{"root", "clusters/eu-west/nodes/n1", false, codes.FailedPrecondition},
+		{"root", "clusters/eu-west", true, codes.InvalidArgument},
+		{"root", "clusters/nowhere/nodes/n1", true, codes.NotFound},
+		{"shop", "clusters/eu-west/nodes/n1", true, codes.PermissionDenied},
+		{"root", "clusters/eu-west/nodes/n1", true, codes.OK},
+	} {
+		_, err := admin.DeleteNode(e.as(bad.user), &portolanv1.DeleteNodeRequest{Name: bad.name, Force: bad.force})
+		wantCode(t, err, bad.code)
+	}
+	var said, details []string
 	for _, entry := range e.audit() {
-		if strings.Contains(entry.GetMethod(), "Runtime") || strings.Contains(entry.GetMethod(), "NodeJoin") {
+		if m := entry.GetMethod(); strings.Contains(m, "Runtime") || strings.Contains(m, "NodeJoin") || strings.Contains(m, "DeleteNode") {
 			said = append(said, lastID(entry.GetMethod())+":"+entry.GetDecision().String()[len("AUDIT_DECISION_"):])
+			details = append(details, entry.GetDetail())
 		}
 	}
-	if strings.Join(said, " ") != "Logs:ALLOWED Logs:REFUSED Exec:ALLOWED CreateNodeJoinToken:ALLOWED" {
+	if strings.Join(said, " ") != "Logs:ALLOWED Logs:REFUSED Exec:ALLOWED CreateNodeJoinToken:ALLOWED DeleteNode:ALLOWED DeleteNode:REFUSED DeleteNode:REFUSED DeleteNode:REFUSED DeleteNode:ALLOWED" {
 		t.Fatal(said)
+	}
+	if strings.Join(details, ",") != `,,["sh"],,,,,,force` {
+		t.Errorf("details %q", details)
 	}
 	e.progress("control/place", e.revision())
 	s := must[grpc.ServerStreamingClient[portolanv1.WaitConvergedResponse]](t)(portolanv1.NewConvergenceServiceClient(e.conn).WaitConverged(e.root(), &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(100 * time.Millisecond)}))
 	if m := must[*portolanv1.WaitConvergedResponse](t)(s.Recv()); names(m.GetLaggards()) != "clusters/eu-west clusters/eu-west/nodes/n1" {
 		t.Fatal(m)
 	}
+}
+
+// scripted is a cluster's runtime that says what it is told to say.
+type scripted struct {
+	portolanv1.UnimplementedRuntimeServiceServer
+	linkv1.UnimplementedClusterAdminServiceServer
+	replicas []*portolanv1.Replica
+	events   []*portolanv1.Event
+	asked    atomic.Int32
+}
+
+func (x *scripted) ListReplicas(context.Context, *portolanv1.ListReplicasRequest) (*portolanv1.ListReplicasResponse, error) {
+	x.asked.Add(1)
+	return &portolanv1.ListReplicasResponse{Replicas: x.replicas}, nil
+}
+
+func (x *scripted) ListEvents(context.Context, *portolanv1.ListEventsRequest) (*portolanv1.ListEventsResponse, error) {
+	x.asked.Add(1)
+	return &portolanv1.ListEventsResponse{Events: x.events}, nil
+}
+
+func (*scripted) Logs(_ *portolanv1.LogsRequest, s grpc.ServerStreamingServer[portolanv1.LogsResponse]) error {
+	return s.Send(&portolanv1.LogsResponse{Data: []byte("hello")})
+}
+
+func (e *env) runtime(clusters fakeClusters, id string, x *scripted) {
+	e.t.Helper()
+	clusters[id] = serve(e.t, func(g *grpc.Server) { portolanv1.RegisterRuntimeServiceServer(g, x) })
+	e.cluster(id, portolanv1.ClusterState_CLUSTER_STATE_READY)
+}
+
+// TestClustersAreBelievedAboutWhatIsPlacedThere: a cluster that lies reaches
+// nobody's replica or events but those of workloads that it was given.
+func TestClustersAreBelievedAboutWhatIsPlacedThere(t *testing.T) {
+	clusters := fakeClusters{}
+	e := newEnv(t, func(c *Config) { c.Clusters = clusters })
+	e.tenant("shop")
+	other := "tenants/shop/workloads/api/replicas/api-abcde"
+	claims := func() *scripted {
+		return &scripted{
+			replicas: []*portolanv1.Replica{{Name: other}, {Name: replica}},
+			events: []*portolanv1.Event{
+				{Object: replica, Type: "Bound"},
+				{Object: other, Type: "Bound"},
+				{Object: "clusters/eu/nodes/n1", Type: "NodeLost"},
+				{Object: "tenants/bank/workloads/vault", Type: "Halted"},
+			},
+		}
+	}
+	eu, us, ap := claims(), claims(), claims()
+	e.runtime(clusters, "eu", eu)
+	e.runtime(clusters, "us", us)
+	e.runtime(clusters, "ap", ap) // nothing is placed there
+	for p, kind := range map[string]store.Kind{
+		"tenants/shop/workloads/web/placements/eu": store.Placement,
+		"tenants/shop/workloads/api/placements/us": store.PlacementStatus, // it has not confirmed the stop
+	} {
+		m := proto.Message(&portolanv1.Placement{Name: p})
+		if kind == store.PlacementStatus {
+			m = &storev1.PlacementStatusRecord{}
+		}
+		e.put(kind, p, m)
+	}
+	c := portolanv1.NewRuntimeServiceClient(e.conn)
+	said := func(list []*portolanv1.Replica) string {
+		var out []string
+		for _, r := range list {
+			out = append(out, lastID(r.GetName())+"@"+r.GetCluster())
+		}
+		return strings.Join(out, " ")
+	}
+	for range 5 { // in the same order every time
+		list := must[*portolanv1.ListReplicasResponse](t)(c.ListReplicas(e.as("shop"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-"}))
+		if got := said(list.GetReplicas()); got != "api-abcde@us web-abcde@eu" {
+			t.Fatal(got)
+		}
+	}
+	list := must[*portolanv1.ListReplicasResponse](t)(c.ListReplicas(e.as("shop"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/web", Cluster: "us"}))
+	if len(list.GetReplicas())+len(list.GetSilentClusters()) != 0 {
+		t.Fatal(list)
+	}
+	seen := func(user, parent string) string {
+		var out []string
+		for _, ev := range must[*portolanv1.ListEventsResponse](t)(c.ListEvents(e.as(user), &portolanv1.ListEventsRequest{Parent: parent})).GetEvents() {
+			out = append(out, lastID(ev.GetObject())+"@"+ev.GetCluster())
+		}
+		return strings.Join(out, " ")
+	}
+	if got := seen("shop", "tenants/shop"); got != "web-abcde@eu api-abcde@us" {
+		t.Error(got)
+	}
+	if ap.asked.Load() != 0 {
+		t.Error("a cluster was asked that has nothing of the tenant")
+	}
+	if got := seen("root", ""); got != "web-abcde@eu n1@eu api-abcde@us" {
+		t.Error(got)
+	}
+
+	// Both may have replicas of it now, and both say they have this one.
+	e.put(store.Placement, "tenants/shop/workloads/web/placements/us", &portolanv1.Placement{Name: "tenants/shop/workloads/web/placements/us"})
+	logs := must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("shop"), &portolanv1.LogsRequest{Replica: replica}))
+	_, err := logs.Recv()
+	wantCode(t, err, codes.FailedPrecondition)
+	us.replicas = nil
+	logs = must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("shop"), &portolanv1.LogsRequest{Replica: replica}))
+	if m := must[*portolanv1.LogsResponse](t)(logs.Recv()); string(m.GetData()) != "hello" {
+		t.Fatal(m)
+	}
+}
+
+// paged is a large cluster: it answers in pages, and knows single replicas.
+type paged struct {
+	scripted
+	fails error
+	most  int32
+}
+
+func (x *paged) ListReplicas(_ context.Context, req *portolanv1.ListReplicasRequest) (*portolanv1.ListReplicasResponse, error) {
+	x.asked.Add(1)
+	out := &portolanv1.ListReplicasResponse{}
+	for _, r := range x.replicas {
+		switch {
+		case r.GetName() <= req.GetPageToken() || !under(r.GetName(), req.GetParent()):
+		case len(out.GetReplicas()) == int(req.GetPageSize()):
+			out.NextPageToken = out.GetReplicas()[len(out.GetReplicas())-1].GetName()
+			return out, x.fails
+		default:
+			out.Replicas = append(out.Replicas, r)
+		}
+	}
+	x.most = max(x.most, int32(len(out.GetReplicas())))
+	return out, x.fails
+}
+
+func TestLargeAndFaultyClustersAreNotSilent(t *testing.T) {
+	clusters := fakeClusters{}
+	e := newEnv(t, func(c *Config) { c.Clusters = clusters })
+	e.tenant("shop")
+	x := &paged{}
+	const many = 2*replicaPage + 17
+	for i := range many {
+		x.replicas = append(x.replicas, &portolanv1.Replica{Name: fmt.Sprintf("tenants/shop/workloads/web/replicas/web-%05d", i)})
+	}
+	clusters["eu"] = serve(t, func(g *grpc.Server) { portolanv1.RegisterRuntimeServiceServer(g, x) })
+	for _, c := range []string{"eu", "us"} { // us has no tunnel
+		p := "tenants/shop/workloads/web/placements/" + c
+		e.put(store.Placement, p, &portolanv1.Placement{Name: p})
+	}
+	c := portolanv1.NewRuntimeServiceClient(e.conn)
+	list := func() (*portolanv1.ListReplicasResponse, error) {
+		return c.ListReplicas(e.as("shop"), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-"})
+	}
+	got := must[*portolanv1.ListReplicasResponse](t)(list())
+	if len(got.GetReplicas()) != many || x.asked.Load() != 3 || x.most > replicaPage || strings.Join(got.GetSilentClusters(), " ") != "us" {
+		t.Errorf("%d replicas in %d pages, silent %v", len(got.GetReplicas()), x.asked.Load(), got.GetSilentClusters())
+	}
+	x.most = 0
+	logs := must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.as("shop"), &portolanv1.LogsRequest{Replica: x.replicas[many-1].GetName()}))
+	if m := must[*portolanv1.LogsResponse](t)(logs.Recv()); string(m.GetData()) != "hello" || x.asked.Load() != 4 || x.most != 1 {
+		t.Errorf("a replica is found by its name: %v after %d questions, the greatest answer has %d", m, x.asked.Load(), x.most)
+	}
+	for code, want := range map[codes.Code]codes.Code{
+		codes.Unavailable: codes.OK, codes.DeadlineExceeded: codes.OK,
+		codes.ResourceExhausted: codes.ResourceExhausted, codes.Internal: codes.Internal, codes.InvalidArgument: codes.InvalidArgument,
+	} {
+		x.fails = status.Error(code, "no")
+		got, err := list()
+		wantCode(t, err, want)
+		if silent := strings.Join(got.GetSilentClusters(), " "); want == codes.OK && silent != "eu us" {
+			t.Errorf("%s: silent %q", code, silent)
+		}
+	}
+}
+
+// endless answers for as long as it is asked.
+type endless struct {
+	scripted
+	fed chan string
+}
+
+func (x *endless) Logs(_ *portolanv1.LogsRequest, s grpc.ServerStreamingServer[portolanv1.LogsResponse]) error {
+	for {
+		if err := s.Send(&portolanv1.LogsResponse{Data: []byte("on and on")}); err != nil {
+			return err
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-s.Context().Done():
+			return s.Context().Err()
+		}
+	}
+}
+
+func (x *endless) Exec(s grpc.BidiStreamingServer[portolanv1.ExecRequest, portolanv1.ExecResponse]) error {
+	for {
+		m, err := s.Recv()
+		if err != nil {
+			return err
+		}
+		if in := m.GetStdin(); in != nil {
+			x.fed <- string(in)
+		}
+	}
+}
+
+// TestStreamsEndWithTheirCallersRole: whoever lost a role reads no more and types
+// no more, at the latest ten seconds later. A role that was added disturbs nothing
+// but a watch, which would not show what it opens.
+func TestStreamsEndWithTheirCallersRole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clusters := fakeClusters{}
+		e := newEnv(t, func(c *Config) { c.Clusters = clusters })
+		e.tenant("shop")
+		e.tenant("bank")
+		x := &endless{scripted: scripted{replicas: []*portolanv1.Replica{{Name: replica}}}, fed: make(chan string, 8)}
+		clusters["eu"] = serve(t, func(g *grpc.Server) { portolanv1.RegisterRuntimeServiceServer(g, x) })
+		e.cluster("eu", portolanv1.ClusterState_CLUSTER_STATE_READY)
+		p := "tenants/shop/workloads/web/placements/eu"
+		e.put(store.Placement, p, &portolanv1.Placement{Name: p})
+		c := portolanv1.NewRuntimeServiceClient(e.conn)
+		logs := must[grpc.ServerStreamingClient[portolanv1.LogsResponse]](t)(c.Logs(e.forever("shop"), &portolanv1.LogsRequest{Replica: replica}))
+		ex := must[grpc.BidiStreamingClient[portolanv1.ExecRequest, portolanv1.ExecResponse]](t)(c.Exec(e.forever("shop")))
+		for _, m := range []*portolanv1.ExecRequest{
+			{Message: &portolanv1.ExecRequest_Start_{Start: &portolanv1.ExecRequest_Start{Replica: replica, Command: []string{"sh"}}}},
+			{Message: &portolanv1.ExecRequest_Stdin{Stdin: []byte("ls")}},
+		} {
+			if err := ex.Send(m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		watch := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(portolanv1.NewWatchServiceClient(e.conn).Watch(e.forever("shop"), &portolanv1.WatchRequest{Kinds: []string{"Workload"}}))
+		// end reads a stream until it ends, and says when and how.
+		type over struct {
+			after time.Duration
+			code  codes.Code
+		}
+		began := time.Now()
+		end := func(recv func() error) chan over {
+			ch := make(chan over, 1)
+			go func() {
+				for {
+					if err := recv(); err != nil {
+						ch <- over{time.Since(began), status.Code(err)}
+						return
+					}
+				}
+			}()
+			return ch
+		}
+		ends := []chan over{
+			end(func() error { _, err := logs.Recv(); return err }),
+			end(func() error { _, err := ex.Recv(); return err }),
+		}
+		watched := end(func() error { _, err := watch.Recv(); return err })
+		time.Sleep(25 * time.Second)
+		synctest.Wait()
+		if got := <-x.fed; got != "ls" || len(ends[0])+len(ends[1])+len(watched) != 0 {
+			t.Fatal("a stream ended although nothing changed")
+		}
+		tenants := portolanv1.NewTenantServiceClient(e.conn)
+		must[*portolanv1.RoleBinding](t)(tenants.CreateRoleBinding(e.root(), &portolanv1.CreateRoleBindingRequest{RoleBinding: &portolanv1.RoleBinding{
+			Name: "roleBindings/more", Spec: &portolanv1.RoleBindingSpec{Subject: "spiffe://" + testFleet + "/user/shop", Role: portolanv1.Role_ROLE_TENANT_ADMIN, Tenant: "bank"},
+		}}))
+		if got := <-watched; got.code != codes.PermissionDenied || got.after > 36*time.Second {
+			t.Error("the watch:", got)
+		}
+		time.Sleep(10 * time.Second)
+		if len(ends[0])+len(ends[1]) != 0 {
+			t.Fatal("a stream ended because of a role more")
+		}
+		began = time.Now()
+		if _, err := tenants.DeleteRoleBinding(e.root(), &portolanv1.DeleteRoleBindingRequest{Name: "roleBindings/shop"}); err != nil {
+			t.Fatal(err)
+		}
+		for _, ch := range ends {
+			if got := <-ch; got.code != codes.PermissionDenied || got.after > recheckEvery+time.Second {
+				t.Error(got)
+			}
+		}
+		_ = ex.Send(&portolanv1.ExecRequest{Message: &portolanv1.ExecRequest_Stdin{Stdin: []byte("rm")}})
+		time.Sleep(time.Second)
+		if len(x.fed) != 0 {
+			t.Error("what was typed afterwards arrived")
+		}
+	})
 }
 
 func TestJoinTokens(t *testing.T) {
@@ -438,6 +782,27 @@ func TestCallersAreLimited(t *testing.T) {
 	if len(l.callers) > maxCallers {
 		t.Fatalf("%d callers are remembered", len(l.callers))
 	}
+}
+
+// Who has no role is bounded as everybody is, before anything is read for them.
+func TestWhoHasNoRoleIsLimitedToo(t *testing.T) {
+	e := newEnv(t)
+	stranger := "spiffe://" + testFleet + "/user/stranger"
+	for range maxUnaryPerCaller {
+		if _, err := e.server.limits.take(stranger, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range maxStreamsPerCaller {
+		if _, err := e.server.limits.take(stranger, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := e.workloads().ListWorkloads(e.as("stranger"), &portolanv1.ListWorkloadsRequest{})
+	wantCode(t, err, codes.ResourceExhausted)
+	w := must[grpc.ServerStreamingClient[portolanv1.WatchResponse]](t)(portolanv1.NewWatchServiceClient(e.conn).Watch(e.as("stranger"), &portolanv1.WatchRequest{}))
+	_, err = w.Recv()
+	wantCode(t, err, codes.ResourceExhausted)
 }
 
 // TestBarrierInVirtualTime: progress is told at least each second, and the end

@@ -17,10 +17,7 @@ import (
 	"github.com/portolan-io/portolan/federation/store"
 )
 
-const (
-	bookmarkEvery = time.Second
-	recheckEvery  = 10 * time.Second // of a watcher's roles
-)
+const bookmarkEvery = time.Second
 
 type watchService struct {
 	portolanv1.UnimplementedWatchServiceServer
@@ -49,11 +46,15 @@ func (ws *watchService) Watch(req *portolanv1.WatchRequest, out grpc.ServerStrea
 		return err
 	}
 	from := req.GetFromRevision()
+	said, err := w.heard(out.Context(), store.Cluster)
+	if err != nil {
+		return err
+	}
 	var snapshot []proto.Message
 	now, err := w.s.cfg.Store.View(out.Context(), func(r store.Reader) error {
 		snapshot = nil
 		if from == 0 {
-			snapshot, err = w.snapshot(r)
+			snapshot, err = w.snapshot(r, said)
 		}
 		return err
 	})
@@ -161,9 +162,19 @@ func (w *watch) mine(kind store.Kind, tenant string) bool {
 	return w.c.owns(tenant)
 }
 
-func (w *watch) snapshot(r store.Reader) ([]proto.Message, error) {
+// heard reads what a Get joins to clusters from lease rows, if clusters are among
+// what is watched and kinds.
+func (w *watch) heard(ctx context.Context, kinds ...store.Kind) (map[string]heard, error) {
+	if !w.kinds[store.Cluster] || !slices.ContainsFunc(kinds, func(k store.Kind) bool { return k == store.Cluster || k == store.ClusterStatus }) {
+		return nil, nil
+	}
+	return w.s.heard(ctx, w.s.kinds[store.Cluster])
+}
+
+func (w *watch) snapshot(r store.Reader, said map[string]heard) ([]proto.Message, error) {
 	var out []proto.Message
 	j := newJoiner(r, w.c, "")
+	j.heard = said
 	for _, info := range store.Kinds {
 		if !w.kinds[info.Kind] {
 			continue
@@ -216,20 +227,14 @@ func (w *watch) send(kind portolanv1.ChangeKind, m proto.Message, revision int64
 }
 
 func (w *watch) follow(ctx context.Context, from store.Watcher) error {
-	checked, marked := time.Now(), time.Time{}
+	marked := time.Time{}
 	for {
-		// A bookmark is due even when nothing happens, and roles are looked at again.
+		// A bookmark is due even when nothing happens.
 		wait, cancel := context.WithTimeout(ctx, bookmarkEvery)
 		b, err := from.Next(wait)
 		cancel()
 		if err != nil && (ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded)) {
 			return err
-		}
-		if time.Since(checked) >= recheckEvery {
-			if err := w.recheck(ctx); err != nil {
-				return err
-			}
-			checked = time.Now()
 		}
 		if err != nil {
 			continue
@@ -248,18 +253,6 @@ func (w *watch) follow(ctx context.Context, from store.Watcher) error {
 	}
 }
 
-// recheck ends the stream when the caller's roles are no longer what they were.
-func (w *watch) recheck(ctx context.Context) error {
-	now := &caller{actor: w.c.actor, method: w.c.method}
-	if err := w.s.loadRoles(ctx, now); err != nil {
-		return err
-	}
-	if now.fleet != w.c.fleet || !slices.Equal(now.tenants, w.c.tenants) {
-		return api.E(api.Denied, "watch", "the roles of %s have changed: watch again", w.c.actor)
-	}
-	return nil
-}
-
 // message is a change that is ready to be sent.
 type message struct {
 	kind     portolanv1.ChangeKind
@@ -272,11 +265,20 @@ func (w *watch) batch(ctx context.Context, b store.Batch) (int, error) {
 	if len(b.Changes) == 0 {
 		return 0, nil
 	}
+	var kinds []store.Kind
+	for _, ch := range b.Changes {
+		kinds = append(kinds, ch.Record.Kind)
+	}
+	said, err := w.heard(ctx, kinds...)
+	if err != nil {
+		return 0, err
+	}
 	// Messages are made in the view and sent after it, so that a slow reader holds
 	// no snapshot.
 	var out []message
-	_, err := w.s.cfg.Store.View(ctx, func(r store.Reader) error {
+	_, err = w.s.cfg.Store.View(ctx, func(r store.Reader) error {
 		a := &assembly{w: w, j: newJoiner(r, w.c, ""), sent: map[objectKey]bool{}}
+		a.j.heard = said
 		for _, ch := range b.Changes {
 			if err := a.own(ch); err != nil {
 				return err

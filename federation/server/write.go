@@ -60,6 +60,9 @@ type change struct {
 	requestID    string
 	// planToken, when given, is of the plan that the user looked at.
 	planToken string
+	// gap is the offset of a virtual IP that was free on a snapshot; nil when none was
+	// looked for.
+	gap *uint32
 }
 
 // errMoved says that what was decided on is no longer so: decide again.
@@ -125,7 +128,14 @@ func (s *Server) write(ctx context.Context, ch *change) (proto.Message, error) {
 			return d.result, nil
 		}
 		m, err := s.commit(ctx, ch, d)
-		if !errors.Is(err, errMoved) {
+		switch {
+		case errors.Is(err, errCrowded):
+			gap, err := s.findGap(ctx, ch.name, time.Now())
+			if err != nil {
+				return nil, err
+			}
+			ch.gap = &gap
+		case !errors.Is(err, errMoved):
 			return m, err
 		}
 	}
@@ -392,7 +402,7 @@ func (s *Server) apply(tx store.Tx, ch *change, d *decision, now time.Time, uid 
 	setTime(next, fieldUpdateTime, now)
 	setValue(next, fieldEtag, etagOf(next))
 	setValue(next, fieldRevision, tx.Revision())
-	if err := s.writeBeside(tx, next, d.old, now); err != nil {
+	if err := s.writeBeside(tx, ch, next, d.old, now); err != nil {
 		return nil, err
 	}
 	if err := tx.Put(ch.k.kind, ch.name, next); err != nil {

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
@@ -172,6 +174,90 @@ func TestVirtualIPs(t *testing.T) {
 	}
 }
 
+// watching counts what single transactions do: the most deletions, and the most
+// reads of addresses.
+type watching struct {
+	store.Store
+	most, reads int
+}
+
+type watchingTx struct {
+	store.Tx
+	n, reads int
+}
+
+func (x *watchingTx) Get(k store.Kind, name string) (store.Record, error) {
+	if k == store.VirtualIP {
+		x.reads++
+	}
+	return x.Tx.Get(k, name)
+}
+
+func (x *watchingTx) Delete(k store.Kind, name string) error {
+	x.n++
+	return x.Tx.Delete(k, name)
+}
+
+func (w *watching) Update(ctx context.Context, fn func(store.Tx) error) (int64, error) {
+	return w.Store.Update(ctx, func(tx store.Tx) error {
+		x := &watchingTx{Tx: tx}
+		err := fn(x)
+		w.most, w.reads = max(w.most, x.n), max(w.reads, x.reads)
+		return err
+	})
+}
+
+// TestABacklogIsClearedInOneGo: however much expired of one kind, all of it goes,
+// in transactions that are bounded, and that of the others too.
+func TestABacklogIsClearedInOneGo(t *testing.T) {
+	w := &watching{}
+	e := newEnv(t, func(c *Config) { w.Store, c.Store = c.Store, w })
+	now := time.Now()
+	over, valid := timestamppb.New(now.Add(-time.Hour)), timestamppb.New(now.Add(time.Hour))
+	if _, err := e.store.Update(t.Context(), func(tx store.Tx) error {
+		for i := range 3*scanBatch + 7 {
+			r := &storev1.RequestResult{ExpireTime: over}
+			if i%3 == 0 {
+				r.ExpireTime = valid
+			}
+			if err := tx.Put(store.RequestResult, fmt.Sprintf("somebody/%05d", i), r); err != nil {
+				return err
+			}
+		}
+		if err := tx.Put(store.VirtualIP, "10.68.0.9", &storev1.VirtualIP{ReleaseTime: over}); err != nil {
+			return err
+		}
+		return tx.Put(store.JoinToken, "hash", &storev1.JoinToken{ExpireTime: over})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.server.maintain(t.Context(), now); err != nil {
+		t.Fatal(err)
+	}
+	left := map[store.Kind]int{}
+	if _, err := e.store.View(t.Context(), func(r store.Reader) error {
+		for _, k := range []store.Kind{store.RequestResult, store.VirtualIP, store.JoinToken} {
+			for rec, err := range r.List(k, store.ListOptions{}) {
+				if err != nil {
+					return err
+				}
+				if left[k]++; expired(rec.Message, now) {
+					t.Errorf("%s %s is still there", k, rec.Name)
+				}
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if left[store.RequestResult] != scanBatch+3 || left[store.VirtualIP]+left[store.JoinToken] != 0 {
+		t.Errorf("left: %v", left)
+	}
+	if w.most == 0 || w.most > scanBatch {
+		t.Errorf("%d deletions in one transaction", w.most)
+	}
+}
+
 func TestAddressesRunOut(t *testing.T) {
 	e := newEnv(t, func(c *Config) { c.VirtualIPs = prefix("10.68.0.0/30") })
 	e.tenant("shop")
@@ -183,6 +269,49 @@ func TestAddressesRunOut(t *testing.T) {
 			want = codes.ResourceExhausted
 		}
 		wantCode(t, err, want)
+	}
+}
+
+// TestCrowdedAddresses: a service whose name points into a crowd gets the first
+// gap behind it, and no transaction reads the crowd row by row.
+func TestCrowdedAddresses(t *testing.T) {
+	w := &watching{}
+	e := newEnv(t, func(c *Config) {
+		c.VirtualIPs = prefix("10.68.0.0/22")
+		w.Store, c.Store = c.Store, w
+	})
+	e.tenant("shop")
+	e.create("shop", workload("shop", "web"))
+	svc := service("shop", "s", "web")
+	count, at := e.server.addresses()
+	start := e.server.preferred(svc.GetName())
+	const crowd = 700
+	if _, err := e.store.Update(t.Context(), func(tx store.Tx) error {
+		for i := range uint32(crowd) {
+			if err := tx.Put(store.VirtualIP, at((start+i)%count), &storev1.VirtualIP{Service: "tenants/bank/services/x"}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	w.reads = 0
+	got := must[*portolanv1.Service](t)(e.mesh().CreateService(e.as("shop"), &portolanv1.CreateServiceRequest{Service: svc}))
+	if want := at((start + crowd) % count); got.GetStatus().GetVirtualIp() != want {
+		t.Errorf("got %s, the first gap is %s", got.GetStatus().GetVirtualIp(), want)
+	}
+	if w.reads == 0 || w.reads > maxProbes {
+		t.Errorf("one transaction read %d addresses", w.reads)
+	}
+	// The rest of the range, and then one too many.
+	for i := range count - crowd {
+		_, err := e.mesh().CreateService(e.as("shop"), &portolanv1.CreateServiceRequest{Service: service("shop", fmt.Sprintf("x%d", i), "web")})
+		if i < count-crowd-1 {
+			wantCode(t, err, codes.OK)
+		} else {
+			wantCode(t, err, codes.ResourceExhausted)
+		}
 	}
 }
 

@@ -18,8 +18,8 @@ const (
 	Revision        Kind = "WorkloadRevision"      // server
 	Service         Kind = "Service"               // server
 	Route           Kind = "Route"                 // server
-	TrustBundle     Kind = "TrustBundle"           // server (Join)
-	JoinToken       Kind = "JoinToken"             // server
+	TrustBundle     Kind = "TrustBundle"           // fleet, at Join; server deletes it with its cluster
+	JoinToken       Kind = "JoinToken"             // server; fleet marks it used, once, at Join
 	RequestResult   Kind = "RequestResult"         // server
 	VirtualIP       Kind = "VirtualIP"             // server
 	AuditEntry      Kind = "AuditEntry"            // server

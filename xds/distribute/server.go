@@ -49,11 +49,19 @@ func (s *Server) Register(r grpc.ServiceRegistrar) {
 
 // DeltaAggregatedResources runs one stream. Each has a stream handler of
 // go-control-plane of its own, behind which the session is cache and callbacks.
+// It ends with the stream's context, which may end before the connection does,
+// and then gives the context's cause.
 func (s *Server) DeltaAggregatedResources(stream discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
 	sess := newSession(s, stream)
-	err := delta.NewServer(s.ctx, sess, sess).DeltaStreamHandler(stream, resource.AnyType)
-	if err == nil && s.ctx.Err() != nil {
+	ctx, cancel := context.WithCancel(s.ctx)
+	defer cancel()
+	defer context.AfterFunc(stream.Context(), cancel)()
+	err := delta.NewServer(ctx, sess, sess).DeltaStreamHandler(stream, resource.AnyType)
+	switch {
+	case err == nil && s.ctx.Err() != nil:
 		return status.Error(codes.Unavailable, "server is stopping")
+	case err == nil && stream.Context().Err() != nil:
+		return context.Cause(stream.Context())
 	}
 	return err
 }

@@ -35,13 +35,15 @@ type Node struct {
 	CreateTime  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Since when its lease is over; absent while it is live.
 	LostTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=lost_time,json=lostTime,proto3" json:"lost_time,omitempty"`
-	// SHA-256 of the public key that joined last.
+	// SHA-256 of the public key that joined last. Keys of before are worth nothing.
 	KeyHash []byte              `protobuf:"bytes,6,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"`
 	Mode    portolanv1.NodeMode `protobuf:"varint,7,opt,name=mode,proto3,enum=portolan.v1.NodeMode" json:"mode,omitempty"`
 	// Of a drain: after it, budgets no longer hold; never when absent.
 	DrainDeadline *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=drain_deadline,json=drainDeadline,proto3" json:"drain_deadline,omitempty"`
 	// When each taint with effect NO_EXECUTE came, by "key=value".
-	TaintTimes    map[string]*timestamppb.Timestamp `protobuf:"bytes,9,rep,name=taint_times,json=taintTimes,proto3" json:"taint_times,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	TaintTimes map[string]*timestamppb.Timestamp `protobuf:"bytes,9,rep,name=taint_times,json=taintTimes,proto3" json:"taint_times,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// What it got by renewals since it joined, until the certificates end; at most 16.
+	RenewedKeys   []*NodeKey `protobuf:"bytes,10,rep,name=renewed_keys,json=renewedKeys,proto3" json:"renewed_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -139,6 +141,67 @@ func (x *Node) GetTaintTimes() map[string]*timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Node) GetRenewedKeys() []*NodeKey {
+	if x != nil {
+		return x.RenewedKeys
+	}
+	return nil
+}
+
+// NodeKey is a key for which a node has a certificate.
+type NodeKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SHA-256 of the public key.
+	Hash          []byte                 `protobuf:"bytes,1,opt,name=hash,proto3" json:"hash,omitempty"`
+	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeKey) Reset() {
+	*x = NodeKey{}
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeKey) ProtoMessage() {}
+
+func (x *NodeKey) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeKey.ProtoReflect.Descriptor instead.
+func (*NodeKey) Descriptor() ([]byte, []int) {
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *NodeKey) GetHash() []byte {
+	if x != nil {
+		return x.Hash
+	}
+	return nil
+}
+
+func (x *NodeKey) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
 // Allocation is one replica on one node. Written by cluster/manager, read by
 // dispatch. Key: its ID, "<workload>-<random>".
 type Allocation struct {
@@ -184,7 +247,7 @@ type Allocation struct {
 
 func (x *Allocation) Reset() {
 	*x = Allocation{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[1]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -196,7 +259,7 @@ func (x *Allocation) String() string {
 func (*Allocation) ProtoMessage() {}
 
 func (x *Allocation) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[1]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -209,7 +272,7 @@ func (x *Allocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allocation.ProtoReflect.Descriptor instead.
 func (*Allocation) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{1}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Allocation) GetAllocation() string {
@@ -396,7 +459,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -408,7 +471,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[2]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -421,7 +484,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{2}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Volume) GetVolume() string {
@@ -513,7 +576,7 @@ type WorkloadState struct {
 
 func (x *WorkloadState) Reset() {
 	*x = WorkloadState{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -525,7 +588,7 @@ func (x *WorkloadState) String() string {
 func (*WorkloadState) ProtoMessage() {}
 
 func (x *WorkloadState) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[3]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -538,7 +601,7 @@ func (x *WorkloadState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadState.ProtoReflect.Descriptor instead.
 func (*WorkloadState) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{3}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *WorkloadState) GetTenant() string {
@@ -598,7 +661,7 @@ type Scale struct {
 
 func (x *Scale) Reset() {
 	*x = Scale{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -610,7 +673,7 @@ func (x *Scale) String() string {
 func (*Scale) ProtoMessage() {}
 
 func (x *Scale) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -623,7 +686,7 @@ func (x *Scale) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scale.ProtoReflect.Descriptor instead.
 func (*Scale) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Scale) GetReplicas() int32 {
@@ -667,7 +730,7 @@ type ScaleSample struct {
 
 func (x *ScaleSample) Reset() {
 	*x = ScaleSample{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[5]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -679,7 +742,7 @@ func (x *ScaleSample) String() string {
 func (*ScaleSample) ProtoMessage() {}
 
 func (x *ScaleSample) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[5]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -692,7 +755,7 @@ func (x *ScaleSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScaleSample.ProtoReflect.Descriptor instead.
 func (*ScaleSample) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ScaleSample) GetTime() *timestamppb.Timestamp {
@@ -726,7 +789,7 @@ type NodeAllocations struct {
 
 func (x *NodeAllocations) Reset() {
 	*x = NodeAllocations{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[6]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +801,7 @@ func (x *NodeAllocations) String() string {
 func (*NodeAllocations) ProtoMessage() {}
 
 func (x *NodeAllocations) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[6]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +814,7 @@ func (x *NodeAllocations) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAllocations.ProtoReflect.Descriptor instead.
 func (*NodeAllocations) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{6}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NodeAllocations) GetAllocations() []*Allocation {
@@ -781,7 +844,7 @@ type IntentGeneration struct {
 
 func (x *IntentGeneration) Reset() {
 	*x = IntentGeneration{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[7]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +856,7 @@ func (x *IntentGeneration) String() string {
 func (*IntentGeneration) ProtoMessage() {}
 
 func (x *IntentGeneration) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[7]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +869,7 @@ func (x *IntentGeneration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IntentGeneration.ProtoReflect.Descriptor instead.
 func (*IntentGeneration) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{7}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *IntentGeneration) GetRevision() int64 {
@@ -863,7 +926,7 @@ type NodeToken struct {
 
 func (x *NodeToken) Reset() {
 	*x = NodeToken{}
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[8]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +938,7 @@ func (x *NodeToken) String() string {
 func (*NodeToken) ProtoMessage() {}
 
 func (x *NodeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[8]
+	mi := &file_portolan_cluster_v1_cluster_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +951,7 @@ func (x *NodeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeToken.ProtoReflect.Descriptor instead.
 func (*NodeToken) Descriptor() ([]byte, []int) {
-	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{8}
+	return file_portolan_cluster_v1_cluster_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *NodeToken) GetNode() string {
@@ -916,7 +979,7 @@ var File_portolan_cluster_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\n" +
-	"!portolan/cluster/v1/cluster.proto\x12\x13portolan.cluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/node/v1/node.proto\x1a\x1bportolan/v1/resources.proto\x1a\x17portolan/v1/types.proto\"\x96\x04\n" +
+	"!portolan/cluster/v1/cluster.proto\x12\x13portolan.cluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bportolan/link/v1/link.proto\x1a\x1bportolan/node/v1/node.proto\x1a\x1bportolan/v1/resources.proto\x1a\x17portolan/v1/types.proto\"\xd7\x04\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x121\n" +
 	"\x05facts\x18\x02 \x01(\v2\x1b.portolan.node.v1.NodeFactsR\x05facts\x12!\n" +
@@ -928,10 +991,16 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x04mode\x18\a \x01(\x0e2\x15.portolan.v1.NodeModeR\x04mode\x12A\n" +
 	"\x0edrain_deadline\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\rdrainDeadline\x12J\n" +
 	"\vtaint_times\x18\t \x03(\v2).portolan.cluster.v1.Node.TaintTimesEntryR\n" +
-	"taintTimes\x1aY\n" +
+	"taintTimes\x12?\n" +
+	"\frenewed_keys\x18\n" +
+	" \x03(\v2\x1c.portolan.cluster.v1.NodeKeyR\vrenewedKeys\x1aY\n" +
 	"\x0fTaintTimesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
-	"\x05value\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05value:\x028\x01\"\xb8\x06\n" +
+	"\x05value\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05value:\x028\x01\"Z\n" +
+	"\aNodeKey\x12\x12\n" +
+	"\x04hash\x18\x01 \x01(\fR\x04hash\x12;\n" +
+	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\"\xb8\x06\n" +
 	"\n" +
 	"Allocation\x12\x1e\n" +
 	"\n" +
@@ -1025,60 +1094,63 @@ func file_portolan_cluster_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_portolan_cluster_v1_cluster_proto_rawDescData
 }
 
-var file_portolan_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_portolan_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_portolan_cluster_v1_cluster_proto_goTypes = []any{
 	(*Node)(nil),                    // 0: portolan.cluster.v1.Node
-	(*Allocation)(nil),              // 1: portolan.cluster.v1.Allocation
-	(*Volume)(nil),                  // 2: portolan.cluster.v1.Volume
-	(*WorkloadState)(nil),           // 3: portolan.cluster.v1.WorkloadState
-	(*Scale)(nil),                   // 4: portolan.cluster.v1.Scale
-	(*ScaleSample)(nil),             // 5: portolan.cluster.v1.ScaleSample
-	(*NodeAllocations)(nil),         // 6: portolan.cluster.v1.NodeAllocations
-	(*IntentGeneration)(nil),        // 7: portolan.cluster.v1.IntentGeneration
-	(*NodeToken)(nil),               // 8: portolan.cluster.v1.NodeToken
-	nil,                             // 9: portolan.cluster.v1.Node.TaintTimesEntry
-	nil,                             // 10: portolan.cluster.v1.IntentGeneration.IntentsEntry
-	(*nodev1.NodeFacts)(nil),        // 11: portolan.node.v1.NodeFacts
-	(*timestamppb.Timestamp)(nil),   // 12: google.protobuf.Timestamp
-	(portolanv1.NodeMode)(0),        // 13: portolan.v1.NodeMode
-	(*portolanv1.WorkloadSpec)(nil), // 14: portolan.v1.WorkloadSpec
-	(*nodev1.AllocationStatus)(nil), // 15: portolan.node.v1.AllocationStatus
-	(*nodev1.DeviceShare)(nil),      // 16: portolan.node.v1.DeviceShare
-	(*portolanv1.Reason)(nil),       // 17: portolan.v1.Reason
-	(*linkv1.Intent)(nil),           // 18: portolan.link.v1.Intent
+	(*NodeKey)(nil),                 // 1: portolan.cluster.v1.NodeKey
+	(*Allocation)(nil),              // 2: portolan.cluster.v1.Allocation
+	(*Volume)(nil),                  // 3: portolan.cluster.v1.Volume
+	(*WorkloadState)(nil),           // 4: portolan.cluster.v1.WorkloadState
+	(*Scale)(nil),                   // 5: portolan.cluster.v1.Scale
+	(*ScaleSample)(nil),             // 6: portolan.cluster.v1.ScaleSample
+	(*NodeAllocations)(nil),         // 7: portolan.cluster.v1.NodeAllocations
+	(*IntentGeneration)(nil),        // 8: portolan.cluster.v1.IntentGeneration
+	(*NodeToken)(nil),               // 9: portolan.cluster.v1.NodeToken
+	nil,                             // 10: portolan.cluster.v1.Node.TaintTimesEntry
+	nil,                             // 11: portolan.cluster.v1.IntentGeneration.IntentsEntry
+	(*nodev1.NodeFacts)(nil),        // 12: portolan.node.v1.NodeFacts
+	(*timestamppb.Timestamp)(nil),   // 13: google.protobuf.Timestamp
+	(portolanv1.NodeMode)(0),        // 14: portolan.v1.NodeMode
+	(*portolanv1.WorkloadSpec)(nil), // 15: portolan.v1.WorkloadSpec
+	(*nodev1.AllocationStatus)(nil), // 16: portolan.node.v1.AllocationStatus
+	(*nodev1.DeviceShare)(nil),      // 17: portolan.node.v1.DeviceShare
+	(*portolanv1.Reason)(nil),       // 18: portolan.v1.Reason
+	(*linkv1.Intent)(nil),           // 19: portolan.link.v1.Intent
 }
 var file_portolan_cluster_v1_cluster_proto_depIdxs = []int32{
-	11, // 0: portolan.cluster.v1.Node.facts:type_name -> portolan.node.v1.NodeFacts
-	12, // 1: portolan.cluster.v1.Node.create_time:type_name -> google.protobuf.Timestamp
-	12, // 2: portolan.cluster.v1.Node.lost_time:type_name -> google.protobuf.Timestamp
-	13, // 3: portolan.cluster.v1.Node.mode:type_name -> portolan.v1.NodeMode
-	12, // 4: portolan.cluster.v1.Node.drain_deadline:type_name -> google.protobuf.Timestamp
-	9,  // 5: portolan.cluster.v1.Node.taint_times:type_name -> portolan.cluster.v1.Node.TaintTimesEntry
-	14, // 6: portolan.cluster.v1.Allocation.spec:type_name -> portolan.v1.WorkloadSpec
-	12, // 7: portolan.cluster.v1.Allocation.at_cluster:type_name -> google.protobuf.Timestamp
-	12, // 8: portolan.cluster.v1.Allocation.bound:type_name -> google.protobuf.Timestamp
-	12, // 9: portolan.cluster.v1.Allocation.stop_time:type_name -> google.protobuf.Timestamp
-	15, // 10: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
-	12, // 11: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
-	16, // 12: portolan.cluster.v1.Allocation.devices:type_name -> portolan.node.v1.DeviceShare
-	12, // 13: portolan.cluster.v1.Volume.create_time:type_name -> google.protobuf.Timestamp
-	4,  // 14: portolan.cluster.v1.WorkloadState.scale:type_name -> portolan.cluster.v1.Scale
-	12, // 15: portolan.cluster.v1.WorkloadState.disruptions:type_name -> google.protobuf.Timestamp
-	12, // 16: portolan.cluster.v1.Scale.time:type_name -> google.protobuf.Timestamp
-	17, // 17: portolan.cluster.v1.Scale.reason:type_name -> portolan.v1.Reason
-	5,  // 18: portolan.cluster.v1.Scale.history:type_name -> portolan.cluster.v1.ScaleSample
-	12, // 19: portolan.cluster.v1.ScaleSample.time:type_name -> google.protobuf.Timestamp
-	1,  // 20: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
-	10, // 21: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
-	12, // 22: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
-	12, // 23: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
-	12, // 24: portolan.cluster.v1.Node.TaintTimesEntry.value:type_name -> google.protobuf.Timestamp
-	18, // 25: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	12, // 0: portolan.cluster.v1.Node.facts:type_name -> portolan.node.v1.NodeFacts
+	13, // 1: portolan.cluster.v1.Node.create_time:type_name -> google.protobuf.Timestamp
+	13, // 2: portolan.cluster.v1.Node.lost_time:type_name -> google.protobuf.Timestamp
+	14, // 3: portolan.cluster.v1.Node.mode:type_name -> portolan.v1.NodeMode
+	13, // 4: portolan.cluster.v1.Node.drain_deadline:type_name -> google.protobuf.Timestamp
+	10, // 5: portolan.cluster.v1.Node.taint_times:type_name -> portolan.cluster.v1.Node.TaintTimesEntry
+	1,  // 6: portolan.cluster.v1.Node.renewed_keys:type_name -> portolan.cluster.v1.NodeKey
+	13, // 7: portolan.cluster.v1.NodeKey.expire_time:type_name -> google.protobuf.Timestamp
+	15, // 8: portolan.cluster.v1.Allocation.spec:type_name -> portolan.v1.WorkloadSpec
+	13, // 9: portolan.cluster.v1.Allocation.at_cluster:type_name -> google.protobuf.Timestamp
+	13, // 10: portolan.cluster.v1.Allocation.bound:type_name -> google.protobuf.Timestamp
+	13, // 11: portolan.cluster.v1.Allocation.stop_time:type_name -> google.protobuf.Timestamp
+	16, // 12: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
+	13, // 13: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
+	17, // 14: portolan.cluster.v1.Allocation.devices:type_name -> portolan.node.v1.DeviceShare
+	13, // 15: portolan.cluster.v1.Volume.create_time:type_name -> google.protobuf.Timestamp
+	5,  // 16: portolan.cluster.v1.WorkloadState.scale:type_name -> portolan.cluster.v1.Scale
+	13, // 17: portolan.cluster.v1.WorkloadState.disruptions:type_name -> google.protobuf.Timestamp
+	13, // 18: portolan.cluster.v1.Scale.time:type_name -> google.protobuf.Timestamp
+	18, // 19: portolan.cluster.v1.Scale.reason:type_name -> portolan.v1.Reason
+	6,  // 20: portolan.cluster.v1.Scale.history:type_name -> portolan.cluster.v1.ScaleSample
+	13, // 21: portolan.cluster.v1.ScaleSample.time:type_name -> google.protobuf.Timestamp
+	2,  // 22: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
+	11, // 23: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
+	13, // 24: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
+	13, // 25: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
+	13, // 26: portolan.cluster.v1.Node.TaintTimesEntry.value:type_name -> google.protobuf.Timestamp
+	19, // 27: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_portolan_cluster_v1_cluster_proto_init() }
@@ -1092,7 +1164,7 @@ func file_portolan_cluster_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_cluster_v1_cluster_proto_rawDesc), len(file_portolan_cluster_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

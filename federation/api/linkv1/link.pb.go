@@ -323,6 +323,94 @@ func (*ListNodesRequest) Descriptor() ([]byte, []int) {
 	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{5}
 }
 
+type DeleteNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteNodeRequest) Reset() {
+	*x = DeleteNodeRequest{}
+	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteNodeRequest) ProtoMessage() {}
+
+func (x *DeleteNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteNodeRequest.ProtoReflect.Descriptor instead.
+func (*DeleteNodeRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DeleteNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *DeleteNodeRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type DeleteNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteNodeResponse) Reset() {
+	*x = DeleteNodeResponse{}
+	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteNodeResponse) ProtoMessage() {}
+
+func (x *DeleteNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteNodeResponse.ProtoReflect.Descriptor instead.
+func (*DeleteNodeResponse) Descriptor() ([]byte, []int) {
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{7}
+}
+
 type ListNodesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nodes         []*portolanv1.NodeInfo `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
@@ -332,7 +420,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -344,7 +432,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[6]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -357,7 +445,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{6}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListNodesResponse) GetNodes() []*portolanv1.NodeInfo {
@@ -377,7 +465,7 @@ type ExplainPendingRequest struct {
 
 func (x *ExplainPendingRequest) Reset() {
 	*x = ExplainPendingRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -389,7 +477,7 @@ func (x *ExplainPendingRequest) String() string {
 func (*ExplainPendingRequest) ProtoMessage() {}
 
 func (x *ExplainPendingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[7]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -402,7 +490,7 @@ func (x *ExplainPendingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPendingRequest.ProtoReflect.Descriptor instead.
 func (*ExplainPendingRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{7}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ExplainPendingRequest) GetWorkload() string {
@@ -421,7 +509,7 @@ type ExplainPendingResponse struct {
 
 func (x *ExplainPendingResponse) Reset() {
 	*x = ExplainPendingResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -433,7 +521,7 @@ func (x *ExplainPendingResponse) String() string {
 func (*ExplainPendingResponse) ProtoMessage() {}
 
 func (x *ExplainPendingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[8]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -446,7 +534,7 @@ func (x *ExplainPendingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPendingResponse.ProtoReflect.Descriptor instead.
 func (*ExplainPendingResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{8}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ExplainPendingResponse) GetVerdicts() []*portolanv1.NodeVerdict {
@@ -465,7 +553,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -477,7 +565,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[9]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -490,7 +578,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{9}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -516,7 +604,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -528,7 +616,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[10]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -541,7 +629,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{10}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -587,7 +675,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -599,7 +687,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[11]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -612,7 +700,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{11}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *JoinResponse) GetFleet() string {
@@ -670,7 +758,7 @@ type Intent struct {
 
 func (x *Intent) Reset() {
 	*x = Intent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -682,7 +770,7 @@ func (x *Intent) String() string {
 func (*Intent) ProtoMessage() {}
 
 func (x *Intent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[12]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -695,7 +783,7 @@ func (x *Intent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Intent.ProtoReflect.Descriptor instead.
 func (*Intent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{12}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Intent) GetRevision() int64 {
@@ -876,7 +964,7 @@ type Watermark struct {
 
 func (x *Watermark) Reset() {
 	*x = Watermark{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +976,7 @@ func (x *Watermark) String() string {
 func (*Watermark) ProtoMessage() {}
 
 func (x *Watermark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[13]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +989,7 @@ func (x *Watermark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watermark.ProtoReflect.Descriptor instead.
 func (*Watermark) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{13}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Watermark) GetRevision() int64 {
@@ -921,7 +1009,7 @@ type ClusterIntent struct {
 
 func (x *ClusterIntent) Reset() {
 	*x = ClusterIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -933,7 +1021,7 @@ func (x *ClusterIntent) String() string {
 func (*ClusterIntent) ProtoMessage() {}
 
 func (x *ClusterIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[14]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -946,7 +1034,7 @@ func (x *ClusterIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterIntent.ProtoReflect.Descriptor instead.
 func (*ClusterIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{14}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ClusterIntent) GetCluster() string {
@@ -973,7 +1061,7 @@ type TenantIntent struct {
 
 func (x *TenantIntent) Reset() {
 	*x = TenantIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -985,7 +1073,7 @@ func (x *TenantIntent) String() string {
 func (*TenantIntent) ProtoMessage() {}
 
 func (x *TenantIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[15]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -998,7 +1086,7 @@ func (x *TenantIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TenantIntent.ProtoReflect.Descriptor instead.
 func (*TenantIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{15}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TenantIntent) GetTenant() string {
@@ -1033,7 +1121,7 @@ type WorkloadIntent struct {
 
 func (x *WorkloadIntent) Reset() {
 	*x = WorkloadIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1133,7 @@ func (x *WorkloadIntent) String() string {
 func (*WorkloadIntent) ProtoMessage() {}
 
 func (x *WorkloadIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[16]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1058,7 +1146,7 @@ func (x *WorkloadIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadIntent.ProtoReflect.Descriptor instead.
 func (*WorkloadIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{16}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WorkloadIntent) GetTenant() string {
@@ -1132,7 +1220,7 @@ type RevisionIntent struct {
 
 func (x *RevisionIntent) Reset() {
 	*x = RevisionIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1232,7 @@ func (x *RevisionIntent) String() string {
 func (*RevisionIntent) ProtoMessage() {}
 
 func (x *RevisionIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[17]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1245,7 @@ func (x *RevisionIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevisionIntent.ProtoReflect.Descriptor instead.
 func (*RevisionIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{17}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RevisionIntent) GetRevision() string {
@@ -1209,7 +1297,7 @@ type ServiceIntent struct {
 
 func (x *ServiceIntent) Reset() {
 	*x = ServiceIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1309,7 @@ func (x *ServiceIntent) String() string {
 func (*ServiceIntent) ProtoMessage() {}
 
 func (x *ServiceIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[18]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1322,7 @@ func (x *ServiceIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceIntent.ProtoReflect.Descriptor instead.
 func (*ServiceIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{18}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ServiceIntent) GetTenant() string {
@@ -1283,7 +1371,7 @@ type RouteIntent struct {
 
 func (x *RouteIntent) Reset() {
 	*x = RouteIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1295,7 +1383,7 @@ func (x *RouteIntent) String() string {
 func (*RouteIntent) ProtoMessage() {}
 
 func (x *RouteIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[19]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1308,7 +1396,7 @@ func (x *RouteIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteIntent.ProtoReflect.Descriptor instead.
 func (*RouteIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{19}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RouteIntent) GetTenant() string {
@@ -1344,7 +1432,7 @@ type PolicyIntent struct {
 
 func (x *PolicyIntent) Reset() {
 	*x = PolicyIntent{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1356,7 +1444,7 @@ func (x *PolicyIntent) String() string {
 func (*PolicyIntent) ProtoMessage() {}
 
 func (x *PolicyIntent) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[20]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1369,7 +1457,7 @@ func (x *PolicyIntent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyIntent.ProtoReflect.Descriptor instead.
 func (*PolicyIntent) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{20}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PolicyIntent) GetName() string {
@@ -1407,7 +1495,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +1507,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[21]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +1520,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{21}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1474,7 +1562,7 @@ type ServiceExport struct {
 
 func (x *ServiceExport) Reset() {
 	*x = ServiceExport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1486,7 +1574,7 @@ func (x *ServiceExport) String() string {
 func (*ServiceExport) ProtoMessage() {}
 
 func (x *ServiceExport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[22]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1499,7 +1587,7 @@ func (x *ServiceExport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceExport.ProtoReflect.Descriptor instead.
 func (*ServiceExport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{22}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ServiceExport) GetCluster() string {
@@ -1563,7 +1651,7 @@ type ExportedPort struct {
 
 func (x *ExportedPort) Reset() {
 	*x = ExportedPort{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1575,7 +1663,7 @@ func (x *ExportedPort) String() string {
 func (*ExportedPort) ProtoMessage() {}
 
 func (x *ExportedPort) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[23]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1588,7 +1676,7 @@ func (x *ExportedPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportedPort.ProtoReflect.Descriptor instead.
 func (*ExportedPort) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{23}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExportedPort) GetPort() string {
@@ -1624,7 +1712,7 @@ type PeerPermit struct {
 
 func (x *PeerPermit) Reset() {
 	*x = PeerPermit{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1636,7 +1724,7 @@ func (x *PeerPermit) String() string {
 func (*PeerPermit) ProtoMessage() {}
 
 func (x *PeerPermit) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[24]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1649,7 +1737,7 @@ func (x *PeerPermit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerPermit.ProtoReflect.Descriptor instead.
 func (*PeerPermit) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{24}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PeerPermit) GetTenant() string {
@@ -1694,7 +1782,7 @@ type StatusReport struct {
 
 func (x *StatusReport) Reset() {
 	*x = StatusReport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1706,7 +1794,7 @@ func (x *StatusReport) String() string {
 func (*StatusReport) ProtoMessage() {}
 
 func (x *StatusReport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[25]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1719,7 +1807,7 @@ func (x *StatusReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReport.ProtoReflect.Descriptor instead.
 func (*StatusReport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{25}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatusReport) GetSession() int64 {
@@ -1798,7 +1886,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1810,7 +1898,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[26]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1823,7 +1911,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{26}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Nack) GetResource() string {
@@ -1872,7 +1960,7 @@ type ClusterSummary struct {
 
 func (x *ClusterSummary) Reset() {
 	*x = ClusterSummary{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1884,7 +1972,7 @@ func (x *ClusterSummary) String() string {
 func (*ClusterSummary) ProtoMessage() {}
 
 func (x *ClusterSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[27]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1897,7 +1985,7 @@ func (x *ClusterSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterSummary.ProtoReflect.Descriptor instead.
 func (*ClusterSummary) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{27}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ClusterSummary) GetCpuMilli() int64 {
@@ -1976,7 +2064,7 @@ type WorkloadStatusReport struct {
 
 func (x *WorkloadStatusReport) Reset() {
 	*x = WorkloadStatusReport{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1988,7 +2076,7 @@ func (x *WorkloadStatusReport) String() string {
 func (*WorkloadStatusReport) ProtoMessage() {}
 
 func (x *WorkloadStatusReport) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[28]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2001,7 +2089,7 @@ func (x *WorkloadStatusReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStatusReport.ProtoReflect.Descriptor instead.
 func (*WorkloadStatusReport) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{28}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WorkloadStatusReport) GetTenant() string {
@@ -2049,7 +2137,7 @@ type ReportAck struct {
 
 func (x *ReportAck) Reset() {
 	*x = ReportAck{}
-	mi := &file_portolan_link_v1_link_proto_msgTypes[29]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2061,7 +2149,7 @@ func (x *ReportAck) String() string {
 func (*ReportAck) ProtoMessage() {}
 
 func (x *ReportAck) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_link_v1_link_proto_msgTypes[29]
+	mi := &file_portolan_link_v1_link_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2074,7 +2162,7 @@ func (x *ReportAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportAck.ProtoReflect.Descriptor instead.
 func (*ReportAck) Descriptor() ([]byte, []int) {
-	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{29}
+	return file_portolan_link_v1_link_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ReportAck) GetSequence() int64 {
@@ -2112,7 +2200,11 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12;\n" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\"\x12\n" +
-	"\x10ListNodesRequest\"@\n" +
+	"\x10ListNodesRequest\"=\n" +
+	"\x11DeleteNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\x14\n" +
+	"\x12DeleteNodeResponse\"@\n" +
 	"\x11ListNodesResponse\x12+\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x15.portolan.v1.NodeInfoR\x05nodes\"3\n" +
 	"\x15ExplainPendingRequest\x12\x1a\n" +
@@ -2248,10 +2340,12 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\vLinkService\x12E\n" +
 	"\x04Join\x12\x1d.portolan.link.v1.JoinRequest\x1a\x1e.portolan.link.v1.JoinResponse\x12I\n" +
 	"\x06Report\x12\x1e.portolan.link.v1.StatusReport\x1a\x1b.portolan.link.v1.ReportAck(\x010\x01\x12>\n" +
-	"\x06Tunnel\x12\x17.portolan.link.v1.Chunk\x1a\x17.portolan.link.v1.Chunk(\x010\x012\xf5\x03\n" +
+	"\x06Tunnel\x12\x17.portolan.link.v1.Chunk\x1a\x17.portolan.link.v1.Chunk(\x010\x012\xce\x04\n" +
 	"\x13ClusterAdminService\x12r\n" +
 	"\x13CreateNodeJoinToken\x12,.portolan.link.v1.CreateNodeJoinTokenRequest\x1a-.portolan.link.v1.CreateNodeJoinTokenResponse\x12T\n" +
-	"\tListNodes\x12\".portolan.link.v1.ListNodesRequest\x1a#.portolan.link.v1.ListNodesResponse\x12c\n" +
+	"\tListNodes\x12\".portolan.link.v1.ListNodesRequest\x1a#.portolan.link.v1.ListNodesResponse\x12W\n" +
+	"\n" +
+	"DeleteNode\x12#.portolan.link.v1.DeleteNodeRequest\x1a$.portolan.link.v1.DeleteNodeResponse\x12c\n" +
 	"\x0eExplainPending\x12'.portolan.link.v1.ExplainPendingRequest\x1a(.portolan.link.v1.ExplainPendingResponse\x12]\n" +
 	"\fListLaggards\x12%.portolan.link.v1.ListLaggardsRequest\x1a&.portolan.link.v1.ListLaggardsResponse\x12P\n" +
 	"\aSetNode\x12 .portolan.link.v1.SetNodeRequest\x1a#.portolan.link.v1.ListNodesResponseB>Z<github.com/portolan-io/portolan/federation/api/linkv1;linkv1b\x06proto3"
@@ -2268,7 +2362,7 @@ func file_portolan_link_v1_link_proto_rawDescGZIP() []byte {
 	return file_portolan_link_v1_link_proto_rawDescData
 }
 
-var file_portolan_link_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_portolan_link_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_portolan_link_v1_link_proto_goTypes = []any{
 	(*SetNodeRequest)(nil),              // 0: portolan.link.v1.SetNodeRequest
 	(*ListLaggardsRequest)(nil),         // 1: portolan.link.v1.ListLaggardsRequest
@@ -2276,98 +2370,102 @@ var file_portolan_link_v1_link_proto_goTypes = []any{
 	(*CreateNodeJoinTokenRequest)(nil),  // 3: portolan.link.v1.CreateNodeJoinTokenRequest
 	(*CreateNodeJoinTokenResponse)(nil), // 4: portolan.link.v1.CreateNodeJoinTokenResponse
 	(*ListNodesRequest)(nil),            // 5: portolan.link.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),           // 6: portolan.link.v1.ListNodesResponse
-	(*ExplainPendingRequest)(nil),       // 7: portolan.link.v1.ExplainPendingRequest
-	(*ExplainPendingResponse)(nil),      // 8: portolan.link.v1.ExplainPendingResponse
-	(*Chunk)(nil),                       // 9: portolan.link.v1.Chunk
-	(*JoinRequest)(nil),                 // 10: portolan.link.v1.JoinRequest
-	(*JoinResponse)(nil),                // 11: portolan.link.v1.JoinResponse
-	(*Intent)(nil),                      // 12: portolan.link.v1.Intent
-	(*Watermark)(nil),                   // 13: portolan.link.v1.Watermark
-	(*ClusterIntent)(nil),               // 14: portolan.link.v1.ClusterIntent
-	(*TenantIntent)(nil),                // 15: portolan.link.v1.TenantIntent
-	(*WorkloadIntent)(nil),              // 16: portolan.link.v1.WorkloadIntent
-	(*RevisionIntent)(nil),              // 17: portolan.link.v1.RevisionIntent
-	(*ServiceIntent)(nil),               // 18: portolan.link.v1.ServiceIntent
-	(*RouteIntent)(nil),                 // 19: portolan.link.v1.RouteIntent
-	(*PolicyIntent)(nil),                // 20: portolan.link.v1.PolicyIntent
-	(*TrustBundle)(nil),                 // 21: portolan.link.v1.TrustBundle
-	(*ServiceExport)(nil),               // 22: portolan.link.v1.ServiceExport
-	(*ExportedPort)(nil),                // 23: portolan.link.v1.ExportedPort
-	(*PeerPermit)(nil),                  // 24: portolan.link.v1.PeerPermit
-	(*StatusReport)(nil),                // 25: portolan.link.v1.StatusReport
-	(*Nack)(nil),                        // 26: portolan.link.v1.Nack
-	(*ClusterSummary)(nil),              // 27: portolan.link.v1.ClusterSummary
-	(*WorkloadStatusReport)(nil),        // 28: portolan.link.v1.WorkloadStatusReport
-	(*ReportAck)(nil),                   // 29: portolan.link.v1.ReportAck
-	nil,                                 // 30: portolan.link.v1.WorkloadIntent.LabelsEntry
-	(portolanv1.NodeMode)(0),            // 31: portolan.v1.NodeMode
-	(*timestamppb.Timestamp)(nil),       // 32: google.protobuf.Timestamp
-	(*portolanv1.Laggard)(nil),          // 33: portolan.v1.Laggard
-	(*portolanv1.NodeInfo)(nil),         // 34: portolan.v1.NodeInfo
-	(*portolanv1.NodeVerdict)(nil),      // 35: portolan.v1.NodeVerdict
-	(*portolanv1.ClusterSpec)(nil),      // 36: portolan.v1.ClusterSpec
-	(*portolanv1.TenantSpec)(nil),       // 37: portolan.v1.TenantSpec
-	(*portolanv1.WorkloadSpec)(nil),     // 38: portolan.v1.WorkloadSpec
-	(*portolanv1.ServiceSpec)(nil),      // 39: portolan.v1.ServiceSpec
-	(*portolanv1.RouteSpec)(nil),        // 40: portolan.v1.RouteSpec
-	(*portolanv1.PolicyBundleSpec)(nil), // 41: portolan.v1.PolicyBundleSpec
-	(*portolanv1.PoolStatus)(nil),       // 42: portolan.v1.PoolStatus
-	(*portolanv1.RevisionReplicas)(nil), // 43: portolan.v1.RevisionReplicas
-	(*portolanv1.Condition)(nil),        // 44: portolan.v1.Condition
+	(*DeleteNodeRequest)(nil),           // 6: portolan.link.v1.DeleteNodeRequest
+	(*DeleteNodeResponse)(nil),          // 7: portolan.link.v1.DeleteNodeResponse
+	(*ListNodesResponse)(nil),           // 8: portolan.link.v1.ListNodesResponse
+	(*ExplainPendingRequest)(nil),       // 9: portolan.link.v1.ExplainPendingRequest
+	(*ExplainPendingResponse)(nil),      // 10: portolan.link.v1.ExplainPendingResponse
+	(*Chunk)(nil),                       // 11: portolan.link.v1.Chunk
+	(*JoinRequest)(nil),                 // 12: portolan.link.v1.JoinRequest
+	(*JoinResponse)(nil),                // 13: portolan.link.v1.JoinResponse
+	(*Intent)(nil),                      // 14: portolan.link.v1.Intent
+	(*Watermark)(nil),                   // 15: portolan.link.v1.Watermark
+	(*ClusterIntent)(nil),               // 16: portolan.link.v1.ClusterIntent
+	(*TenantIntent)(nil),                // 17: portolan.link.v1.TenantIntent
+	(*WorkloadIntent)(nil),              // 18: portolan.link.v1.WorkloadIntent
+	(*RevisionIntent)(nil),              // 19: portolan.link.v1.RevisionIntent
+	(*ServiceIntent)(nil),               // 20: portolan.link.v1.ServiceIntent
+	(*RouteIntent)(nil),                 // 21: portolan.link.v1.RouteIntent
+	(*PolicyIntent)(nil),                // 22: portolan.link.v1.PolicyIntent
+	(*TrustBundle)(nil),                 // 23: portolan.link.v1.TrustBundle
+	(*ServiceExport)(nil),               // 24: portolan.link.v1.ServiceExport
+	(*ExportedPort)(nil),                // 25: portolan.link.v1.ExportedPort
+	(*PeerPermit)(nil),                  // 26: portolan.link.v1.PeerPermit
+	(*StatusReport)(nil),                // 27: portolan.link.v1.StatusReport
+	(*Nack)(nil),                        // 28: portolan.link.v1.Nack
+	(*ClusterSummary)(nil),              // 29: portolan.link.v1.ClusterSummary
+	(*WorkloadStatusReport)(nil),        // 30: portolan.link.v1.WorkloadStatusReport
+	(*ReportAck)(nil),                   // 31: portolan.link.v1.ReportAck
+	nil,                                 // 32: portolan.link.v1.WorkloadIntent.LabelsEntry
+	(portolanv1.NodeMode)(0),            // 33: portolan.v1.NodeMode
+	(*timestamppb.Timestamp)(nil),       // 34: google.protobuf.Timestamp
+	(*portolanv1.Laggard)(nil),          // 35: portolan.v1.Laggard
+	(*portolanv1.NodeInfo)(nil),         // 36: portolan.v1.NodeInfo
+	(*portolanv1.NodeVerdict)(nil),      // 37: portolan.v1.NodeVerdict
+	(*portolanv1.ClusterSpec)(nil),      // 38: portolan.v1.ClusterSpec
+	(*portolanv1.TenantSpec)(nil),       // 39: portolan.v1.TenantSpec
+	(*portolanv1.WorkloadSpec)(nil),     // 40: portolan.v1.WorkloadSpec
+	(*portolanv1.ServiceSpec)(nil),      // 41: portolan.v1.ServiceSpec
+	(*portolanv1.RouteSpec)(nil),        // 42: portolan.v1.RouteSpec
+	(*portolanv1.PolicyBundleSpec)(nil), // 43: portolan.v1.PolicyBundleSpec
+	(*portolanv1.PoolStatus)(nil),       // 44: portolan.v1.PoolStatus
+	(*portolanv1.RevisionReplicas)(nil), // 45: portolan.v1.RevisionReplicas
+	(*portolanv1.Condition)(nil),        // 46: portolan.v1.Condition
 }
 var file_portolan_link_v1_link_proto_depIdxs = []int32{
-	31, // 0: portolan.link.v1.SetNodeRequest.mode:type_name -> portolan.v1.NodeMode
-	32, // 1: portolan.link.v1.SetNodeRequest.deadline:type_name -> google.protobuf.Timestamp
-	33, // 2: portolan.link.v1.ListLaggardsResponse.laggards:type_name -> portolan.v1.Laggard
-	32, // 3: portolan.link.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	34, // 4: portolan.link.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
-	35, // 5: portolan.link.v1.ExplainPendingResponse.verdicts:type_name -> portolan.v1.NodeVerdict
-	16, // 6: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
-	18, // 7: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
-	19, // 8: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
-	20, // 9: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
-	21, // 10: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
-	22, // 11: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
-	24, // 12: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
-	13, // 13: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
-	14, // 14: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
-	15, // 15: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
-	36, // 16: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
-	37, // 17: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
-	17, // 18: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
-	30, // 19: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
-	38, // 20: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
-	39, // 21: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
-	40, // 22: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
-	41, // 23: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
-	23, // 24: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
-	27, // 25: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
-	28, // 26: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
-	22, // 27: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
-	26, // 28: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
-	33, // 29: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
-	42, // 30: portolan.link.v1.ClusterSummary.pools:type_name -> portolan.v1.PoolStatus
-	43, // 31: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
-	44, // 32: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
-	10, // 33: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
-	25, // 34: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
-	9,  // 35: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
+	33, // 0: portolan.link.v1.SetNodeRequest.mode:type_name -> portolan.v1.NodeMode
+	34, // 1: portolan.link.v1.SetNodeRequest.deadline:type_name -> google.protobuf.Timestamp
+	35, // 2: portolan.link.v1.ListLaggardsResponse.laggards:type_name -> portolan.v1.Laggard
+	34, // 3: portolan.link.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	36, // 4: portolan.link.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
+	37, // 5: portolan.link.v1.ExplainPendingResponse.verdicts:type_name -> portolan.v1.NodeVerdict
+	18, // 6: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
+	20, // 7: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
+	21, // 8: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
+	22, // 9: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
+	23, // 10: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
+	24, // 11: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
+	26, // 12: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
+	15, // 13: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
+	16, // 14: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
+	17, // 15: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
+	38, // 16: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
+	39, // 17: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
+	19, // 18: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
+	32, // 19: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
+	40, // 20: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
+	41, // 21: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
+	42, // 22: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
+	43, // 23: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
+	25, // 24: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
+	29, // 25: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
+	30, // 26: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
+	24, // 27: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
+	28, // 28: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
+	35, // 29: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
+	44, // 30: portolan.link.v1.ClusterSummary.pools:type_name -> portolan.v1.PoolStatus
+	45, // 31: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
+	46, // 32: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
+	12, // 33: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
+	27, // 34: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
+	11, // 35: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
 	3,  // 36: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:input_type -> portolan.link.v1.CreateNodeJoinTokenRequest
 	5,  // 37: portolan.link.v1.ClusterAdminService.ListNodes:input_type -> portolan.link.v1.ListNodesRequest
-	7,  // 38: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
-	1,  // 39: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
-	0,  // 40: portolan.link.v1.ClusterAdminService.SetNode:input_type -> portolan.link.v1.SetNodeRequest
-	11, // 41: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
-	29, // 42: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
-	9,  // 43: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
-	4,  // 44: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
-	6,  // 45: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
-	8,  // 46: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
-	2,  // 47: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
-	6,  // 48: portolan.link.v1.ClusterAdminService.SetNode:output_type -> portolan.link.v1.ListNodesResponse
-	41, // [41:49] is the sub-list for method output_type
-	33, // [33:41] is the sub-list for method input_type
+	6,  // 38: portolan.link.v1.ClusterAdminService.DeleteNode:input_type -> portolan.link.v1.DeleteNodeRequest
+	9,  // 39: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
+	1,  // 40: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
+	0,  // 41: portolan.link.v1.ClusterAdminService.SetNode:input_type -> portolan.link.v1.SetNodeRequest
+	13, // 42: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
+	31, // 43: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
+	11, // 44: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
+	4,  // 45: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
+	8,  // 46: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
+	7,  // 47: portolan.link.v1.ClusterAdminService.DeleteNode:output_type -> portolan.link.v1.DeleteNodeResponse
+	10, // 48: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
+	2,  // 49: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
+	8,  // 50: portolan.link.v1.ClusterAdminService.SetNode:output_type -> portolan.link.v1.ListNodesResponse
+	42, // [42:51] is the sub-list for method output_type
+	33, // [33:42] is the sub-list for method input_type
 	33, // [33:33] is the sub-list for extension type_name
 	33, // [33:33] is the sub-list for extension extendee
 	0,  // [0:33] is the sub-list for field type_name
@@ -2378,7 +2476,7 @@ func file_portolan_link_v1_link_proto_init() {
 	if File_portolan_link_v1_link_proto != nil {
 		return
 	}
-	file_portolan_link_v1_link_proto_msgTypes[12].OneofWrappers = []any{
+	file_portolan_link_v1_link_proto_msgTypes[14].OneofWrappers = []any{
 		(*Intent_Workload)(nil),
 		(*Intent_Service)(nil),
 		(*Intent_Route)(nil),
@@ -2396,7 +2494,7 @@ func file_portolan_link_v1_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_link_v1_link_proto_rawDesc), len(file_portolan_link_v1_link_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -214,6 +214,7 @@ var LinkService_ServiceDesc = grpc.ServiceDesc{
 const (
 	ClusterAdminService_CreateNodeJoinToken_FullMethodName = "/portolan.link.v1.ClusterAdminService/CreateNodeJoinToken"
 	ClusterAdminService_ListNodes_FullMethodName           = "/portolan.link.v1.ClusterAdminService/ListNodes"
+	ClusterAdminService_DeleteNode_FullMethodName          = "/portolan.link.v1.ClusterAdminService/DeleteNode"
 	ClusterAdminService_ExplainPending_FullMethodName      = "/portolan.link.v1.ClusterAdminService/ExplainPending"
 	ClusterAdminService_ListLaggards_FullMethodName        = "/portolan.link.v1.ClusterAdminService/ListLaggards"
 	ClusterAdminService_SetNode_FullMethodName             = "/portolan.link.v1.ClusterAdminService/SetNode"
@@ -227,6 +228,8 @@ const (
 type ClusterAdminServiceClient interface {
 	CreateNodeJoinToken(ctx context.Context, in *CreateNodeJoinTokenRequest, opts ...grpc.CallOption) (*CreateNodeJoinTokenResponse, error)
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// Takes a node out of the cluster: only a lost one, unless forced.
+	DeleteNode(ctx context.Context, in *DeleteNodeRequest, opts ...grpc.CallOption) (*DeleteNodeResponse, error)
 	// Why replicas of a workload are pending, over nodes.
 	ExplainPending(ctx context.Context, in *ExplainPendingRequest, opts ...grpc.CallOption) (*ExplainPendingResponse, error)
 	// Consumers of the cluster that have not applied a revision. Asked by whoever
@@ -258,6 +261,16 @@ func (c *clusterAdminServiceClient) ListNodes(ctx context.Context, in *ListNodes
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListNodesResponse)
 	err := c.cc.Invoke(ctx, ClusterAdminService_ListNodes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterAdminServiceClient) DeleteNode(ctx context.Context, in *DeleteNodeRequest, opts ...grpc.CallOption) (*DeleteNodeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteNodeResponse)
+	err := c.cc.Invoke(ctx, ClusterAdminService_DeleteNode_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -302,6 +315,8 @@ func (c *clusterAdminServiceClient) SetNode(ctx context.Context, in *SetNodeRequ
 type ClusterAdminServiceServer interface {
 	CreateNodeJoinToken(context.Context, *CreateNodeJoinTokenRequest) (*CreateNodeJoinTokenResponse, error)
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
+	// Takes a node out of the cluster: only a lost one, unless forced.
+	DeleteNode(context.Context, *DeleteNodeRequest) (*DeleteNodeResponse, error)
 	// Why replicas of a workload are pending, over nodes.
 	ExplainPending(context.Context, *ExplainPendingRequest) (*ExplainPendingResponse, error)
 	// Consumers of the cluster that have not applied a revision. Asked by whoever
@@ -324,6 +339,9 @@ func (UnimplementedClusterAdminServiceServer) CreateNodeJoinToken(context.Contex
 }
 func (UnimplementedClusterAdminServiceServer) ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListNodes not implemented")
+}
+func (UnimplementedClusterAdminServiceServer) DeleteNode(context.Context, *DeleteNodeRequest) (*DeleteNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteNode not implemented")
 }
 func (UnimplementedClusterAdminServiceServer) ExplainPending(context.Context, *ExplainPendingRequest) (*ExplainPendingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ExplainPending not implemented")
@@ -387,6 +405,24 @@ func _ClusterAdminService_ListNodes_Handler(srv interface{}, ctx context.Context
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(ClusterAdminServiceServer).ListNodes(ctx, req.(*ListNodesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ClusterAdminService_DeleteNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterAdminServiceServer).DeleteNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ClusterAdminService_DeleteNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterAdminServiceServer).DeleteNode(ctx, req.(*DeleteNodeRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -459,6 +495,10 @@ var ClusterAdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListNodes",
 			Handler:    _ClusterAdminService_ListNodes_Handler,
+		},
+		{
+			MethodName: "DeleteNode",
+			Handler:    _ClusterAdminService_DeleteNode_Handler,
 		},
 		{
 			MethodName: "ExplainPending",

@@ -1551,6 +1551,8 @@ type PlacementSummary struct {
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Revisions     []*RevisionReplicas    `protobuf:"bytes,2,rep,name=revisions,proto3" json:"revisions,omitempty"`
 	ReadyReplicas int32                  `protobuf:"varint,3,opt,name=ready_replicas,json=readyReplicas,proto3" json:"ready_replicas,omitempty"`
+	// What the cluster says of its part.
+	Conditions    []*Condition `protobuf:"bytes,4,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1604,6 +1606,13 @@ func (x *PlacementSummary) GetReadyReplicas() int32 {
 		return x.ReadyReplicas
 	}
 	return 0
+}
+
+func (x *PlacementSummary) GetConditions() []*Condition {
+	if x != nil {
+		return x.Conditions
+	}
+	return nil
 }
 
 type RevisionReplicas struct {
@@ -2854,9 +2863,12 @@ type AuditEntry struct {
 	Revision  int64  `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
 	RequestId string `protobuf:"bytes,9,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Hex SHA-256 of the entry before, and of this entry with its previous_hash.
-	PreviousHash  string `protobuf:"bytes,10,opt,name=previous_hash,json=previousHash,proto3" json:"previous_hash,omitempty"`
-	Hash          string `protobuf:"bytes,11,opt,name=hash,proto3" json:"hash,omitempty"`
-	Tenant        string `protobuf:"bytes,12,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	PreviousHash string `protobuf:"bytes,10,opt,name=previous_hash,json=previousHash,proto3" json:"previous_hash,omitempty"`
+	Hash         string `protobuf:"bytes,11,opt,name=hash,proto3" json:"hash,omitempty"`
+	Tenant       string `protobuf:"bytes,12,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	// What was asked for where method and resource do not say it: the command of an
+	// Exec, cut to 256 bytes; "force" of a DeleteNode.
+	Detail        string `protobuf:"bytes,13,opt,name=detail,proto3" json:"detail,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2971,6 +2983,13 @@ func (x *AuditEntry) GetHash() string {
 func (x *AuditEntry) GetTenant() string {
 	if x != nil {
 		return x.Tenant
+	}
+	return ""
+}
+
+func (x *AuditEntry) GetDetail() string {
+	if x != nil {
+		return x.Detail
 	}
 	return ""
 }
@@ -3141,11 +3160,14 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06active\x18\x04 \x01(\tR\x06active\x12+\n" +
 	"\x06reason\x18\x05 \x01(\v2\x13.portolan.v1.ReasonR\x06reason\x129\n" +
 	"\n" +
-	"state_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tstateTime\"\x90\x01\n" +
+	"state_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tstateTime\"\xc8\x01\n" +
 	"\x10PlacementSummary\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12;\n" +
 	"\trevisions\x18\x02 \x03(\v2\x1d.portolan.v1.RevisionReplicasR\trevisions\x12%\n" +
-	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\"\xb7\x01\n" +
+	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\x126\n" +
+	"\n" +
+	"conditions\x18\x04 \x03(\v2\x16.portolan.v1.ConditionR\n" +
+	"conditions\"\xb7\x01\n" +
 	"\x10RevisionReplicas\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12\x1a\n" +
 	"\breplicas\x18\x02 \x01(\x05R\breplicas\x12%\n" +
@@ -3303,7 +3325,7 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06Reason\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x14\n" +
-	"\x05count\x18\x03 \x01(\x05R\x05count\"\xfc\x02\n" +
+	"\x05count\x18\x03 \x01(\x05R\x05count\"\x94\x03\n" +
 	"\n" +
 	"AuditEntry\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12.\n" +
@@ -3319,7 +3341,8 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\rprevious_hash\x18\n" +
 	" \x01(\tR\fpreviousHash\x12\x12\n" +
 	"\x04hash\x18\v \x01(\tR\x04hash\x12\x16\n" +
-	"\x06tenant\x18\f \x01(\tR\x06tenant*y\n" +
+	"\x06tenant\x18\f \x01(\tR\x06tenant\x12\x16\n" +
+	"\x06detail\x18\r \x01(\tR\x06detail*y\n" +
 	"\fClusterState\x12\x1d\n" +
 	"\x19CLUSTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CLUSTER_STATE_PENDING\x10\x01\x12\x17\n" +
@@ -3447,49 +3470,50 @@ var file_portolan_v1_resources_proto_depIdxs = []int32{
 	31, // 33: portolan.v1.RolloutStatus.reason:type_name -> portolan.v1.Reason
 	44, // 34: portolan.v1.RolloutStatus.state_time:type_name -> google.protobuf.Timestamp
 	18, // 35: portolan.v1.PlacementSummary.revisions:type_name -> portolan.v1.RevisionReplicas
-	38, // 36: portolan.v1.WorkloadRevision.labels:type_name -> portolan.v1.WorkloadRevision.LabelsEntry
-	44, // 37: portolan.v1.WorkloadRevision.create_time:type_name -> google.protobuf.Timestamp
-	44, // 38: portolan.v1.WorkloadRevision.update_time:type_name -> google.protobuf.Timestamp
-	49, // 39: portolan.v1.WorkloadRevision.spec:type_name -> portolan.v1.WorkloadSpec
-	39, // 40: portolan.v1.Service.labels:type_name -> portolan.v1.Service.LabelsEntry
-	44, // 41: portolan.v1.Service.create_time:type_name -> google.protobuf.Timestamp
-	44, // 42: portolan.v1.Service.update_time:type_name -> google.protobuf.Timestamp
-	50, // 43: portolan.v1.Service.spec:type_name -> portolan.v1.ServiceSpec
-	21, // 44: portolan.v1.Service.status:type_name -> portolan.v1.ServiceStatus
-	45, // 45: portolan.v1.ServiceStatus.conditions:type_name -> portolan.v1.Condition
-	40, // 46: portolan.v1.Route.labels:type_name -> portolan.v1.Route.LabelsEntry
-	44, // 47: portolan.v1.Route.create_time:type_name -> google.protobuf.Timestamp
-	44, // 48: portolan.v1.Route.update_time:type_name -> google.protobuf.Timestamp
-	51, // 49: portolan.v1.Route.spec:type_name -> portolan.v1.RouteSpec
-	23, // 50: portolan.v1.Route.status:type_name -> portolan.v1.RouteStatus
-	45, // 51: portolan.v1.RouteStatus.conditions:type_name -> portolan.v1.Condition
-	41, // 52: portolan.v1.PolicyBundle.labels:type_name -> portolan.v1.PolicyBundle.LabelsEntry
-	44, // 53: portolan.v1.PolicyBundle.create_time:type_name -> google.protobuf.Timestamp
-	44, // 54: portolan.v1.PolicyBundle.update_time:type_name -> google.protobuf.Timestamp
-	52, // 55: portolan.v1.PolicyBundle.spec:type_name -> portolan.v1.PolicyBundleSpec
-	25, // 56: portolan.v1.PolicyBundle.status:type_name -> portolan.v1.PolicyBundleStatus
-	45, // 57: portolan.v1.PolicyBundleStatus.conditions:type_name -> portolan.v1.Condition
-	42, // 58: portolan.v1.RoleBinding.labels:type_name -> portolan.v1.RoleBinding.LabelsEntry
-	44, // 59: portolan.v1.RoleBinding.create_time:type_name -> google.protobuf.Timestamp
-	44, // 60: portolan.v1.RoleBinding.update_time:type_name -> google.protobuf.Timestamp
-	27, // 61: portolan.v1.RoleBinding.spec:type_name -> portolan.v1.RoleBindingSpec
-	2,  // 62: portolan.v1.RoleBindingSpec.role:type_name -> portolan.v1.Role
-	43, // 63: portolan.v1.Placement.labels:type_name -> portolan.v1.Placement.LabelsEntry
-	44, // 64: portolan.v1.Placement.create_time:type_name -> google.protobuf.Timestamp
-	44, // 65: portolan.v1.Placement.update_time:type_name -> google.protobuf.Timestamp
-	29, // 66: portolan.v1.Placement.spec:type_name -> portolan.v1.PlacementSpec
-	30, // 67: portolan.v1.Placement.status:type_name -> portolan.v1.PlacementStatus
-	18, // 68: portolan.v1.PlacementSpec.revisions:type_name -> portolan.v1.RevisionReplicas
-	31, // 69: portolan.v1.PlacementSpec.reasons:type_name -> portolan.v1.Reason
-	18, // 70: portolan.v1.PlacementStatus.revisions:type_name -> portolan.v1.RevisionReplicas
-	45, // 71: portolan.v1.PlacementStatus.conditions:type_name -> portolan.v1.Condition
-	44, // 72: portolan.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
-	3,  // 73: portolan.v1.AuditEntry.decision:type_name -> portolan.v1.AuditDecision
-	74, // [74:74] is the sub-list for method output_type
-	74, // [74:74] is the sub-list for method input_type
-	74, // [74:74] is the sub-list for extension type_name
-	74, // [74:74] is the sub-list for extension extendee
-	0,  // [0:74] is the sub-list for field type_name
+	45, // 36: portolan.v1.PlacementSummary.conditions:type_name -> portolan.v1.Condition
+	38, // 37: portolan.v1.WorkloadRevision.labels:type_name -> portolan.v1.WorkloadRevision.LabelsEntry
+	44, // 38: portolan.v1.WorkloadRevision.create_time:type_name -> google.protobuf.Timestamp
+	44, // 39: portolan.v1.WorkloadRevision.update_time:type_name -> google.protobuf.Timestamp
+	49, // 40: portolan.v1.WorkloadRevision.spec:type_name -> portolan.v1.WorkloadSpec
+	39, // 41: portolan.v1.Service.labels:type_name -> portolan.v1.Service.LabelsEntry
+	44, // 42: portolan.v1.Service.create_time:type_name -> google.protobuf.Timestamp
+	44, // 43: portolan.v1.Service.update_time:type_name -> google.protobuf.Timestamp
+	50, // 44: portolan.v1.Service.spec:type_name -> portolan.v1.ServiceSpec
+	21, // 45: portolan.v1.Service.status:type_name -> portolan.v1.ServiceStatus
+	45, // 46: portolan.v1.ServiceStatus.conditions:type_name -> portolan.v1.Condition
+	40, // 47: portolan.v1.Route.labels:type_name -> portolan.v1.Route.LabelsEntry
+	44, // 48: portolan.v1.Route.create_time:type_name -> google.protobuf.Timestamp
+	44, // 49: portolan.v1.Route.update_time:type_name -> google.protobuf.Timestamp
+	51, // 50: portolan.v1.Route.spec:type_name -> portolan.v1.RouteSpec
+	23, // 51: portolan.v1.Route.status:type_name -> portolan.v1.RouteStatus
+	45, // 52: portolan.v1.RouteStatus.conditions:type_name -> portolan.v1.Condition
+	41, // 53: portolan.v1.PolicyBundle.labels:type_name -> portolan.v1.PolicyBundle.LabelsEntry
+	44, // 54: portolan.v1.PolicyBundle.create_time:type_name -> google.protobuf.Timestamp
+	44, // 55: portolan.v1.PolicyBundle.update_time:type_name -> google.protobuf.Timestamp
+	52, // 56: portolan.v1.PolicyBundle.spec:type_name -> portolan.v1.PolicyBundleSpec
+	25, // 57: portolan.v1.PolicyBundle.status:type_name -> portolan.v1.PolicyBundleStatus
+	45, // 58: portolan.v1.PolicyBundleStatus.conditions:type_name -> portolan.v1.Condition
+	42, // 59: portolan.v1.RoleBinding.labels:type_name -> portolan.v1.RoleBinding.LabelsEntry
+	44, // 60: portolan.v1.RoleBinding.create_time:type_name -> google.protobuf.Timestamp
+	44, // 61: portolan.v1.RoleBinding.update_time:type_name -> google.protobuf.Timestamp
+	27, // 62: portolan.v1.RoleBinding.spec:type_name -> portolan.v1.RoleBindingSpec
+	2,  // 63: portolan.v1.RoleBindingSpec.role:type_name -> portolan.v1.Role
+	43, // 64: portolan.v1.Placement.labels:type_name -> portolan.v1.Placement.LabelsEntry
+	44, // 65: portolan.v1.Placement.create_time:type_name -> google.protobuf.Timestamp
+	44, // 66: portolan.v1.Placement.update_time:type_name -> google.protobuf.Timestamp
+	29, // 67: portolan.v1.Placement.spec:type_name -> portolan.v1.PlacementSpec
+	30, // 68: portolan.v1.Placement.status:type_name -> portolan.v1.PlacementStatus
+	18, // 69: portolan.v1.PlacementSpec.revisions:type_name -> portolan.v1.RevisionReplicas
+	31, // 70: portolan.v1.PlacementSpec.reasons:type_name -> portolan.v1.Reason
+	18, // 71: portolan.v1.PlacementStatus.revisions:type_name -> portolan.v1.RevisionReplicas
+	45, // 72: portolan.v1.PlacementStatus.conditions:type_name -> portolan.v1.Condition
+	44, // 73: portolan.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
+	3,  // 74: portolan.v1.AuditEntry.decision:type_name -> portolan.v1.AuditDecision
+	75, // [75:75] is the sub-list for method output_type
+	75, // [75:75] is the sub-list for method input_type
+	75, // [75:75] is the sub-list for extension type_name
+	75, // [75:75] is the sub-list for extension extendee
+	0,  // [0:75] is the sub-list for field type_name
 }
 
 func init() { file_portolan_v1_resources_proto_init() }

@@ -200,7 +200,7 @@ func (x ClusterChange_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ClusterChange_Kind.Descriptor instead.
 func (ClusterChange_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{60, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{61, 0}
 }
 
 type GetTenantRequest struct {
@@ -3694,6 +3694,61 @@ func (x *ListNodesRequest) GetCluster() string {
 	return ""
 }
 
+type DeleteNodeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// clusters/{c}/nodes/{n}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Also when it is not lost. What runs there may then go on beside its stand-ins,
+	// until the node is stopped or heard again.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteNodeRequest) Reset() {
+	*x = DeleteNodeRequest{}
+	mi := &file_portolan_v1_services_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteNodeRequest) ProtoMessage() {}
+
+func (x *DeleteNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteNodeRequest.ProtoReflect.Descriptor instead.
+func (*DeleteNodeRequest) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *DeleteNodeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DeleteNodeRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
 type ListNodesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nodes         []*NodeInfo            `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
@@ -3703,7 +3758,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[56]
+	mi := &file_portolan_v1_services_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3715,7 +3770,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[56]
+	mi := &file_portolan_v1_services_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3728,7 +3783,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{56}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ListNodesResponse) GetNodes() []*NodeInfo {
@@ -3772,7 +3827,7 @@ type NodeInfo struct {
 
 func (x *NodeInfo) Reset() {
 	*x = NodeInfo{}
-	mi := &file_portolan_v1_services_proto_msgTypes[57]
+	mi := &file_portolan_v1_services_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3784,7 +3839,7 @@ func (x *NodeInfo) String() string {
 func (*NodeInfo) ProtoMessage() {}
 
 func (x *NodeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[57]
+	mi := &file_portolan_v1_services_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3797,7 +3852,7 @@ func (x *NodeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfo.ProtoReflect.Descriptor instead.
 func (*NodeInfo) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{57}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *NodeInfo) GetName() string {
@@ -3967,7 +4022,7 @@ type SetNodeModeRequest struct {
 
 func (x *SetNodeModeRequest) Reset() {
 	*x = SetNodeModeRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[58]
+	mi := &file_portolan_v1_services_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3979,7 +4034,7 @@ func (x *SetNodeModeRequest) String() string {
 func (*SetNodeModeRequest) ProtoMessage() {}
 
 func (x *SetNodeModeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[58]
+	mi := &file_portolan_v1_services_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3992,7 +4047,7 @@ func (x *SetNodeModeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetNodeModeRequest.ProtoReflect.Descriptor instead.
 func (*SetNodeModeRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{58}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *SetNodeModeRequest) GetName() string {
@@ -4030,7 +4085,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[59]
+	mi := &file_portolan_v1_services_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4042,7 +4097,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[59]
+	mi := &file_portolan_v1_services_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4055,7 +4110,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{59}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *PlanRequest) GetChange() isPlanRequest_Change {
@@ -4127,7 +4182,7 @@ type ClusterChange struct {
 
 func (x *ClusterChange) Reset() {
 	*x = ClusterChange{}
-	mi := &file_portolan_v1_services_proto_msgTypes[60]
+	mi := &file_portolan_v1_services_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4139,7 +4194,7 @@ func (x *ClusterChange) String() string {
 func (*ClusterChange) ProtoMessage() {}
 
 func (x *ClusterChange) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[60]
+	mi := &file_portolan_v1_services_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4152,7 +4207,7 @@ func (x *ClusterChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterChange.ProtoReflect.Descriptor instead.
 func (*ClusterChange) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{60}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ClusterChange) GetKind() ClusterChange_Kind {
@@ -4189,7 +4244,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[61]
+	mi := &file_portolan_v1_services_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4201,7 +4256,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[61]
+	mi := &file_portolan_v1_services_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4214,7 +4269,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{61}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *PlanResponse) GetWorkloads() []*WorkloadPlan {
@@ -4277,7 +4332,7 @@ type WorkloadPlan struct {
 
 func (x *WorkloadPlan) Reset() {
 	*x = WorkloadPlan{}
-	mi := &file_portolan_v1_services_proto_msgTypes[62]
+	mi := &file_portolan_v1_services_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4289,7 +4344,7 @@ func (x *WorkloadPlan) String() string {
 func (*WorkloadPlan) ProtoMessage() {}
 
 func (x *WorkloadPlan) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[62]
+	mi := &file_portolan_v1_services_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4302,7 +4357,7 @@ func (x *WorkloadPlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadPlan.ProtoReflect.Descriptor instead.
 func (*WorkloadPlan) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{62}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WorkloadPlan) GetWorkload() string {
@@ -4379,7 +4434,7 @@ type Displaced struct {
 
 func (x *Displaced) Reset() {
 	*x = Displaced{}
-	mi := &file_portolan_v1_services_proto_msgTypes[63]
+	mi := &file_portolan_v1_services_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4391,7 +4446,7 @@ func (x *Displaced) String() string {
 func (*Displaced) ProtoMessage() {}
 
 func (x *Displaced) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[63]
+	mi := &file_portolan_v1_services_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4404,7 +4459,7 @@ func (x *Displaced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Displaced.ProtoReflect.Descriptor instead.
 func (*Displaced) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{63}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *Displaced) GetWorkload() string {
@@ -4440,7 +4495,7 @@ type PlacementPlan struct {
 
 func (x *PlacementPlan) Reset() {
 	*x = PlacementPlan{}
-	mi := &file_portolan_v1_services_proto_msgTypes[64]
+	mi := &file_portolan_v1_services_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4452,7 +4507,7 @@ func (x *PlacementPlan) String() string {
 func (*PlacementPlan) ProtoMessage() {}
 
 func (x *PlacementPlan) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[64]
+	mi := &file_portolan_v1_services_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4465,7 +4520,7 @@ func (x *PlacementPlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementPlan.ProtoReflect.Descriptor instead.
 func (*PlacementPlan) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{64}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *PlacementPlan) GetCluster() string {
@@ -4506,7 +4561,7 @@ type GetCapacityRequest struct {
 
 func (x *GetCapacityRequest) Reset() {
 	*x = GetCapacityRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[65]
+	mi := &file_portolan_v1_services_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4518,7 +4573,7 @@ func (x *GetCapacityRequest) String() string {
 func (*GetCapacityRequest) ProtoMessage() {}
 
 func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[65]
+	mi := &file_portolan_v1_services_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4531,7 +4586,7 @@ func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCapacityRequest.ProtoReflect.Descriptor instead.
 func (*GetCapacityRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{65}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *GetCapacityRequest) GetCluster() string {
@@ -4551,7 +4606,7 @@ type GetCapacityResponse struct {
 
 func (x *GetCapacityResponse) Reset() {
 	*x = GetCapacityResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[66]
+	mi := &file_portolan_v1_services_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4563,7 +4618,7 @@ func (x *GetCapacityResponse) String() string {
 func (*GetCapacityResponse) ProtoMessage() {}
 
 func (x *GetCapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[66]
+	mi := &file_portolan_v1_services_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4576,7 +4631,7 @@ func (x *GetCapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCapacityResponse.ProtoReflect.Descriptor instead.
 func (*GetCapacityResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{66}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *GetCapacityResponse) GetClusters() []*ClusterCapacity {
@@ -4614,7 +4669,7 @@ type ClusterCapacity struct {
 
 func (x *ClusterCapacity) Reset() {
 	*x = ClusterCapacity{}
-	mi := &file_portolan_v1_services_proto_msgTypes[67]
+	mi := &file_portolan_v1_services_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4626,7 +4681,7 @@ func (x *ClusterCapacity) String() string {
 func (*ClusterCapacity) ProtoMessage() {}
 
 func (x *ClusterCapacity) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[67]
+	mi := &file_portolan_v1_services_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4639,7 +4694,7 @@ func (x *ClusterCapacity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterCapacity.ProtoReflect.Descriptor instead.
 func (*ClusterCapacity) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{67}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ClusterCapacity) GetCluster() string {
@@ -4735,7 +4790,7 @@ type ExplainWorkloadRequest struct {
 
 func (x *ExplainWorkloadRequest) Reset() {
 	*x = ExplainWorkloadRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[68]
+	mi := &file_portolan_v1_services_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4747,7 +4802,7 @@ func (x *ExplainWorkloadRequest) String() string {
 func (*ExplainWorkloadRequest) ProtoMessage() {}
 
 func (x *ExplainWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[68]
+	mi := &file_portolan_v1_services_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4760,7 +4815,7 @@ func (x *ExplainWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*ExplainWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{68}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ExplainWorkloadRequest) GetName() string {
@@ -4784,7 +4839,7 @@ type ExplainWorkloadResponse struct {
 
 func (x *ExplainWorkloadResponse) Reset() {
 	*x = ExplainWorkloadResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[69]
+	mi := &file_portolan_v1_services_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4796,7 +4851,7 @@ func (x *ExplainWorkloadResponse) String() string {
 func (*ExplainWorkloadResponse) ProtoMessage() {}
 
 func (x *ExplainWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[69]
+	mi := &file_portolan_v1_services_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4809,7 +4864,7 @@ func (x *ExplainWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*ExplainWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{69}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ExplainWorkloadResponse) GetClusters() []*ClusterVerdict {
@@ -4862,7 +4917,7 @@ type ClusterVerdict struct {
 
 func (x *ClusterVerdict) Reset() {
 	*x = ClusterVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[70]
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4874,7 +4929,7 @@ func (x *ClusterVerdict) String() string {
 func (*ClusterVerdict) ProtoMessage() {}
 
 func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[70]
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4887,7 +4942,7 @@ func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterVerdict.ProtoReflect.Descriptor instead.
 func (*ClusterVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{70}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ClusterVerdict) GetCluster() string {
@@ -4948,7 +5003,7 @@ type NodeVerdict struct {
 
 func (x *NodeVerdict) Reset() {
 	*x = NodeVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4960,7 +5015,7 @@ func (x *NodeVerdict) String() string {
 func (*NodeVerdict) ProtoMessage() {}
 
 func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4973,7 +5028,7 @@ func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeVerdict.ProtoReflect.Descriptor instead.
 func (*NodeVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *NodeVerdict) GetCluster() string {
@@ -5025,7 +5080,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5037,7 +5092,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5050,7 +5105,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *WatchRequest) GetKinds() []string {
@@ -5089,7 +5144,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5101,7 +5156,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5114,7 +5169,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -5202,7 +5257,7 @@ type WaitConvergedRequest struct {
 
 func (x *WaitConvergedRequest) Reset() {
 	*x = WaitConvergedRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5214,7 +5269,7 @@ func (x *WaitConvergedRequest) String() string {
 func (*WaitConvergedRequest) ProtoMessage() {}
 
 func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5227,7 +5282,7 @@ func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedRequest.ProtoReflect.Descriptor instead.
 func (*WaitConvergedRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *WaitConvergedRequest) GetRevision() int64 {
@@ -5265,7 +5320,7 @@ type WaitConvergedResponse struct {
 
 func (x *WaitConvergedResponse) Reset() {
 	*x = WaitConvergedResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5277,7 +5332,7 @@ func (x *WaitConvergedResponse) String() string {
 func (*WaitConvergedResponse) ProtoMessage() {}
 
 func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5290,7 +5345,7 @@ func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedResponse.ProtoReflect.Descriptor instead.
 func (*WaitConvergedResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *WaitConvergedResponse) GetRevision() int64 {
@@ -5354,7 +5409,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5366,7 +5421,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5379,7 +5434,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *Replica) GetName() string {
@@ -5494,7 +5549,7 @@ type ContainerState struct {
 
 func (x *ContainerState) Reset() {
 	*x = ContainerState{}
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5506,7 +5561,7 @@ func (x *ContainerState) String() string {
 func (*ContainerState) ProtoMessage() {}
 
 func (x *ContainerState) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5519,7 +5574,7 @@ func (x *ContainerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerState.ProtoReflect.Descriptor instead.
 func (*ContainerState) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ContainerState) GetName() string {
@@ -5614,7 +5669,7 @@ type Timeline struct {
 
 func (x *Timeline) Reset() {
 	*x = Timeline{}
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5626,7 +5681,7 @@ func (x *Timeline) String() string {
 func (*Timeline) ProtoMessage() {}
 
 func (x *Timeline) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5639,7 +5694,7 @@ func (x *Timeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timeline.ProtoReflect.Descriptor instead.
 func (*Timeline) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *Timeline) GetAtCluster() *timestamppb.Timestamp {
@@ -5698,17 +5753,19 @@ type Event struct {
 	Object string `protobuf:"bytes,2,opt,name=object,proto3" json:"object,omitempty"`
 	// Typed: "Bound", "Started", "Killed", "OOMKilled", "LivenessFailed",
 	// "CrashLoopBackOff", "NodeLost", …
-	Type          string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
-	Message       string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
-	Cluster       string `protobuf:"bytes,5,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Count         int32  `protobuf:"varint,6,opt,name=count,proto3" json:"count,omitempty"`
+	Type    string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
+	Message string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	Cluster string `protobuf:"bytes,5,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Count   int32  `protobuf:"varint,6,opt,name=count,proto3" json:"count,omitempty"`
+	// ID of the node where it happened. Told to fleet admins only.
+	Node          string `protobuf:"bytes,7,opt,name=node,proto3" json:"node,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_portolan_v1_services_proto_msgTypes[79]
+	mi := &file_portolan_v1_services_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5720,7 +5777,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[79]
+	mi := &file_portolan_v1_services_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5733,7 +5790,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{79}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -5778,19 +5835,31 @@ func (x *Event) GetCount() int32 {
 	return 0
 }
 
+func (x *Event) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
 type ListReplicasRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// tenants/{t}/workloads/{w}, or tenants/{t}/workloads/- for all of a tenant.
+	// tenants/{t}/workloads/{w}, or tenants/{t}/workloads/- for all of a tenant. A
+	// cluster is also asked for a single replica, by its name.
 	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
 	// Only this cluster.
-	Cluster       string `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Cluster string `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// Pages are between the federation and a cluster: at most this many, in order of
+	// name, all when 0. The federation itself answers with all, up to 10,000.
+	PageSize      int32  `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[80]
+	mi := &file_portolan_v1_services_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5802,7 +5871,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[80]
+	mi := &file_portolan_v1_services_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5815,7 +5884,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{80}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ListReplicasRequest) GetParent() string {
@@ -5832,18 +5901,33 @@ func (x *ListReplicasRequest) GetCluster() string {
 	return ""
 }
 
+func (x *ListReplicasRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListReplicasRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
 type ListReplicasResponse struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Replicas []*Replica             `protobuf:"bytes,1,rep,name=replicas,proto3" json:"replicas,omitempty"`
 	// Clusters that did not answer.
 	SilentClusters []string `protobuf:"bytes,2,rep,name=silent_clusters,json=silentClusters,proto3" json:"silent_clusters,omitempty"`
+	NextPageToken  string   `protobuf:"bytes,3,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[81]
+	mi := &file_portolan_v1_services_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5855,7 +5939,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[81]
+	mi := &file_portolan_v1_services_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5868,7 +5952,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{81}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*Replica {
@@ -5885,6 +5969,13 @@ func (x *ListReplicasResponse) GetSilentClusters() []string {
 	return nil
 }
 
+func (x *ListReplicasResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 type ListEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// tenants/{t}, a workload, a replica, or empty for the fleet (fleet admins).
@@ -5898,7 +5989,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[82]
+	mi := &file_portolan_v1_services_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5910,7 +6001,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[82]
+	mi := &file_portolan_v1_services_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5923,7 +6014,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{82}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListEventsRequest) GetParent() string {
@@ -5958,7 +6049,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[83]
+	mi := &file_portolan_v1_services_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5970,7 +6061,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[83]
+	mi := &file_portolan_v1_services_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5983,7 +6074,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{83}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListEventsResponse) GetEvents() []*Event {
@@ -6016,7 +6107,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[84]
+	mi := &file_portolan_v1_services_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6028,7 +6119,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[84]
+	mi := &file_portolan_v1_services_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6041,7 +6132,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{84}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *LogsRequest) GetReplica() string {
@@ -6088,7 +6179,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[85]
+	mi := &file_portolan_v1_services_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6100,7 +6191,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[85]
+	mi := &file_portolan_v1_services_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6113,7 +6204,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{85}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *LogsResponse) GetData() []byte {
@@ -6138,7 +6229,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[86]
+	mi := &file_portolan_v1_services_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6150,7 +6241,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[86]
+	mi := &file_portolan_v1_services_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6163,7 +6254,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ExecRequest) GetMessage() isExecRequest_Message {
@@ -6247,7 +6338,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_portolan_v1_services_proto_msgTypes[87]
+	mi := &file_portolan_v1_services_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6259,7 +6350,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[87]
+	mi := &file_portolan_v1_services_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6272,7 +6363,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *TerminalSize) GetRows() int32 {
@@ -6303,7 +6394,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[88]
+	mi := &file_portolan_v1_services_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6315,7 +6406,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[88]
+	mi := &file_portolan_v1_services_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6328,7 +6419,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{88}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ExecResponse) GetMessage() isExecResponse_Message {
@@ -6396,7 +6487,7 @@ type WatchResponse_Established struct {
 
 func (x *WatchResponse_Established) Reset() {
 	*x = WatchResponse_Established{}
-	mi := &file_portolan_v1_services_proto_msgTypes[102]
+	mi := &file_portolan_v1_services_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6408,7 +6499,7 @@ func (x *WatchResponse_Established) String() string {
 func (*WatchResponse_Established) ProtoMessage() {}
 
 func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[102]
+	mi := &file_portolan_v1_services_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6421,7 +6512,7 @@ func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Established.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Established) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74, 0}
 }
 
 type WatchResponse_Change struct {
@@ -6435,7 +6526,7 @@ type WatchResponse_Change struct {
 
 func (x *WatchResponse_Change) Reset() {
 	*x = WatchResponse_Change{}
-	mi := &file_portolan_v1_services_proto_msgTypes[103]
+	mi := &file_portolan_v1_services_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6447,7 +6538,7 @@ func (x *WatchResponse_Change) String() string {
 func (*WatchResponse_Change) ProtoMessage() {}
 
 func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[103]
+	mi := &file_portolan_v1_services_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6460,7 +6551,7 @@ func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Change.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Change) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73, 1}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74, 1}
 }
 
 func (x *WatchResponse_Change) GetKind() ChangeKind {
@@ -6493,7 +6584,7 @@ type WatchResponse_SnapshotEnd struct {
 
 func (x *WatchResponse_SnapshotEnd) Reset() {
 	*x = WatchResponse_SnapshotEnd{}
-	mi := &file_portolan_v1_services_proto_msgTypes[104]
+	mi := &file_portolan_v1_services_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6505,7 +6596,7 @@ func (x *WatchResponse_SnapshotEnd) String() string {
 func (*WatchResponse_SnapshotEnd) ProtoMessage() {}
 
 func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[104]
+	mi := &file_portolan_v1_services_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6518,7 +6609,7 @@ func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_SnapshotEnd.ProtoReflect.Descriptor instead.
 func (*WatchResponse_SnapshotEnd) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73, 2}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74, 2}
 }
 
 func (x *WatchResponse_SnapshotEnd) GetRevision() int64 {
@@ -6538,7 +6629,7 @@ type WatchResponse_Bookmark struct {
 
 func (x *WatchResponse_Bookmark) Reset() {
 	*x = WatchResponse_Bookmark{}
-	mi := &file_portolan_v1_services_proto_msgTypes[105]
+	mi := &file_portolan_v1_services_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6550,7 +6641,7 @@ func (x *WatchResponse_Bookmark) String() string {
 func (*WatchResponse_Bookmark) ProtoMessage() {}
 
 func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[105]
+	mi := &file_portolan_v1_services_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6563,7 +6654,7 @@ func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Bookmark.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Bookmark) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73, 3}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74, 3}
 }
 
 func (x *WatchResponse_Bookmark) GetRevision() int64 {
@@ -6585,7 +6676,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_portolan_v1_services_proto_msgTypes[106]
+	mi := &file_portolan_v1_services_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6597,7 +6688,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[106]
+	mi := &file_portolan_v1_services_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6610,7 +6701,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87, 0}
 }
 
 func (x *ExecRequest_Start) GetReplica() string {
@@ -6951,7 +7042,10 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\",\n" +
 	"\x10ListNodesRequest\x12\x18\n" +
-	"\acluster\x18\x01 \x01(\tR\acluster\"@\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\"=\n" +
+	"\x11DeleteNodeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"@\n" +
 	"\x11ListNodesResponse\x12+\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x15.portolan.v1.NodeInfoR\x05nodes\"\xbe\t\n" +
 	"\bNodeInfo\x12\x12\n" +
@@ -7143,20 +7237,25 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x06pulled\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06pulled\x12?\n" +
 	"\rnetwork_ready\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\fnetworkReady\x124\n" +
 	"\astarted\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x120\n" +
-	"\x05ready\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05ready\"\xad\x01\n" +
+	"\x05ready\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05ready\"\xc1\x01\n" +
 	"\x05Event\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
 	"\x06object\x18\x02 \x01(\tR\x06object\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x12\x18\n" +
 	"\acluster\x18\x05 \x01(\tR\acluster\x12\x14\n" +
-	"\x05count\x18\x06 \x01(\x05R\x05count\"G\n" +
+	"\x05count\x18\x06 \x01(\x05R\x05count\x12\x12\n" +
+	"\x04node\x18\a \x01(\tR\x04node\"\x83\x01\n" +
 	"\x13ListReplicasRequest\x12\x16\n" +
 	"\x06parent\x18\x01 \x01(\tR\x06parent\x12\x18\n" +
-	"\acluster\x18\x02 \x01(\tR\acluster\"q\n" +
+	"\acluster\x18\x02 \x01(\tR\acluster\x12\x1b\n" +
+	"\tpage_size\x18\x03 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tR\tpageToken\"\x99\x01\n" +
 	"\x14ListReplicasResponse\x120\n" +
 	"\breplicas\x18\x01 \x03(\v2\x14.portolan.v1.ReplicaR\breplicas\x12'\n" +
-	"\x0fsilent_clusters\x18\x02 \x03(\tR\x0esilentClusters\"[\n" +
+	"\x0fsilent_clusters\x18\x02 \x03(\tR\x0esilentClusters\x12&\n" +
+	"\x0fnext_page_token\x18\x03 \x01(\tR\rnextPageToken\"[\n" +
 	"\x11ListEventsRequest\x12\x16\n" +
 	"\x06parent\x18\x01 \x01(\tR\x06parent\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x14\n" +
@@ -7219,7 +7318,7 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x10ListRoleBindings\x12$.portolan.v1.ListRoleBindingsRequest\x1a%.portolan.v1.ListRoleBindingsResponse\x12T\n" +
 	"\x11CreateRoleBinding\x12%.portolan.v1.CreateRoleBindingRequest\x1a\x18.portolan.v1.RoleBinding\x12T\n" +
 	"\x11UpdateRoleBinding\x12%.portolan.v1.UpdateRoleBindingRequest\x1a\x18.portolan.v1.RoleBinding\x12R\n" +
-	"\x11DeleteRoleBinding\x12%.portolan.v1.DeleteRoleBindingRequest\x1a\x16.google.protobuf.Empty2\xd4\x06\n" +
+	"\x11DeleteRoleBinding\x12%.portolan.v1.DeleteRoleBindingRequest\x1a\x16.google.protobuf.Empty2\x9a\a\n" +
 	"\x0eClusterService\x12B\n" +
 	"\n" +
 	"GetCluster\x12\x1e.portolan.v1.GetClusterRequest\x1a\x14.portolan.v1.Cluster\x12S\n" +
@@ -7231,7 +7330,9 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x13CreateNodeJoinToken\x12'.portolan.v1.CreateNodeJoinTokenRequest\x1a(.portolan.v1.CreateNodeJoinTokenResponse\x12J\n" +
 	"\tListNodes\x12\x1d.portolan.v1.ListNodesRequest\x1a\x1e.portolan.v1.ListNodesResponse\x12N\n" +
 	"\vSetNodeMode\x12\x1f.portolan.v1.SetNodeModeRequest\x1a\x1e.portolan.v1.ListNodesResponse\x12P\n" +
-	"\vGetCapacity\x12\x1f.portolan.v1.GetCapacityRequest\x1a .portolan.v1.GetCapacityResponse2\xa7\a\n" +
+	"\vGetCapacity\x12\x1f.portolan.v1.GetCapacityRequest\x1a .portolan.v1.GetCapacityResponse\x12D\n" +
+	"\n" +
+	"DeleteNode\x12\x1e.portolan.v1.DeleteNodeRequest\x1a\x16.google.protobuf.Empty2\xa7\a\n" +
 	"\x0fWorkloadService\x12E\n" +
 	"\vGetWorkload\x12\x1f.portolan.v1.GetWorkloadRequest\x1a\x15.portolan.v1.Workload\x12V\n" +
 	"\rListWorkloads\x12!.portolan.v1.ListWorkloadsRequest\x1a\".portolan.v1.ListWorkloadsResponse\x12K\n" +
@@ -7290,7 +7391,7 @@ func file_portolan_v1_services_proto_rawDescGZIP() []byte {
 }
 
 var file_portolan_v1_services_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 107)
+var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
 var file_portolan_v1_services_proto_goTypes = []any{
 	(ChangeKind)(0),                        // 0: portolan.v1.ChangeKind
 	(ReplicaState)(0),                      // 1: portolan.v1.ReplicaState
@@ -7351,180 +7452,181 @@ var file_portolan_v1_services_proto_goTypes = []any{
 	(*CreateNodeJoinTokenRequest)(nil),     // 56: portolan.v1.CreateNodeJoinTokenRequest
 	(*CreateNodeJoinTokenResponse)(nil),    // 57: portolan.v1.CreateNodeJoinTokenResponse
 	(*ListNodesRequest)(nil),               // 58: portolan.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),              // 59: portolan.v1.ListNodesResponse
-	(*NodeInfo)(nil),                       // 60: portolan.v1.NodeInfo
-	(*SetNodeModeRequest)(nil),             // 61: portolan.v1.SetNodeModeRequest
-	(*PlanRequest)(nil),                    // 62: portolan.v1.PlanRequest
-	(*ClusterChange)(nil),                  // 63: portolan.v1.ClusterChange
-	(*PlanResponse)(nil),                   // 64: portolan.v1.PlanResponse
-	(*WorkloadPlan)(nil),                   // 65: portolan.v1.WorkloadPlan
-	(*Displaced)(nil),                      // 66: portolan.v1.Displaced
-	(*PlacementPlan)(nil),                  // 67: portolan.v1.PlacementPlan
-	(*GetCapacityRequest)(nil),             // 68: portolan.v1.GetCapacityRequest
-	(*GetCapacityResponse)(nil),            // 69: portolan.v1.GetCapacityResponse
-	(*ClusterCapacity)(nil),                // 70: portolan.v1.ClusterCapacity
-	(*ExplainWorkloadRequest)(nil),         // 71: portolan.v1.ExplainWorkloadRequest
-	(*ExplainWorkloadResponse)(nil),        // 72: portolan.v1.ExplainWorkloadResponse
-	(*ClusterVerdict)(nil),                 // 73: portolan.v1.ClusterVerdict
-	(*NodeVerdict)(nil),                    // 74: portolan.v1.NodeVerdict
-	(*WatchRequest)(nil),                   // 75: portolan.v1.WatchRequest
-	(*WatchResponse)(nil),                  // 76: portolan.v1.WatchResponse
-	(*WaitConvergedRequest)(nil),           // 77: portolan.v1.WaitConvergedRequest
-	(*WaitConvergedResponse)(nil),          // 78: portolan.v1.WaitConvergedResponse
-	(*Replica)(nil),                        // 79: portolan.v1.Replica
-	(*ContainerState)(nil),                 // 80: portolan.v1.ContainerState
-	(*Timeline)(nil),                       // 81: portolan.v1.Timeline
-	(*Event)(nil),                          // 82: portolan.v1.Event
-	(*ListReplicasRequest)(nil),            // 83: portolan.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),           // 84: portolan.v1.ListReplicasResponse
-	(*ListEventsRequest)(nil),              // 85: portolan.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),             // 86: portolan.v1.ListEventsResponse
-	(*LogsRequest)(nil),                    // 87: portolan.v1.LogsRequest
-	(*LogsResponse)(nil),                   // 88: portolan.v1.LogsResponse
-	(*ExecRequest)(nil),                    // 89: portolan.v1.ExecRequest
-	(*TerminalSize)(nil),                   // 90: portolan.v1.TerminalSize
-	(*ExecResponse)(nil),                   // 91: portolan.v1.ExecResponse
-	nil,                                    // 92: portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	nil,                                    // 93: portolan.v1.ListClustersRequest.LabelSelectorEntry
-	nil,                                    // 94: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	nil,                                    // 95: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	nil,                                    // 96: portolan.v1.ListServicesRequest.LabelSelectorEntry
-	nil,                                    // 97: portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	nil,                                    // 98: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	nil,                                    // 99: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	nil,                                    // 100: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	nil,                                    // 101: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	nil,                                    // 102: portolan.v1.NodeInfo.LabelsEntry
-	nil,                                    // 103: portolan.v1.NodeInfo.DevicesMilliEntry
-	nil,                                    // 104: portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
-	(*WatchResponse_Established)(nil),      // 105: portolan.v1.WatchResponse.Established
-	(*WatchResponse_Change)(nil),           // 106: portolan.v1.WatchResponse.Change
-	(*WatchResponse_SnapshotEnd)(nil),      // 107: portolan.v1.WatchResponse.SnapshotEnd
-	(*WatchResponse_Bookmark)(nil),         // 108: portolan.v1.WatchResponse.Bookmark
-	(*ExecRequest_Start)(nil),              // 109: portolan.v1.ExecRequest.Start
-	(*Tenant)(nil),                         // 110: portolan.v1.Tenant
-	(*fieldmaskpb.FieldMask)(nil),          // 111: google.protobuf.FieldMask
-	(*Cluster)(nil),                        // 112: portolan.v1.Cluster
-	(*RoleBinding)(nil),                    // 113: portolan.v1.RoleBinding
-	(*Workload)(nil),                       // 114: portolan.v1.Workload
-	(*Service)(nil),                        // 115: portolan.v1.Service
-	(*Route)(nil),                          // 116: portolan.v1.Route
-	(*PolicyBundle)(nil),                   // 117: portolan.v1.PolicyBundle
-	(*WorkloadRevision)(nil),               // 118: portolan.v1.WorkloadRevision
-	(*Placement)(nil),                      // 119: portolan.v1.Placement
-	(*AuditEntry)(nil),                     // 120: portolan.v1.AuditEntry
-	(*timestamppb.Timestamp)(nil),          // 121: google.protobuf.Timestamp
-	(*Taint)(nil),                          // 122: portolan.v1.Taint
-	(NodeMode)(0),                          // 123: portolan.v1.NodeMode
-	(*Reason)(nil),                         // 124: portolan.v1.Reason
-	(*durationpb.Duration)(nil),            // 125: google.protobuf.Duration
-	(ClusterState)(0),                      // 126: portolan.v1.ClusterState
-	(*PoolStatus)(nil),                     // 127: portolan.v1.PoolStatus
-	(*Laggard)(nil),                        // 128: portolan.v1.Laggard
-	(*anypb.Any)(nil),                      // 129: google.protobuf.Any
-	(*emptypb.Empty)(nil),                  // 130: google.protobuf.Empty
+	(*DeleteNodeRequest)(nil),              // 59: portolan.v1.DeleteNodeRequest
+	(*ListNodesResponse)(nil),              // 60: portolan.v1.ListNodesResponse
+	(*NodeInfo)(nil),                       // 61: portolan.v1.NodeInfo
+	(*SetNodeModeRequest)(nil),             // 62: portolan.v1.SetNodeModeRequest
+	(*PlanRequest)(nil),                    // 63: portolan.v1.PlanRequest
+	(*ClusterChange)(nil),                  // 64: portolan.v1.ClusterChange
+	(*PlanResponse)(nil),                   // 65: portolan.v1.PlanResponse
+	(*WorkloadPlan)(nil),                   // 66: portolan.v1.WorkloadPlan
+	(*Displaced)(nil),                      // 67: portolan.v1.Displaced
+	(*PlacementPlan)(nil),                  // 68: portolan.v1.PlacementPlan
+	(*GetCapacityRequest)(nil),             // 69: portolan.v1.GetCapacityRequest
+	(*GetCapacityResponse)(nil),            // 70: portolan.v1.GetCapacityResponse
+	(*ClusterCapacity)(nil),                // 71: portolan.v1.ClusterCapacity
+	(*ExplainWorkloadRequest)(nil),         // 72: portolan.v1.ExplainWorkloadRequest
+	(*ExplainWorkloadResponse)(nil),        // 73: portolan.v1.ExplainWorkloadResponse
+	(*ClusterVerdict)(nil),                 // 74: portolan.v1.ClusterVerdict
+	(*NodeVerdict)(nil),                    // 75: portolan.v1.NodeVerdict
+	(*WatchRequest)(nil),                   // 76: portolan.v1.WatchRequest
+	(*WatchResponse)(nil),                  // 77: portolan.v1.WatchResponse
+	(*WaitConvergedRequest)(nil),           // 78: portolan.v1.WaitConvergedRequest
+	(*WaitConvergedResponse)(nil),          // 79: portolan.v1.WaitConvergedResponse
+	(*Replica)(nil),                        // 80: portolan.v1.Replica
+	(*ContainerState)(nil),                 // 81: portolan.v1.ContainerState
+	(*Timeline)(nil),                       // 82: portolan.v1.Timeline
+	(*Event)(nil),                          // 83: portolan.v1.Event
+	(*ListReplicasRequest)(nil),            // 84: portolan.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),           // 85: portolan.v1.ListReplicasResponse
+	(*ListEventsRequest)(nil),              // 86: portolan.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),             // 87: portolan.v1.ListEventsResponse
+	(*LogsRequest)(nil),                    // 88: portolan.v1.LogsRequest
+	(*LogsResponse)(nil),                   // 89: portolan.v1.LogsResponse
+	(*ExecRequest)(nil),                    // 90: portolan.v1.ExecRequest
+	(*TerminalSize)(nil),                   // 91: portolan.v1.TerminalSize
+	(*ExecResponse)(nil),                   // 92: portolan.v1.ExecResponse
+	nil,                                    // 93: portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	nil,                                    // 94: portolan.v1.ListClustersRequest.LabelSelectorEntry
+	nil,                                    // 95: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	nil,                                    // 96: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	nil,                                    // 97: portolan.v1.ListServicesRequest.LabelSelectorEntry
+	nil,                                    // 98: portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	nil,                                    // 99: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	nil,                                    // 100: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	nil,                                    // 101: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	nil,                                    // 102: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	nil,                                    // 103: portolan.v1.NodeInfo.LabelsEntry
+	nil,                                    // 104: portolan.v1.NodeInfo.DevicesMilliEntry
+	nil,                                    // 105: portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
+	(*WatchResponse_Established)(nil),      // 106: portolan.v1.WatchResponse.Established
+	(*WatchResponse_Change)(nil),           // 107: portolan.v1.WatchResponse.Change
+	(*WatchResponse_SnapshotEnd)(nil),      // 108: portolan.v1.WatchResponse.SnapshotEnd
+	(*WatchResponse_Bookmark)(nil),         // 109: portolan.v1.WatchResponse.Bookmark
+	(*ExecRequest_Start)(nil),              // 110: portolan.v1.ExecRequest.Start
+	(*Tenant)(nil),                         // 111: portolan.v1.Tenant
+	(*fieldmaskpb.FieldMask)(nil),          // 112: google.protobuf.FieldMask
+	(*Cluster)(nil),                        // 113: portolan.v1.Cluster
+	(*RoleBinding)(nil),                    // 114: portolan.v1.RoleBinding
+	(*Workload)(nil),                       // 115: portolan.v1.Workload
+	(*Service)(nil),                        // 116: portolan.v1.Service
+	(*Route)(nil),                          // 117: portolan.v1.Route
+	(*PolicyBundle)(nil),                   // 118: portolan.v1.PolicyBundle
+	(*WorkloadRevision)(nil),               // 119: portolan.v1.WorkloadRevision
+	(*Placement)(nil),                      // 120: portolan.v1.Placement
+	(*AuditEntry)(nil),                     // 121: portolan.v1.AuditEntry
+	(*timestamppb.Timestamp)(nil),          // 122: google.protobuf.Timestamp
+	(*Taint)(nil),                          // 123: portolan.v1.Taint
+	(NodeMode)(0),                          // 124: portolan.v1.NodeMode
+	(*Reason)(nil),                         // 125: portolan.v1.Reason
+	(*durationpb.Duration)(nil),            // 126: google.protobuf.Duration
+	(ClusterState)(0),                      // 127: portolan.v1.ClusterState
+	(*PoolStatus)(nil),                     // 128: portolan.v1.PoolStatus
+	(*Laggard)(nil),                        // 129: portolan.v1.Laggard
+	(*anypb.Any)(nil),                      // 130: google.protobuf.Any
+	(*emptypb.Empty)(nil),                  // 131: google.protobuf.Empty
 }
 var file_portolan_v1_services_proto_depIdxs = []int32{
-	92,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	110, // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
-	110, // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	110, // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	111, // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
-	93,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
-	112, // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
-	112, // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	112, // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	111, // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
-	94,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	113, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
-	113, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	113, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	111, // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
-	95,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	114, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
-	114, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	114, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	111, // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
-	96,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
-	115, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
-	115, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
-	115, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
-	111, // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	97,  // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	116, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
-	116, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
-	116, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
-	111, // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
-	98,  // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	117, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
-	117, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	117, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	111, // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
-	99,  // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	118, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
-	100, // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	119, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
-	101, // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	120, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
-	121, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	121, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	60,  // 43: portolan.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
-	102, // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
-	122, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
-	121, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
-	123, // 47: portolan.v1.NodeInfo.mode:type_name -> portolan.v1.NodeMode
-	103, // 48: portolan.v1.NodeInfo.devices_milli:type_name -> portolan.v1.NodeInfo.DevicesMilliEntry
-	104, // 49: portolan.v1.NodeInfo.allocated_devices_milli:type_name -> portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
-	124, // 50: portolan.v1.NodeInfo.blocked:type_name -> portolan.v1.Reason
-	123, // 51: portolan.v1.SetNodeModeRequest.mode:type_name -> portolan.v1.NodeMode
-	125, // 52: portolan.v1.SetNodeModeRequest.deadline:type_name -> google.protobuf.Duration
-	114, // 53: portolan.v1.PlanRequest.workload:type_name -> portolan.v1.Workload
-	63,  // 54: portolan.v1.PlanRequest.cluster:type_name -> portolan.v1.ClusterChange
+	93,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	111, // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
+	111, // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	111, // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	112, // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
+	94,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
+	113, // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
+	113, // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	113, // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	112, // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
+	95,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	114, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
+	114, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	114, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	112, // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
+	96,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	115, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
+	115, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	115, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	112, // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
+	97,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
+	116, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
+	116, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
+	116, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
+	112, // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	98,  // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	117, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
+	117, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
+	117, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
+	112, // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
+	99,  // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	118, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
+	118, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	118, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	112, // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
+	100, // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	119, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
+	101, // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	120, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
+	102, // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	121, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
+	122, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	122, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	61,  // 43: portolan.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
+	103, // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
+	123, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
+	122, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
+	124, // 47: portolan.v1.NodeInfo.mode:type_name -> portolan.v1.NodeMode
+	104, // 48: portolan.v1.NodeInfo.devices_milli:type_name -> portolan.v1.NodeInfo.DevicesMilliEntry
+	105, // 49: portolan.v1.NodeInfo.allocated_devices_milli:type_name -> portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
+	125, // 50: portolan.v1.NodeInfo.blocked:type_name -> portolan.v1.Reason
+	124, // 51: portolan.v1.SetNodeModeRequest.mode:type_name -> portolan.v1.NodeMode
+	126, // 52: portolan.v1.SetNodeModeRequest.deadline:type_name -> google.protobuf.Duration
+	115, // 53: portolan.v1.PlanRequest.workload:type_name -> portolan.v1.Workload
+	64,  // 54: portolan.v1.PlanRequest.cluster:type_name -> portolan.v1.ClusterChange
 	2,   // 55: portolan.v1.ClusterChange.kind:type_name -> portolan.v1.ClusterChange.Kind
-	112, // 56: portolan.v1.ClusterChange.cluster:type_name -> portolan.v1.Cluster
-	65,  // 57: portolan.v1.PlanResponse.workloads:type_name -> portolan.v1.WorkloadPlan
-	124, // 58: portolan.v1.PlanResponse.admission:type_name -> portolan.v1.Reason
-	67,  // 59: portolan.v1.WorkloadPlan.placements:type_name -> portolan.v1.PlacementPlan
-	124, // 60: portolan.v1.WorkloadPlan.reasons:type_name -> portolan.v1.Reason
-	66,  // 61: portolan.v1.WorkloadPlan.displaced:type_name -> portolan.v1.Displaced
-	124, // 62: portolan.v1.PlacementPlan.reasons:type_name -> portolan.v1.Reason
-	70,  // 63: portolan.v1.GetCapacityResponse.clusters:type_name -> portolan.v1.ClusterCapacity
-	126, // 64: portolan.v1.ClusterCapacity.state:type_name -> portolan.v1.ClusterState
-	127, // 65: portolan.v1.ClusterCapacity.pools:type_name -> portolan.v1.PoolStatus
-	73,  // 66: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
-	74,  // 67: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
-	124, // 68: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
-	124, // 69: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
-	124, // 70: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
-	124, // 71: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
-	105, // 72: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
-	106, // 73: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
-	107, // 74: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
-	108, // 75: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
-	125, // 76: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
-	128, // 77: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
+	113, // 56: portolan.v1.ClusterChange.cluster:type_name -> portolan.v1.Cluster
+	66,  // 57: portolan.v1.PlanResponse.workloads:type_name -> portolan.v1.WorkloadPlan
+	125, // 58: portolan.v1.PlanResponse.admission:type_name -> portolan.v1.Reason
+	68,  // 59: portolan.v1.WorkloadPlan.placements:type_name -> portolan.v1.PlacementPlan
+	125, // 60: portolan.v1.WorkloadPlan.reasons:type_name -> portolan.v1.Reason
+	67,  // 61: portolan.v1.WorkloadPlan.displaced:type_name -> portolan.v1.Displaced
+	125, // 62: portolan.v1.PlacementPlan.reasons:type_name -> portolan.v1.Reason
+	71,  // 63: portolan.v1.GetCapacityResponse.clusters:type_name -> portolan.v1.ClusterCapacity
+	127, // 64: portolan.v1.ClusterCapacity.state:type_name -> portolan.v1.ClusterState
+	128, // 65: portolan.v1.ClusterCapacity.pools:type_name -> portolan.v1.PoolStatus
+	74,  // 66: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
+	75,  // 67: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
+	125, // 68: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
+	125, // 69: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
+	125, // 70: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
+	125, // 71: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
+	106, // 72: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
+	107, // 73: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
+	108, // 74: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
+	109, // 75: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
+	126, // 76: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
+	129, // 77: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
 	1,   // 78: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
-	124, // 79: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
-	80,  // 80: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
-	81,  // 81: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
+	125, // 79: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
+	81,  // 80: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
+	82,  // 81: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
 	1,   // 82: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
-	121, // 83: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
-	121, // 84: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
-	121, // 85: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
-	121, // 86: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
-	121, // 87: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
-	121, // 88: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
-	121, // 89: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
-	121, // 90: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
-	121, // 91: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
-	121, // 92: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
-	121, // 93: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
-	79,  // 94: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
-	82,  // 95: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
-	109, // 96: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
-	90,  // 97: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
+	122, // 83: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
+	122, // 84: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
+	122, // 85: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
+	122, // 86: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
+	122, // 87: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
+	122, // 88: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
+	122, // 89: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
+	122, // 90: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
+	122, // 91: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
+	122, // 92: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
+	122, // 93: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
+	80,  // 94: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
+	83,  // 95: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
+	110, // 96: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
+	91,  // 97: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
 	0,   // 98: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
-	129, // 99: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
+	130, // 99: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
 	3,   // 100: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
 	4,   // 101: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
 	6,   // 102: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
@@ -7543,98 +7645,100 @@ var file_portolan_v1_services_proto_depIdxs = []int32{
 	54,  // 115: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
 	56,  // 116: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
 	58,  // 117: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
-	61,  // 118: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
-	68,  // 119: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
-	21,  // 120: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
-	22,  // 121: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
-	24,  // 122: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
-	25,  // 123: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
-	26,  // 124: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
-	45,  // 125: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
-	46,  // 126: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
-	48,  // 127: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
-	49,  // 128: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
-	71,  // 129: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
-	62,  // 130: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
-	27,  // 131: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
-	28,  // 132: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
-	30,  // 133: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
-	31,  // 134: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
-	32,  // 135: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
-	33,  // 136: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
-	34,  // 137: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
-	36,  // 138: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
-	37,  // 139: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
-	38,  // 140: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
-	39,  // 141: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
-	40,  // 142: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
-	42,  // 143: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
-	43,  // 144: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
-	44,  // 145: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
-	51,  // 146: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
-	52,  // 147: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
-	75,  // 148: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
-	77,  // 149: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
-	83,  // 150: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
-	85,  // 151: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
-	87,  // 152: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
-	89,  // 153: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
-	110, // 154: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
-	5,   // 155: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
-	110, // 156: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
-	110, // 157: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
-	130, // 158: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
-	113, // 159: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
-	17,  // 160: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
-	113, // 161: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
-	113, // 162: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
-	130, // 163: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
-	112, // 164: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
-	11,  // 165: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
-	112, // 166: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
-	112, // 167: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
-	130, // 168: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
-	55,  // 169: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
-	57,  // 170: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
-	59,  // 171: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
-	59,  // 172: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
-	69,  // 173: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
-	114, // 174: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
-	23,  // 175: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
-	114, // 176: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
-	114, // 177: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
-	130, // 178: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
-	118, // 179: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
-	47,  // 180: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
-	119, // 181: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
-	50,  // 182: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
-	72,  // 183: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
-	64,  // 184: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
-	115, // 185: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
-	29,  // 186: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
-	115, // 187: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
-	115, // 188: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
-	130, // 189: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
-	116, // 190: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
-	35,  // 191: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
-	116, // 192: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
-	116, // 193: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
-	130, // 194: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
-	117, // 195: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
-	41,  // 196: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
-	117, // 197: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	117, // 198: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	130, // 199: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
-	120, // 200: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
-	53,  // 201: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
-	76,  // 202: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
-	78,  // 203: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
-	84,  // 204: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
-	86,  // 205: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
-	88,  // 206: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
-	91,  // 207: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
-	154, // [154:208] is the sub-list for method output_type
-	100, // [100:154] is the sub-list for method input_type
+	62,  // 118: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
+	69,  // 119: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
+	59,  // 120: portolan.v1.ClusterService.DeleteNode:input_type -> portolan.v1.DeleteNodeRequest
+	21,  // 121: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
+	22,  // 122: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
+	24,  // 123: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
+	25,  // 124: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
+	26,  // 125: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
+	45,  // 126: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
+	46,  // 127: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
+	48,  // 128: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
+	49,  // 129: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
+	72,  // 130: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
+	63,  // 131: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
+	27,  // 132: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
+	28,  // 133: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
+	30,  // 134: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
+	31,  // 135: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
+	32,  // 136: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
+	33,  // 137: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
+	34,  // 138: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
+	36,  // 139: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
+	37,  // 140: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
+	38,  // 141: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
+	39,  // 142: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
+	40,  // 143: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
+	42,  // 144: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
+	43,  // 145: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
+	44,  // 146: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
+	51,  // 147: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
+	52,  // 148: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
+	76,  // 149: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
+	78,  // 150: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
+	84,  // 151: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
+	86,  // 152: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
+	88,  // 153: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
+	90,  // 154: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
+	111, // 155: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
+	5,   // 156: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
+	111, // 157: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
+	111, // 158: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
+	131, // 159: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
+	114, // 160: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
+	17,  // 161: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
+	114, // 162: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
+	114, // 163: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
+	131, // 164: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
+	113, // 165: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
+	11,  // 166: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
+	113, // 167: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
+	113, // 168: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
+	131, // 169: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
+	55,  // 170: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
+	57,  // 171: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
+	60,  // 172: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
+	60,  // 173: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
+	70,  // 174: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
+	131, // 175: portolan.v1.ClusterService.DeleteNode:output_type -> google.protobuf.Empty
+	115, // 176: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
+	23,  // 177: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
+	115, // 178: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
+	115, // 179: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
+	131, // 180: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
+	119, // 181: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
+	47,  // 182: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
+	120, // 183: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
+	50,  // 184: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
+	73,  // 185: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
+	65,  // 186: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
+	116, // 187: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
+	29,  // 188: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
+	116, // 189: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
+	116, // 190: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
+	131, // 191: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
+	117, // 192: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
+	35,  // 193: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
+	117, // 194: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
+	117, // 195: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
+	131, // 196: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
+	118, // 197: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
+	41,  // 198: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
+	118, // 199: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	118, // 200: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	131, // 201: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
+	121, // 202: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
+	53,  // 203: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
+	77,  // 204: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
+	79,  // 205: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
+	85,  // 206: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
+	87,  // 207: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
+	89,  // 208: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
+	92,  // 209: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
+	155, // [155:210] is the sub-list for method output_type
+	100, // [100:155] is the sub-list for method input_type
 	100, // [100:100] is the sub-list for extension type_name
 	100, // [100:100] is the sub-list for extension extendee
 	0,   // [0:100] is the sub-list for field type_name
@@ -7647,24 +7751,24 @@ func file_portolan_v1_services_proto_init() {
 	}
 	file_portolan_v1_resources_proto_init()
 	file_portolan_v1_types_proto_init()
-	file_portolan_v1_services_proto_msgTypes[59].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[60].OneofWrappers = []any{
 		(*PlanRequest_Workload)(nil),
 		(*PlanRequest_DeleteWorkload)(nil),
 		(*PlanRequest_Cluster)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[73].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[74].OneofWrappers = []any{
 		(*WatchResponse_Established_)(nil),
 		(*WatchResponse_Change_)(nil),
 		(*WatchResponse_SnapshotEnd_)(nil),
 		(*WatchResponse_Bookmark_)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[86].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[87].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[88].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[89].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -7675,7 +7779,7 @@ func file_portolan_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_v1_services_proto_rawDesc), len(file_portolan_v1_services_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   107,
+			NumMessages:   108,
 			NumExtensions: 0,
 			NumServices:   9,
 		},

@@ -474,6 +474,7 @@ const (
 	ClusterService_ListNodes_FullMethodName              = "/portolan.v1.ClusterService/ListNodes"
 	ClusterService_SetNodeMode_FullMethodName            = "/portolan.v1.ClusterService/SetNodeMode"
 	ClusterService_GetCapacity_FullMethodName            = "/portolan.v1.ClusterService/GetCapacity"
+	ClusterService_DeleteNode_FullMethodName             = "/portolan.v1.ClusterService/DeleteNode"
 )
 
 // ClusterServiceClient is the client API for ClusterService service.
@@ -495,6 +496,9 @@ type ClusterServiceClient interface {
 	SetNodeMode(ctx context.Context, in *SetNodeModeRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 	// What clusters have, what is reserved, and what it costs. Fleet admins only.
 	GetCapacity(ctx context.Context, in *GetCapacityRequest, opts ...grpc.CallOption) (*GetCapacityResponse, error)
+	// Takes a node out of its cluster: its certificate is worth nothing afterwards,
+	// and its replicas are made elsewhere.
+	DeleteNode(ctx context.Context, in *DeleteNodeRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 }
 
 type clusterServiceClient struct {
@@ -605,6 +609,16 @@ func (c *clusterServiceClient) GetCapacity(ctx context.Context, in *GetCapacityR
 	return out, nil
 }
 
+func (c *clusterServiceClient) DeleteNode(ctx context.Context, in *DeleteNodeRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(emptypb.Empty)
+	err := c.cc.Invoke(ctx, ClusterService_DeleteNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ClusterServiceServer is the server API for ClusterService service.
 // All implementations must embed UnimplementedClusterServiceServer
 // for forward compatibility.
@@ -624,6 +638,9 @@ type ClusterServiceServer interface {
 	SetNodeMode(context.Context, *SetNodeModeRequest) (*ListNodesResponse, error)
 	// What clusters have, what is reserved, and what it costs. Fleet admins only.
 	GetCapacity(context.Context, *GetCapacityRequest) (*GetCapacityResponse, error)
+	// Takes a node out of its cluster: its certificate is worth nothing afterwards,
+	// and its replicas are made elsewhere.
+	DeleteNode(context.Context, *DeleteNodeRequest) (*emptypb.Empty, error)
 	mustEmbedUnimplementedClusterServiceServer()
 }
 
@@ -663,6 +680,9 @@ func (UnimplementedClusterServiceServer) SetNodeMode(context.Context, *SetNodeMo
 }
 func (UnimplementedClusterServiceServer) GetCapacity(context.Context, *GetCapacityRequest) (*GetCapacityResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetCapacity not implemented")
+}
+func (UnimplementedClusterServiceServer) DeleteNode(context.Context, *DeleteNodeRequest) (*emptypb.Empty, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteNode not implemented")
 }
 func (UnimplementedClusterServiceServer) mustEmbedUnimplementedClusterServiceServer() {}
 func (UnimplementedClusterServiceServer) testEmbeddedByValue()                        {}
@@ -865,6 +885,24 @@ func _ClusterService_GetCapacity_Handler(srv interface{}, ctx context.Context, d
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ClusterService_DeleteNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServiceServer).DeleteNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ClusterService_DeleteNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServiceServer).DeleteNode(ctx, req.(*DeleteNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ClusterService_ServiceDesc is the grpc.ServiceDesc for ClusterService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -911,6 +949,10 @@ var ClusterService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetCapacity",
 			Handler:    _ClusterService_GetCapacity_Handler,
+		},
+		{
+			MethodName: "DeleteNode",
+			Handler:    _ClusterService_DeleteNode_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

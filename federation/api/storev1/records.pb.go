@@ -24,7 +24,8 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// JoinToken. Written by federation/server. Key: hex SHA-256 of the token.
+// JoinToken. Made and deleted by federation/server; federation/fleet marks it
+// used, once, in the transaction of the join. Key: hex SHA-256 of the token.
 type JoinToken struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Cluster    string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
@@ -91,8 +92,11 @@ type ClusterStatusRecord struct {
 	state            protoimpl.MessageState    `protogen:"open.v1"`
 	Status           *portolanv1.ClusterStatus `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
 	GatewayAddresses []string                  `protobuf:"bytes,2,rep,name=gateway_addresses,json=gatewayAddresses,proto3" json:"gateway_addresses,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Unique ID of the cluster that it speaks of: one that was deleted and made
+	// again is another one.
+	Uid           string `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ClusterStatusRecord) Reset() {
@@ -137,6 +141,13 @@ func (x *ClusterStatusRecord) GetGatewayAddresses() []string {
 		return x.GatewayAddresses
 	}
 	return nil
+}
+
+func (x *ClusterStatusRecord) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
 }
 
 // PlacementStatusRecord. Written by federation/fleet. Key: the placement's name.
@@ -509,10 +520,11 @@ const file_portolan_store_v1_records_proto_rawDesc = "" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\x12\x1f\n" +
 	"\vredeemed_by\x18\x03 \x01(\fR\n" +
-	"redeemedBy\"v\n" +
+	"redeemedBy\"\x88\x01\n" +
 	"\x13ClusterStatusRecord\x122\n" +
 	"\x06status\x18\x01 \x01(\v2\x1a.portolan.v1.ClusterStatusR\x06status\x12+\n" +
-	"\x11gateway_addresses\x18\x02 \x03(\tR\x10gatewayAddresses\"}\n" +
+	"\x11gateway_addresses\x18\x02 \x03(\tR\x10gatewayAddresses\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\"}\n" +
 	"\x15PlacementStatusRecord\x124\n" +
 	"\x06status\x18\x01 \x01(\v2\x1c.portolan.v1.PlacementStatusR\x06status\x12\x18\n" +
 	"\asession\x18\x02 \x01(\x03R\asession\x12\x14\n" +

@@ -46,7 +46,9 @@ func (c *Conns) Handle(ctx context.Context, key string, s Stream) error {
 		delete(c.conns, key)
 	}
 	c.mu.Unlock()
-	_ = cc.Close()
+	// Not waited for: it ends when its reader does, which is when this stream has
+	// ended, which is when its handler has returned.
+	go func() { _ = cc.Close() }()
 	return nil
 }
 

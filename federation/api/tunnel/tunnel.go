@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 )
 
@@ -138,6 +139,7 @@ func Client(s Stream) (*grpc.ClientConn, <-chan struct{}, error) {
 	cc, err := grpc.NewClient("passthrough:///tunnel",
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(api.MaxMessageBytes), grpc.MaxCallSendMsgSize(api.MaxMessageBytes)),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			if used {
 				return nil, io.ErrClosedPipe

@@ -10,11 +10,15 @@ import (
 	"os"
 	"time"
 
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/control"
 	"github.com/portolan-io/portolan/federation/fleet"
 	"github.com/portolan-io/portolan/federation/server"
 	"github.com/portolan-io/portolan/federation/store"
+	"github.com/portolan-io/portolan/identity"
 	"github.com/portolan-io/portolan/identity/ca"
 	"github.com/portolan-io/portolan/identity/trust"
 	"github.com/portolan-io/portolan/policy"
@@ -94,4 +98,24 @@ func readRoots(file string) (*x509.CertPool, error) {
 		return nil, fmt.Errorf("read a registry's roots: %s holds no certificate in PEM", file)
 	}
 	return pool, nil
+}
+
+// clusterPeer identifies a calling cluster, and verifies its certificate again
+// with each call: a connection outlives the roots under which it was accepted, and
+// those of a cluster that was deleted count no more. That the certificate expired
+// meanwhile does not end what was accepted while it was valid.
+func clusterPeer(set *trust.Set) func(context.Context) (identity.ID, error) {
+	return func(ctx context.Context) (identity.ID, error) {
+		id, err := trust.PeerID(ctx)
+		if err != nil {
+			return id, err
+		}
+		p, _ := peer.FromContext(ctx)
+		chain := p.AuthInfo.(credentials.TLSInfo).State.PeerCertificates
+		at := time.Now()
+		if end := chain[0].NotAfter; at.After(end) {
+			at = end
+		}
+		return set.Verify(chain, at)
+	}
 }

@@ -7,7 +7,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/google/uuid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
@@ -70,7 +69,7 @@ func wire(c *Config, st store.Store, authority *ca.Authority, log *slog.Logger) 
 		return nil, err
 	}
 	links, err := fleet.New(fleet.Config{
-		Store: st, Replica: c.Replica, Fleet: c.Fleet, VirtualIPs: c.VirtualIPs, FleetBundle: authority.Bundle, Peer: trust.PeerID,
+		Store: st, Replica: c.Replica, Fleet: c.Fleet, VirtualIPs: c.VirtualIPs, FleetBundle: authority.Bundle, Peer: clusterPeer(set),
 		OnBundles: func(bundles map[string][]byte) {
 			if err := set.Replace(bundles); err != nil {
 				log.Error("a trust bundle is broken; the former ones stay", "error", err)
@@ -81,8 +80,7 @@ func wire(c *Config, st store.Store, authority *ca.Authority, log *slog.Logger) 
 	if err != nil {
 		return nil, err
 	}
-	// A replica that starts again must not take itself for the holder it was.
-	loops, err := control.New(control.Config{Store: st, Holder: c.Replica + "/" + uuid.NewString(), Log: log})
+	loops, err := control.New(control.Config{Store: st, Holder: c.Replica, Log: log})
 	if err != nil {
 		return nil, err
 	}

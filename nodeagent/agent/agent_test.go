@@ -420,6 +420,7 @@ func TestRefusedAndStale(t *testing.T) {
 			func(a *nodev1.Assignment) { a.Allocation = "../../etc" },
 			func(a *nodev1.Assignment) { a.Spec.Containers[0].ResolvedImage = "registry.test/app:latest" },
 			func(a *nodev1.Assignment) { a.Spec.Containers[0].RunAsUser = 14010 },
+			func(a *nodev1.Assignment) { a.Spec.Containers[0].AddCapabilities = []string{"SETUID"} },
 			func(a *nodev1.Assignment) { a.Address = "here" },
 			func(a *nodev1.Assignment) { a.Spec = nil },
 			func(a *nodev1.Assignment) { a.Spec.Gateway = portolanv1.GatewayKind_GATEWAY_KIND_INGRESS },
@@ -438,8 +439,8 @@ func TestRefusedAndStale(t *testing.T) {
 		}
 		w.cluster.mu.Unlock()
 		st, ok := w.cluster.cache.Status("n1")
-		if !ok || len(st.Nacks) != 6 {
-			t.Errorf("%d of 6 bad resources are named as refused: %+v", len(st.Nacks), st.Nacks)
+		if !ok || len(st.Nacks) != 7 {
+			t.Errorf("%d of 7 bad resources are named as refused: %+v", len(st.Nacks), st.Nacks)
 		}
 		stale := assignment("w-aaaaa", "sleep")
 		stale.Epoch, stale.Stop = 4, true

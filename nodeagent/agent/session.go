@@ -12,6 +12,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/nodev1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/nodeagent/engine"
 	"github.com/portolan-io/portolan/nodeagent/network"
 	"github.com/portolan-io/portolan/nodeagent/task"
 	"github.com/portolan-io/portolan/xds/distribute"
@@ -127,6 +128,9 @@ func checkContainer(c *portolanv1.Container, seen map[string]bool) error {
 	}
 	if c.GetRunAsUser() == network.ProxyUID || c.GetRunAsGroup() == network.ProxyGID {
 		return fmt.Errorf("run_as_user: %d is reserved for proxies", network.ProxyUID)
+	}
+	if err := engine.CheckCapabilities(capabilities(c)); err != nil {
+		return fmt.Errorf("add_capabilities: %w", err)
 	}
 	if _, err := limitsOf(c); err != nil {
 		return err

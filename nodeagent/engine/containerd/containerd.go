@@ -149,6 +149,9 @@ func (e *Engine) Ping(ctx context.Context) error {
 func (e *Engine) Create(ctx context.Context, spec engine.Spec) error {
 	ctx = e.in(ctx)
 	doing := "create container " + spec.ID
+	if err := engine.CheckCapabilities(spec.AddCapabilities); err != nil {
+		return failed(doing, err)
+	}
 	img, err := e.client.GetImage(ctx, spec.Image)
 	if err != nil {
 		return failed(doing, err)

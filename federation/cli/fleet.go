@@ -87,6 +87,9 @@ func (a *app) up(ctx context.Context, o upOptions) error {
 		if err := localfleet.Check(ctx, &fleet, dirs); err != nil {
 			return err
 		}
+		if err := localfleet.Claim(dirs); err != nil {
+			return err
+		}
 	}
 	tools, err := localfleet.FindTools()
 	if err != nil {
@@ -289,7 +292,8 @@ func (a *app) downCommand() *cobra.Command {
 		Use: "down", Short: "Stop the local fleet", GroupID: "local", Args: cobra.NoArgs,
 		Long: `Stops every process and container of the local fleet and removes its network
 namespaces, mounts and links, whatever state it is in; may be run twice. Data
-stays for the next up, unless --purge.`,
+stays for the next up, unless --purge. A folder that up did not make its own is
+left alone.`,
 		Example: "  portolan down\n  portolan down --purge",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if os.Geteuid() != 0 {

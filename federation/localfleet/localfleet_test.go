@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
 	"github.com/portolan-io/portolan/e2e/ownns"
+	"github.com/portolan-io/portolan/federation/api"
 )
 
 // A fleet that runs on this machine has the same addresses; these tests
@@ -140,6 +142,123 @@ func TestNetworkUpCutHealDown(t *testing.T) {
 	if after := state(t); after != before {
 		t.Errorf("left behind:\nbefore\n%s\nafter\n%s", before, after)
 	}
+}
+
+// A folder that is no fleet's loses nothing, whatever it is called with: neither
+// its files nor what is mounted in it.
+func TestForeignFolderIsLeftAlone(t *testing.T) {
+	needRoot(t)
+	dirs, err := NewDirs(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	precious := filepath.Join(dirs.Data, nodesDir, "precious")
+	tmpfs(t, filepath.Dir(precious))
+	if err := os.WriteFile(precious, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, err := range map[string]error{
+		"down":         Clean(t.Context(), dirs, false),
+		"down --purge": Clean(t.Context(), dirs, true),
+		"up":           Claim(dirs),
+	} {
+		if api.KindOf(err) != api.Precondition || !strings.Contains(err.Error(), dirs.Data) {
+			t.Errorf("%s on a foreign folder: %v, want a refusal that names it", name, err)
+		}
+	}
+	if _, err := os.Stat(precious); err != nil {
+		t.Errorf("what was there is lost: %v", err)
+	}
+}
+
+// Of its own folder a purge takes what a fleet makes, and mounts only where nodes
+// make them; what others put there stays.
+func TestPurgeTakesOnlyTheFleets(t *testing.T) {
+	needRoot(t)
+	dirs, err := NewDirs(filepath.Join(t.TempDir(), "data[1]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Claim(dirs); err != nil {
+		t.Fatal(err)
+	}
+	tmpfs(t, filepath.Join(dirs.Data, nodesDir, "n1", "rootfs"))
+	for _, f := range []string{"federation-1/x", "db/x", "nodes/n1/rootfs/x", "logs/x", "once.json"} {
+		file := filepath.Join(dirs.Data, f)
+		if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mine := filepath.Join(dirs.Data, "mine", "notes")
+	tmpfs(t, filepath.Dir(mine))
+	if err := os.WriteFile(mine, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := Clean(t.Context(), dirs, true); err != nil {
+			t.Fatal(err)
+		}
+		var left []string
+		inside, err := os.ReadDir(dirs.Data)
+		for _, e := range inside {
+			left = append(left, e.Name())
+		}
+		if err != nil || strings.Join(left, " ") != ".portolan-fleet mine" {
+			t.Errorf("left in the folder: %v, %v", left, err)
+		}
+		if _, err := os.Stat(mine); err != nil {
+			t.Errorf("what others put there is lost: %v", err)
+		}
+	}
+	if err := syscall.Unmount(filepath.Dir(mine), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Dir(mine)); err != nil {
+		t.Fatal(err)
+	}
+	if err := Clean(t.Context(), dirs, true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(dirs.Data); !os.IsNotExist(err) {
+		t.Errorf("the folder is still there: %v", err)
+	}
+}
+
+// A fleet's ID follows from its path: under another path nothing of it would be
+// found, and its data purged under what runs.
+func TestMovedFolderIsRefused(t *testing.T) {
+	old, err := NewDirs(filepath.Join(t.TempDir(), "old"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Claim(old); err != nil {
+		t.Fatal(err)
+	}
+	moved, err := NewDirs(filepath.Join(t.TempDir(), "moved"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(old.Data, moved.Data); err != nil {
+		t.Fatal(err)
+	}
+	if err := Claim(moved); api.KindOf(err) != api.Precondition || !strings.Contains(err.Error(), old.ID) {
+		t.Errorf("up on a moved folder: %v", err)
+	}
+}
+
+// tmpfs mounts one until the test ends.
+func tmpfs(t *testing.T, dir string) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
 }
 
 // A process that dies is started again, a held one is not, and clean ends what a

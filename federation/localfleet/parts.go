@@ -254,7 +254,7 @@ func (p *parts) tokenFile(name string) string { return p.data("tokens", name) }
 // node gives containerd, warden and agent of a node, in the order of their start.
 func (p *parts) node(i, j int) ([]Command, error) {
 	c, n := p.fleet.Clusters[i], p.fleet.Clusters[i].Nodes[j]
-	ns, runDir, dataDir := p.names.nodeNS(i, j), p.run(n.Name), p.data("nodes", n.Name)
+	ns, runDir, dataDir := p.names.nodeNS(i, j), p.run(n.Name), p.data(nodesDir, n.Name)
 	ctrSock := filepath.Join(runDir, "containerd.sock")
 	group := p.dirs.cgroup() + "/" + n.Name
 	if err := p.containerdConfig(n.Name, group); err != nil {
@@ -298,7 +298,7 @@ required_plugins = ["io.containerd.grpc.v1.tasks", "io.containerd.snapshotter.v1
   address = %q
 [cgroup]
   path = %q
-`, p.data("nodes", node, "containerd"), p.run(node, "containerd"), p.run(node, "containerd.sock"), p.run(node, "containerd.sock.ttrpc"), group+"/containerd")
+`, p.data(nodesDir, node, "containerd"), p.run(node, "containerd"), p.run(node, "containerd.sock"), p.run(node, "containerd.sock.ttrpc"), group+"/containerd")
 	if err := os.MkdirAll(p.run(node), 0o700); err != nil {
 		return err
 	}

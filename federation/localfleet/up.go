@@ -215,7 +215,7 @@ func (s *Supervisor) startNodes(ctx context.Context, cc grpc.ClientConnInterface
 			if err != nil {
 				return err
 			}
-			if _, err := os.Stat(s.parts.data("nodes", n.Name, "agent", "chain.pem")); err != nil {
+			if _, err := os.Stat(s.parts.data(nodesDir, n.Name, "agent", "chain.pem")); err != nil {
 				err := retry(ctx, 30*time.Second, "a join token for node "+n.Name, func(ctx context.Context) error {
 					t, err := clusters.CreateNodeJoinToken(ctx, &portolanv1.CreateNodeJoinTokenRequest{Cluster: api.ClusterName(c.Name), Node: n.Name})
 					if err != nil {

@@ -3,6 +3,7 @@ package localfleet
 import (
 	"bytes"
 	"context"
+	"errors"
 	"net"
 	"net/http/httptest"
 	"os"
@@ -18,9 +19,12 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/portolan-io/portolan/e2e/ownns"
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
 // A fleet that runs on this machine has the same addresses; these tests
@@ -259,6 +263,60 @@ func tmpfs(t *testing.T, dir string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+}
+
+// answers is a connection on which every method has a fixed answer.
+type answers map[string]proto.Message
+
+func (a answers) Invoke(_ context.Context, method string, _, reply any, _ ...grpc.CallOption) error {
+	m, ok := a[method]
+	if !ok {
+		return errors.New("unexpected call of " + method)
+	}
+	proto.Merge(reply.(proto.Message), m)
+	return nil
+}
+
+func (answers) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, errors.New("unexpected stream")
+}
+
+// A node that has joined gets a token too: after days of rest its certificate has
+// ended, and the token of its first start is spent.
+func TestNodesGetAFreshToken(t *testing.T) {
+	f, err := LoadFleet("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Clusters = f.Clusters[:1]
+	f.Clusters[0].Nodes = f.Clusters[0].Nodes[:1]
+	node := f.Clusters[0].Nodes[0].Name
+	dirs := Dirs{Data: t.TempDir(), Run: t.TempDir(), ID: "test"}
+	s, err := NewSupervisor(Config{Dirs: dirs, Fleet: f, Log: nopLogger, Tools: Tools{Containerd: "false", Node: "false"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{s.parts.data(nodesDir, node, "agent", "chain.pem"), s.parts.tokenFile(node), s.parts.logFile("x"), s.parts.data("config", "x")} {
+		if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, []byte("of the first start"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer s.wg.Wait()
+	defer cancel()
+	err = s.startNodes(ctx, answers{
+		portolanv1.ClusterService_CreateNodeJoinToken_FullMethodName: &portolanv1.CreateNodeJoinTokenResponse{Token: "fresh"},
+		portolanv1.ClusterService_ListNodes_FullMethodName:           &portolanv1.ListNodesResponse{Nodes: []*portolanv1.NodeInfo{{Ready: true}}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(s.parts.tokenFile(node)); err != nil || string(b) != "fresh" {
+		t.Errorf("the token is %q, %v", b, err)
+	}
 }
 
 // A process that dies is started again, a held one is not, and clean ends what a

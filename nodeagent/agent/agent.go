@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/portolan-io/portolan/federation/api/nodev1"
+	"github.com/portolan-io/portolan/identity/source"
 	"github.com/portolan-io/portolan/nodeagent/engine"
 	"github.com/portolan-io/portolan/nodeagent/task"
 	"github.com/portolan-io/portolan/xds/distribute"
@@ -27,8 +28,8 @@ type Agent struct {
 	log     *slog.Logger
 	session int64 // start time in ns; fences older senders
 	board   *board
-	self    *self
-	wake    chan struct{} // wakes the warden; capacity 1
+	self    *source.Source // the node's own identity, in memory and on disk
+	wake    chan struct{}  // wakes the warden; capacity 1
 
 	mu      sync.Mutex
 	ctx     context.Context //nolint:containedctx // Run's; runners made later live as long
@@ -62,8 +63,11 @@ func New(cfg Config) (*Agent, error) {
 		serving: map[string]*nodev1.WardenProxy{},
 	}
 	a.board = newBoard(cfg.Facts)
-	a.self = newSelf(cfg.Node, filepath.Join(cfg.DataDir, "agent"))
-	return a, nil
+	var err error
+	a.self, err = source.New(source.Config{
+		Dir: a.path("agent"), Fetch: a.renewal, RenewAt: renewAt, Jitter: renewJitter, Rand: cfg.Rand, Log: cfg.Log,
+	})
+	return a, err
 }
 
 func (a *Agent) path(parts ...string) string {

@@ -165,9 +165,6 @@ func (a *Agent) commit(good *distribute.LastGood, g distribute.Generation) error
 func (a *Agent) takeOver(gen generation, fresh bool) {
 	a.mu.Lock()
 	a.config, a.peers = gen.config, gen.peers
-	if gen.config != nil {
-		a.self.setTrustDomain(gen.config.GetTrustDomain())
-	}
 	for id, as := range gen.assignments {
 		switch r := a.runners[id]; {
 		case r != nil:
@@ -241,7 +238,7 @@ func (a *Agent) upward(ctx context.Context, good *distribute.LastGood, known *di
 	consumer, err := distribute.NewConsumer(distribute.ConsumerConfig{
 		NodeID: a.cfg.Node, TypeURL: api.DirectiveTypeURL, Known: known, Log: a.log, Rand: a.cfg.Rand,
 		Dial: func(ctx context.Context) (distribute.Conn, error) {
-			return a.cfg.Upstream.Dial(ctx, a.self.credentials())
+			return a.cfg.Upstream.Dial(ctx, a.credentials())
 		},
 		Check:  check,
 		Commit: func(_ context.Context, g distribute.Generation) error { return a.commit(good, g) },
@@ -250,6 +247,6 @@ func (a *Agent) upward(ctx context.Context, good *distribute.LastGood, known *di
 		return err
 	}
 	a.group.Go(func() { a.linkLoop(ctx) })
-	a.group.Go(func() { a.renewLoop(ctx) })
+	a.group.Go(func() { _ = a.self.Run(ctx) }) // nil when ctx ends, and only then
 	return consumer.Run(ctx)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/nodev1"
 	"github.com/portolan-io/portolan/identity/source"
 	"github.com/portolan-io/portolan/nodeagent/engine"
+	"github.com/portolan-io/portolan/nodeagent/proxy/socket"
 	"github.com/portolan-io/portolan/nodeagent/task"
 	"github.com/portolan-io/portolan/xds/distribute"
 )
@@ -82,8 +83,14 @@ func (a *Agent) runPath(parts ...string) string {
 // returns nil and leaves containers and proxies running.
 func (a *Agent) Run(ctx context.Context) error {
 	a.session = time.Now().UnixNano()
-	for _, d := range []string{a.path("agent", "tasks"), a.path("logs"), a.runPath("identity"), a.runPath("workload"), a.runPath("proxies")} {
+	for _, d := range []string{a.path("agent", "tasks"), a.path("logs"), a.runPath("proxies")} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
+			return err
+		}
+	}
+	// Keys, and sockets that give keys away to whoever opens them.
+	for _, d := range []string{a.runPath("identity"), a.runPath("workload")} {
+		if err := socket.PrivateDir(d); err != nil {
 			return err
 		}
 	}

@@ -47,6 +47,12 @@ func TestStartToReady(t *testing.T) {
 				t.Errorf("%s: %v, %v", f, info, err)
 			}
 		}
+		for _, d := range []string{"run/identity", "run/workload"} {
+			info, err := os.Stat(filepath.Join(w.dir, d))
+			if err != nil || info.Mode().Perm() != 0o700 {
+				t.Errorf("%s: %v, %v; others may reach keys", d, info, err)
+			}
+		}
 		w.until("routes to the peer", time.Second, func() bool { return len(w.network.RoutesNow()) == 1 })
 		if w.cluster.joins != 1 || !slices.Equal(w.cluster.signed, []string{"w-aaaaa"}) {
 			t.Errorf("joins %d, signed %v", w.cluster.joins, w.cluster.signed)

@@ -319,6 +319,29 @@ func TestNodesGetAFreshToken(t *testing.T) {
 	}
 }
 
+// The tools that were found, or named by the environment, are the ones that run.
+func TestNodesUseTheToolsThatWereFound(t *testing.T) {
+	f, err := LoadFleet("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &parts{fleet: &f, dirs: Dirs{Data: t.TempDir(), Run: t.TempDir(), ID: "test"}, tools: Tools{Containerd: "/opt/ctr/containerd", Runc: "/opt/runc/bin/runc"}}
+	if err := os.MkdirAll(p.data("config"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cmds, err := p.node(0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ctr := cmds[0]; ctr.Path != "/opt/ctr/containerd" || len(ctr.Env) != 1 || !strings.HasPrefix(ctr.Env[0], "PATH=/opt/ctr:/opt/runc/bin:/") {
+		t.Errorf("containerd runs as %s with %v", ctr.Path, ctr.Env)
+	}
+	b, err := os.ReadFile(p.data("config", f.Clusters[0].Nodes[0].Name+".yaml"))
+	if err != nil || !strings.Contains(string(b), "runc: /opt/runc/bin/runc\n") {
+		t.Errorf("the node's configuration names no runc: %v\n%s", err, b)
+	}
+}
+
 // A process that dies is started again, a held one is not, and clean ends what a
 // killed supervisor left.
 func TestProcessSupervision(t *testing.T) {

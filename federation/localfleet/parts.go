@@ -268,7 +268,7 @@ func (p *parts) node(i, j int) ([]Command, error) {
 	err := writeYAML(file, m{
 		"node": n.Name, "dataDir": dataDir, "runDir": runDir, "address": p.fleet.NodeAddr(i, j).String(),
 		"cluster":    m{"serverName": "cluster." + c.Name + "." + p.fleet.Name, "addresses": []string{fmt.Sprintf("%s:7450", p.fleet.ClusterAddr(i))}, "tokenFile": p.tokenFile(n.Name)},
-		"containerd": m{"address": ctrSock, "namespace": "portolan", "runcRoot": filepath.Join(runDir, "runc"), "cgroupParent": group + "/replicas"},
+		"containerd": m{"address": ctrSock, "namespace": "portolan", "runc": p.tools.Runc, "runcRoot": filepath.Join(runDir, "runc"), "cgroupParent": group + "/replicas"},
 		"envoy":      p.tools.Envoy, "registries": m{"hosts": p.registryHost(i)}, "labels": labels,
 		"capacity": m{"cpu": n.CPU, "memory": n.Memory}, "logLevel": "info",
 	})
@@ -279,8 +279,11 @@ func (p *parts) node(i, j int) ([]Command, error) {
 		name := n.Name + "/" + part
 		return Command{Name: name, NS: ns, Path: path, Args: args, LogFile: p.logFile(name), Address: p.fleet.NodeAddr(i, j).String(), Health: health}
 	}
+	ctr := mk("containerd", p.tools.Containerd, unixHealth(ctrSock), "--config", p.data("config", n.Name+"-containerd.toml"))
+	// Its shim comes from the same place as itself, whatever else PATH has.
+	ctr.Env = []string{"PATH=" + strings.Join([]string{filepath.Dir(p.tools.Containerd), filepath.Dir(p.tools.Runc), os.Getenv("PATH")}, ":")}
 	return []Command{
-		mk("containerd", p.tools.Containerd, unixHealth(ctrSock), "--config", p.data("config", n.Name+"-containerd.toml")),
+		ctr,
 		mk("warden", p.tools.Node, unixHealth(filepath.Join(runDir, "warden.sock")), "warden", "--config", file),
 		mk("agent", p.tools.Node, nil, "agent", "--config", file),
 	}, nil

@@ -37,7 +37,12 @@ func FindTools() (Tools, error) {
 			if _, err := os.Stat(p); err != nil {
 				errs = append(errs, fmt.Errorf("%s=%s: no such file", env, p))
 			}
-			*dst = p
+			// Others use it from a folder of theirs.
+			abs, err := filepath.Abs(p)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s=%s: %w", env, p, err))
+			}
+			*dst = abs
 			return
 		}
 		// Beside the binary, or where `make tools` of the same checkout puts things.

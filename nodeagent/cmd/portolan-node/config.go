@@ -54,8 +54,10 @@ type clusterConfig struct {
 }
 
 type containerdConfig struct {
-	Address      string `json:"address"`
-	Namespace    string `json:"namespace"`
+	Address   string `json:"address"`
+	Namespace string `json:"namespace"`
+	// Runc is the runtime's binary; runc on containerd's PATH when absent.
+	Runc         string `json:"runc"`
 	RuncRoot     string `json:"runcRoot"`
 	CgroupParent string `json:"cgroupParent"`
 }

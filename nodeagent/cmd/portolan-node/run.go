@@ -35,7 +35,7 @@ func newEngine(c *config, log *slog.Logger) (*containerd.Engine, error) {
 		hosts[name] = containerd.Host{Address: h.Address, CAFile: h.CAFile}
 	}
 	return containerd.New(containerd.Config{
-		Address: c.Containerd.Address, Namespace: c.Containerd.Namespace, RuncRoot: c.Containerd.RuncRoot,
+		Address: c.Containerd.Address, Namespace: c.Containerd.Namespace, Runc: c.Containerd.Runc, RuncRoot: c.Containerd.RuncRoot,
 		CgroupParent: c.Containerd.CgroupParent, Hosts: hosts, ReservedUIDs: []uint32{network.ProxyUID}, Log: log,
 	})
 }

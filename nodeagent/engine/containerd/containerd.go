@@ -56,6 +56,8 @@ type Config struct {
 	// RuncRoot is runc's state directory. Two nodes of one machine must not share
 	// it: runc would kill the other's containers. Empty: runc's default.
 	RuncRoot string
+	// Runc is the runtime's binary; empty: "runc" on the PATH of containerd.
+	Runc string
 	// CgroupParent under which containers are made; default "/portolan".
 	CgroupParent string
 	// Snapshotter; default overlayfs.

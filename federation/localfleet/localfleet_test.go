@@ -336,14 +336,18 @@ func TestNodesUseTheToolsThatWereFound(t *testing.T) {
 	if ctr := cmds[0]; ctr.Path != "/opt/ctr/containerd" || len(ctr.Env) != 1 || !strings.HasPrefix(ctr.Env[0], "PATH=/opt/ctr:/opt/runc/bin:/") {
 		t.Errorf("containerd runs as %s with %v", ctr.Path, ctr.Env)
 	}
+	for _, c := range cmds {
+		if c.Health == nil || c.Health(t.Context()) == nil {
+			t.Errorf("%s is healthy although it does not run", c.Name)
+		}
+	}
 	b, err := os.ReadFile(p.data("config", f.Clusters[0].Nodes[0].Name+".yaml"))
 	if err != nil || !strings.Contains(string(b), "runc: /opt/runc/bin/runc\n") {
 		t.Errorf("the node's configuration names no runc: %v\n%s", err, b)
 	}
 }
 
-// A process that dies is started again, a held one is not, and clean ends what a
-// killed supervisor left.
+// A process that dies is started again, and a held one is not.
 func TestProcessSupervision(t *testing.T) {
 	dir := t.TempDir()
 	rec := openLedger(filepath.Join(dir, "processes.json"))
@@ -378,6 +382,48 @@ func TestProcessSupervision(t *testing.T) {
 	third := await("start after hold", func(s ProcessState) bool { return s.State == "running" })
 	if third.Pid == second.Pid {
 		t.Error("held process was never down")
+	}
+}
+
+// A killed supervisor does not count as one, also when its new parent never asks
+// how it ended: what it left must be taken away before the next one starts.
+func TestKilledSupervisorLeavesLeftovers(t *testing.T) {
+	needRoot(t)
+	dirs, err := NewDirs(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Claim(dirs); err != nil {
+		t.Fatal(err)
+	}
+	rec := openLedger(dirs.ledgerFile())
+	start := func(name string) *exec.Cmd {
+		cmd := exec.Command("sleep", "1000")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		rec.put(name, cmd.Process.Pid)
+		return cmd
+	}
+	supervisor, child := start("supervisor"), start("registry")
+	defer func() { _ = supervisor.Wait(); _ = child.Wait() }()
+	if Leftovers(dirs) {
+		t.Error("a fleet whose supervisor lives counts as left over")
+	}
+	if err := supervisor.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if !gone(t.Context(), supervisor.Process.Pid, 5*time.Second) {
+		t.Fatal("it does not end")
+	}
+	if !Leftovers(dirs) {
+		t.Error("what a killed supervisor left is not seen")
+	}
+	if err := Clean(t.Context(), dirs, true); err != nil {
+		t.Error(err)
+	}
+	if !gone(t.Context(), child.Process.Pid, 5*time.Second) {
+		t.Error("clean did not end what the killed supervisor left")
 	}
 }
 

@@ -279,13 +279,13 @@ func (p *parts) node(i, j int) ([]Command, error) {
 		name := n.Name + "/" + part
 		return Command{Name: name, NS: ns, Path: path, Args: args, LogFile: p.logFile(name), Address: p.fleet.NodeAddr(i, j).String(), Health: health}
 	}
-	ctr := mk("containerd", p.tools.Containerd, unixHealth(ctrSock), "--config", p.data("config", n.Name+"-containerd.toml"))
+	ctr := mk("containerd", p.tools.Containerd, socketHealth(ctrSock), "--config", p.data("config", n.Name+"-containerd.toml"))
 	// Its shim comes from the same place as itself, whatever else PATH has.
 	ctr.Env = []string{"PATH=" + strings.Join([]string{filepath.Dir(p.tools.Containerd), filepath.Dir(p.tools.Runc), os.Getenv("PATH")}, ":")}
 	return []Command{
 		ctr,
-		mk("warden", p.tools.Node, unixHealth(filepath.Join(runDir, "warden.sock")), "warden", "--config", file),
-		mk("agent", p.tools.Node, nil, "agent", "--config", file),
+		mk("warden", p.tools.Node, socketHealth(filepath.Join(runDir, "warden.sock")), "warden", "--config", file),
+		mk("agent", p.tools.Node, socketHealth(filepath.Join(runDir, "agent.sock")), "agent", "--config", file),
 	}, nil
 }
 
@@ -327,12 +327,9 @@ func socketHealth(sock string) func(context.Context) error {
 	}
 }
 
-func unixHealth(sock string) func(context.Context) error { return dialHealth("unix", sock) }
-func tcpHealth(addr string) func(context.Context) error  { return dialHealth("tcp", addr) }
-
-func dialHealth(network, addr string) func(context.Context) error {
+func tcpHealth(addr string) func(context.Context) error {
 	return func(ctx context.Context) error {
-		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, network, addr)
+		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", addr)
 		if err != nil {
 			return err
 		}

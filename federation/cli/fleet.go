@@ -72,7 +72,10 @@ func (a *app) up(ctx context.Context, o upOptions) error {
 		return err
 	}
 	remote := localfleet.NewRemote(dirs)
-	if o.detach && remote.Running(ctx) {
+	if !o.supervise && remote.Running(ctx) {
+		if !o.detach {
+			return api.E(api.Precondition, "start the fleet", "a fleet runs on %s already: see `portolan status`, or stop it with `portolan down`", dirs.Data)
+		}
 		a.notef("a fleet runs on %s already\n", dirs.Data)
 		return a.watchStart(ctx, remote, o.timeout, nil)
 	}
@@ -84,16 +87,18 @@ func (a *app) up(ctx context.Context, o upOptions) error {
 				return err
 			}
 		}
-		if err := localfleet.Check(ctx, &fleet, dirs); err != nil {
+	}
+	tools, err := localfleet.FindTools()
+	if err != nil {
+		return err
+	}
+	if !o.supervise {
+		if err := localfleet.Check(ctx, &fleet, dirs, tools); err != nil {
 			return err
 		}
 		if err := localfleet.Claim(dirs); err != nil {
 			return err
 		}
-	}
-	tools, err := localfleet.FindTools()
-	if err != nil {
-		return err
 	}
 	if o.detach {
 		return a.detach(ctx, dirs, remote, o)

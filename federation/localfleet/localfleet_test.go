@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http/httptest"
 	"os"
@@ -424,6 +425,64 @@ func TestKilledSupervisorLeavesLeftovers(t *testing.T) {
 	}
 	if !gone(t.Context(), child.Process.Pid, 5*time.Second) {
 		t.Error("clean did not end what the killed supervisor left")
+	}
+}
+
+// CockroachDB lets nobody in without a certificate, and its ports are looked at
+// before anything is started.
+func TestCockroachIsNotOpenToAll(t *testing.T) {
+	f, err := LoadFleet("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	calls, binary := filepath.Join(dir, "calls"), filepath.Join(dir, "cockroach")
+	if err := os.WriteFile(binary, []byte("#!/bin/sh\necho \"$@\" >>"+calls+"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	p := &parts{fleet: &f, dirs: Dirs{Data: filepath.Join(dir, "data"), Run: filepath.Join(dir, "run"), ID: "test"}, tools: Tools{Cockroach: binary, UID: os.Getuid(), GID: os.Getgid()}}
+	if err := os.MkdirAll(p.data("logs"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := p.initDatabase(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := os.ReadFile(calls)
+	if err != nil || strings.Count(string(b), "\n") != 3 || !strings.Contains(string(b), "cert create-client root") {
+		t.Errorf("certificates are not made once: %v\n%s", err, b)
+	}
+	if err := p.createDatabase(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b, err = os.ReadFile(calls)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := string(b) + strings.Join(p.database().Args, " ") + " " + p.databaseURL()
+	if strings.Contains(all, "insecure") || strings.Contains(all, "sslmode=disable") || !strings.Contains(p.databaseURL(), "sslmode=verify-full") {
+		t.Errorf("the database is open to all: %s", all)
+	}
+}
+
+func TestBusyPortsOfCockroachAreNamed(t *testing.T) {
+	needRoot(t)
+	f, err := LoadFleet("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", f.cockroachPort()+1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	err = Check(t.Context(), &f, Dirs{ID: "test"}, Tools{Cockroach: "cockroach"})
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("port %d is busy", f.cockroachPort()+1)) {
+		t.Errorf("a busy console port: %v", err)
+	}
+	if err := Check(t.Context(), &f, Dirs{ID: "test"}, Tools{}); err != nil {
+		t.Errorf("without CockroachDB: %v", err)
 	}
 }
 

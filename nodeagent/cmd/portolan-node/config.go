@@ -110,6 +110,7 @@ func (c *config) setDefaults() {
 	}
 	set(&c.Containerd.Address, "/run/containerd/containerd.sock")
 	set(&c.Containerd.Namespace, "portolan")
+	set(&c.Containerd.CgroupParent, "/portolan")
 	set(&c.Envoy, "envoy")
 	set(&c.LogLevel, "info")
 }

@@ -40,8 +40,12 @@ func newEngine(c *config, log *slog.Logger) (*containerd.Engine, error) {
 	})
 }
 
+// Proxies are no part of the agent's own group: what bounds the agent does not
+// bound them, and what ends it leaves them.
 func newProxies(c *config, log *slog.Logger) (*envoy.Envoy, error) {
-	return envoy.New(envoy.Config{Binary: c.Envoy, Root: filepath.Join(c.RunDir, "proxies"), Log: log})
+	return envoy.New(envoy.Config{
+		Binary: c.Envoy, Root: filepath.Join(c.RunDir, "proxies"), CgroupParent: filepath.Join(c.Containerd.CgroupParent, "proxies"), Log: log,
+	})
 }
 
 func newNetwork(c *config, log *slog.Logger) (*network.Linux, error) {

@@ -342,6 +342,10 @@ func TestNodesUseTheToolsThatWereFound(t *testing.T) {
 			t.Errorf("%s is healthy although it does not run", c.Name)
 		}
 	}
+	chart, err := os.ReadFile("../../charts/node/templates/daemonset.yaml")
+	if err != nil || !strings.Contains(string(chart), "add: ["+strings.ToUpper(strings.Join(wardenCapabilities, ", "))+"]") {
+		t.Errorf("the chart gives the warden other capabilities than %v: %v", wardenCapabilities, err)
+	}
 	b, err := os.ReadFile(p.data("config", f.Clusters[0].Nodes[0].Name+".yaml"))
 	if err != nil || !strings.Contains(string(b), "runc: /opt/runc/bin/runc\n") {
 		t.Errorf("the node's configuration names no runc: %v\n%s", err, b)

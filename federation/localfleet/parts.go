@@ -320,10 +320,16 @@ func (p *parts) node(i, j int) ([]Command, error) {
 	ctr.Env = []string{"PATH=" + strings.Join([]string{filepath.Dir(p.tools.Containerd), filepath.Dir(p.tools.Runc), os.Getenv("PATH")}, ":")}
 	return []Command{
 		ctr,
-		mk("warden", p.tools.Node, socketHealth(filepath.Join(runDir, "warden.sock")), "warden", "--config", file),
+		mk("warden", "setpriv", socketHealth(filepath.Join(runDir, "warden.sock")),
+			"--bounding-set=-all,+"+strings.Join(wardenCapabilities, ",+"), "--inh-caps=-all", "--", p.tools.Node, "warden", "--config", file),
 		mk("agent", p.tools.Node, socketHealth(filepath.Join(runDir, "agent.sock")), "agent", "--config", file),
 	}, nil
 }
+
+// wardenCapabilities are all that a warden needs of root's: sockets that belong to
+// other users, DNS's port, and replicas' network namespaces. The chart gives the
+// same; here it is seen to be enough.
+var wardenCapabilities = []string{"chown", "dac_override", "fowner", "net_admin", "net_bind_service", "sys_admin"}
 
 func (p *parts) containerdConfig(node, group string) error {
 	toml := fmt.Sprintf(`version = 2

@@ -27,6 +27,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/client"
+	"github.com/portolan-io/portolan/federation/localfleet"
 )
 
 var (
@@ -42,7 +43,9 @@ var fleet struct {
 	before  machine // as it looked before `up`
 	own     bool
 	gone    bool // a test took it away
-	conn    *grpc.ClientConn
+	// endCrasher deletes the workload that crashes all the time, once.
+	endCrasher func()
+	conn       *grpc.ClientConn
 }
 
 func TestMain(m *testing.M) {
@@ -102,9 +105,11 @@ func runAll(m *testing.M) int {
 	if fleet.conn, err = client.Dial(c); err != nil {
 		return fail("dial", err)
 	}
-	endCrasher := startCrasher()
+	fleet.endCrasher = startCrasher()
 	code := m.Run()
-	endCrasher()
+	if !fleet.gone {
+		fleet.endCrasher()
+	}
 	_ = fleet.conn.Close()
 	if code != 0 && fleet.own {
 		dumpLogs()
@@ -472,24 +477,38 @@ func lookAtMachine() (machine, error) {
 		errs = append(errs, err)
 		m.Cgroups = append(m.Cgroups, found...)
 	}
-	procs, err := filepath.Glob("/proc/[0-9]*")
+	ps, err := fleetProcesses()
+	m.Processes = ps
 	errs = append(errs, err)
-	for _, p := range procs {
-		cmd, err := os.ReadFile(filepath.Join(p, "cmdline"))
-		if err != nil {
-			continue
-		}
-		s := strings.ReplaceAll(string(cmd), "\x00", " ")
-		for _, ours := range []string{"portolan", "containerd", "envoy", "redis-server", "nginx"} {
-			// The test itself and its command line speak of the product too.
-			if strings.Contains(s, ours) && !strings.Contains(s, "go test") && !strings.Contains(s, "live.test") && !strings.Contains(s, "e2e/live") && !strings.HasPrefix(s, "make") {
-				m.Processes = append(m.Processes, filepath.Base(p)+" "+s)
-				break
-			}
-		}
-	}
 	sort.Strings(m.Processes)
 	return m, errors.Join(errs...)
+}
+
+// fleetProcesses finds what belongs to this fleet by its folders on the command
+// line or its cgroup: others on the machine may run the same programs.
+func fleetProcesses() ([]string, error) {
+	if fleet.dataDir == "" {
+		return nil, nil // none yet
+	}
+	d, err := localfleet.NewDirs(fleet.dataDir)
+	if err != nil {
+		return nil, err
+	}
+	procs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, p := range procs {
+		// A process that ends meanwhile reads as empty.
+		cmd, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+		cgroup, _ := os.ReadFile(filepath.Join(p, "cgroup"))
+		s := strings.ReplaceAll(string(cmd), "\x00", " ")
+		if strings.Contains(s, d.Data+"/") || strings.Contains(s, d.Run+"/") || strings.Contains(string(cgroup), "/portolan-"+d.ID+"/") {
+			out = append(out, filepath.Base(p)+" "+s)
+		}
+	}
+	return out, nil
 }
 
 // always is a context that also serves clean-ups, which run when the test's own

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -39,16 +40,14 @@ func startCrasher() (end func()) {
 		}
 	}
 	call("apply", "-f", "-")
-	return func() {
-		if !fleet.gone {
-			call("delete", "-f", "-")
-		}
-	}
+	return sync.OnceFunc(func() { call("delete", "-f", "-") })
 }
 
 // 6, the crash loop: after five exits in a row it is called by its name, in an
 // event and in describe, and the next start is 160 s after the exit.
 func Test06CrashLoopBackOff(t *testing.T) {
+	// What never gets ready would keep a later start waiting.
+	t.Cleanup(fleet.endCrasher)
 	var r *portolanv1.Replica
 	took := eventually(t, 4*time.Minute, "the crash loop is called by its name", func() error {
 		resp, err := portolanv1.NewRuntimeServiceClient(fleet.conn).ListReplicas(always(t), &portolanv1.ListReplicasRequest{Parent: "tenants/lab/workloads/looper"})

@@ -39,7 +39,14 @@ func Test12LeavesNothing(t *testing.T) {
 	if err != nil || a.code != http.StatusOK {
 		t.Errorf("the resumed shop: %v %d", err, a.code)
 	}
-	t.Logf("supervisor killed, a node's certificate ended → up again in %s", time.Since(began).Round(time.Millisecond))
+	took := time.Since(began)
+	t.Logf("supervisor killed, a node's certificate ended → up again in %s", took.Round(time.Millisecond))
+	if took > time.Minute {
+		t.Errorf("up on existing data took %s, want at most 60s", took)
+	}
+	if ps, err := fleetProcesses(); err != nil || len(ps) < 20 {
+		t.Fatalf("%d processes are found of a whole fleet: the comparison below would see nothing (%v)", len(ps), err)
+	}
 	killSupervisor(t)
 	for range 2 {
 		if out, err := portolan(t, "down", "--purge"); err != nil {

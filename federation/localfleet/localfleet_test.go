@@ -490,6 +490,41 @@ func TestBusyPortsOfCockroachAreNamed(t *testing.T) {
 	}
 }
 
+// A pid file that outlived its proxy names nobody.
+func TestProxySignalsReachTheProxyAlone(t *testing.T) {
+	run := t.TempDir()
+	s := &Supervisor{cfg: Config{Dirs: Dirs{Run: run}}}
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
+	file := filepath.Join(run, "n1", "proxies", "web-1", "pid")
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	start, err := startTime(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(start uint64) {
+		if err := os.WriteFile(file, fmt.Appendf(nil, `{"pid": %d, "start": %d, "boot": "b", "spec": "s"}`, cmd.Process.Pid, start), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(start - 1)
+	if err := s.signalProxy("n1", "web-1", "kill", syscall.SIGKILL); api.KindOf(err) != api.Precondition {
+		t.Errorf("a reused number: %v", err)
+	}
+	if zombie(cmd.Process.Pid) {
+		t.Fatal("another process was killed")
+	}
+	write(start)
+	if err := s.signalProxy("n1", "web-1", "kill", syscall.SIGKILL); err != nil || !gone(t.Context(), cmd.Process.Pid, 5*time.Second) {
+		t.Errorf("the proxy itself: %v", err)
+	}
+}
+
 func TestRegistryLoadsImages(t *testing.T) {
 	dir := t.TempDir()
 	img, err := random.Image(100, 1)

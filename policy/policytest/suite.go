@@ -1,3 +1,8 @@
+// Package policytest holds the suite that every policy.Authorizer must pass, and a
+// differential check of two of them on the same inputs. It owns no engine and
+// never prints.
+//
+// Concurrency: functions only, safe for concurrent use.
 package policytest
 
 import (

@@ -150,10 +150,13 @@ func (a *app) streamLogs(ctx context.Context, cc grpc.ClientConnInterface, req *
 			l.end(a.printf)
 		}
 		mu.Unlock()
-		switch {
-		case errors.Is(err, io.EOF), err != nil && ctx.Err() != nil: // it ended, or the user ended it
+		if errors.Is(err, io.EOF) {
 			return nil
-		case err != nil:
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil //nolint:nilerr // the user ended it
+			}
 			return err
 		}
 	}

@@ -229,6 +229,7 @@ func (r *runner) spec(as *nodev1.Assignment, c *portolanv1.Container, attempt in
 		NetNS: at.NetNS, Mounts: append(r.mounts(at), volumes...), Devices: devices, Tmpfs: c.GetTmpfs(), TmpfsBytes: tmpfsBytes,
 		CPUMilli: l.cpu, CPURequest: l.request, MemoryBytes: l.memory, Pids: l.pids,
 		CgroupParent: r.a.cfg.CgroupParent, LogPath: r.a.logPath(r.id, name, attempt), Group: r.id,
+		AddCapabilities: capabilities(c),
 	}
 	if u := c.GetRunAsUser(); u != 0 {
 		uid, gid := uint32(u), uint32(c.GetRunAsGroup())
@@ -236,9 +237,6 @@ func (r *runner) spec(as *nodev1.Assignment, c *portolanv1.Container, attempt in
 			gid = uid
 		}
 		spec.UID, spec.GID = &uid, &gid
-	}
-	for _, cp := range c.GetAddCapabilities() {
-		spec.AddCapabilities = append(spec.AddCapabilities, "CAP_"+strings.TrimPrefix(cp, "CAP_"))
 	}
 	return spec, nil
 }
@@ -290,6 +288,15 @@ func deviceEnv(as *nodev1.Assignment) []string {
 		if milli[kind] < 1000 {
 			out = append(out, "PORTOLAN_DEVICES_"+kind+"_MILLI="+strconv.Itoa(int(milli[kind])))
 		}
+	}
+	return out
+}
+
+// capabilities in the kernel's names.
+func capabilities(c *portolanv1.Container) []string {
+	var out []string
+	for _, name := range c.GetAddCapabilities() {
+		out = append(out, "CAP_"+strings.TrimPrefix(name, "CAP_"))
 	}
 	return out
 }

@@ -123,6 +123,7 @@ func (s *shop) serve(ctx context.Context) error {
 	mux.HandleFunc("POST /fail/liveness", s.failLiveness)
 	mux.HandleFunc("POST /eat", eat)
 	mux.HandleFunc("POST /burn", burn)
+	mux.HandleFunc("POST /log/{line}", s.say)
 	switch s.part {
 	case "web":
 		s.web(mux)
@@ -207,6 +208,11 @@ func eat(w http.ResponseWriter, _ *http.Request) {
 			}
 		}
 	}()
+}
+
+// say writes a line to the log, so that it can be looked for there.
+func (s *shop) say(_ http.ResponseWriter, r *http.Request) {
+	s.log.Info("said", "line", r.PathValue("line"))
 }
 
 type sightCount struct {

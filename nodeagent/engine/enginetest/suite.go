@@ -62,6 +62,7 @@ func Run(t *testing.T, open func(t *testing.T) Kit) {
 		{"Usage", usageCase},
 		{"UsageOfCPU", cpuCase},
 		{"Images", imagesCase},
+		{"Capabilities", capabilitiesCase},
 		{"Hardened", hardenedCase},
 		{"MountsAndUser", mountsCase},
 		{"VolumesAndDevices", volumesCase},
@@ -453,6 +454,37 @@ func imagesCase(t *testing.T, s *suite) {
 	got, err := l.Images(ctx)
 	if err != nil || !slices.Contains(got, digest) || !slices.IsSorted(got) {
 		t.Errorf("images %v, %v; want %s among them, in order", got, err, digest)
+	}
+}
+
+// capabilitiesCase: nothing is made of a spec that asks for more than an engine
+// may give, and with all that it may give no process becomes another user.
+func capabilitiesCase(t *testing.T, s *suite) {
+	ctx := s.ctx(t)
+	if _, err := s.Engine.Pull(ctx, s.Image); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"CAP_SETUID", "CAP_SETGID", "CAP_NET_ADMIN", "CAP_SYS_ADMIN", "NET_BIND_SERVICE"} {
+		spec := s.spec(t, "sleep")
+		spec.AddCapabilities = []string{"CAP_CHOWN", name}
+		if err := s.Engine.Create(ctx, spec); api.KindOf(err) != api.Invalid {
+			t.Errorf("create with %s: %v, want invalid", name, err)
+		}
+		if _, err := s.Engine.Get(ctx, spec.ID); api.KindOf(err) != api.NotFound {
+			t.Errorf("after the refusal of %s: %v, want nothing made", name, err)
+		}
+	}
+	spec := s.spec(t, "sleep")
+	spec.AddCapabilities = []string{"CAP_CHOWN", "CAP_NET_BIND_SERVICE"}
+	s.start(t, spec)
+	if !s.Isolated {
+		return
+	}
+	for _, id := range []string{"setuid", "setgid"} {
+		code, err := s.Engine.Exec(ctx, spec.ID, engine.ExecSpec{ID: id, Command: s.command("try", id, "14010")})
+		if err != nil || code == 0 {
+			t.Errorf("%s to the proxy's user: code %d, %v; it must not work", id, code, err)
+		}
 	}
 }
 

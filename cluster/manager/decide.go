@@ -12,6 +12,7 @@ import (
 
 	"github.com/portolan-io/portolan/cluster/reconcile"
 	"github.com/portolan-io/portolan/cluster/schedule"
+	"github.com/portolan-io/portolan/cluster/schedule/old"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -128,24 +129,24 @@ func stateName(s portolanv1.ReplicaState) string {
 // batch is a group of identical replicas to create.
 type batch struct {
 	steps []reconcile.Step
-	group schedule.Group
+	group old.Group
 	bad   error
 }
 
 // create finds nodes for new replicas.
 func (d *decider) create(steps []reconcile.Step) {
 	batches := d.batches(steps)
-	in := schedule.Input{Nodes: d.nodes(), Seed: d.m.cfg.Seed}
+	in := old.Input{Nodes: d.nodes(), Seed: d.m.cfg.Seed}
 	var served []*batch
 	for _, b := range batches {
 		if b.bad != nil {
-			d.refuse(b, []schedule.Refusal{{Code: "InvalidResources", Message: b.bad.Error()}})
+			d.refuse(b, []old.Refusal{{Code: "InvalidResources", Message: b.bad.Error()}})
 			continue
 		}
 		in.Groups = append(in.Groups, b.group)
 		served = append(served, b)
 	}
-	for i, placed := range schedule.Schedule(in) {
+	for i, placed := range old.Schedule(in) {
 		b := served[i]
 		for j, n := range placed.Nodes {
 			d.bind(b.steps[j], in.Nodes[n].ID)
@@ -190,10 +191,10 @@ func (d *decider) batches(steps []reconcile.Step) []*batch {
 	return out
 }
 
-func (d *decider) group(st reconcile.Step) schedule.Group {
+func (d *decider) group(st reconcile.Step) old.Group {
 	spec := st.Revision.GetSpec()
 	sc := spec.GetScheduling()
-	return schedule.Group{
+	return old.Group{
 		Key: st.Key.String() + "/" + st.Revision.GetRevision(), Node: st.Node, Selector: sc.GetNodeSelector(), Tolerations: sc.GetTolerations(),
 		SpreadKey: sc.GetSpreadKey(), MaxSkew: int(sc.GetMaxSkew()), Address: !isGateway(spec), Running: map[string]int{},
 	}
@@ -222,15 +223,15 @@ func (d *decider) request(spec *portolanv1.WorkloadSpec) (api.Resources, error) 
 
 // nodes gives the scheduler's view of the nodes, sorted. A replica counts until
 // its record is gone; a finished one until its node has cleared it away.
-func (d *decider) nodes() []schedule.Node {
+func (d *decider) nodes() []old.Node {
 	ids := slices.Sorted(maps.Keys(d.s.Nodes))
-	out := make([]schedule.Node, len(ids))
+	out := make([]old.Node, len(ids))
 	index := make(map[string]int, len(ids))
 	for i, id := range ids {
 		n := d.s.Nodes[id]
 		index[id] = i
 		d.taken[id] = map[netip.Addr]bool{}
-		out[i] = schedule.Node{
+		out[i] = old.Node{
 			ID: id, Labels: n.GetFacts().GetLabels(), Taints: n.GetFacts().GetTaints(), NotReady: d.m.notReady(d.s, n, d.now),
 			Capacity: api.Resources{CPUMilli: n.GetFacts().GetCpuMilli(), MemoryBytes: n.GetFacts().GetMemoryBytes()},
 		}
@@ -347,7 +348,7 @@ func (d *decider) name(workload string) string {
 }
 
 // refuse notes why replicas of a revision found no node.
-func (d *decider) refuse(b *batch, refusals []schedule.Refusal) {
+func (d *decider) refuse(b *batch, refusals []old.Refusal) {
 	k := b.steps[0].Key.String()
 	rev := b.steps[0].Revision.GetRevision()
 	for _, r := range refusals {

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/portolan-io/portolan/cluster/schedule"
+	"github.com/portolan-io/portolan/cluster/schedule/old"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -180,16 +180,16 @@ func (m *Manager) notReady(s *state.Snapshot, n *clusterv1.Node, now time.Time) 
 	st := s.NodeStatus[n.GetNode()]
 	switch {
 	case n.GetLostTime() != nil:
-		return schedule.NodeLost
+		return old.NodeLost
 	case st == nil:
 		// After a restart of this process the nodes that were there are believed to
 		// be: else the first to reconnect would get everything.
 		if n.GetCreateTime().AsTime().Before(m.start) && now.Before(m.graceUntil) {
 			return ""
 		}
-		return schedule.NodeNotReady
+		return old.NodeNotReady
 	case !st.Connected || now.After(st.LastSeen.Add(m.cfg.NodeTimeout)):
-		return schedule.NodeNotReady
+		return old.NodeNotReady
 	}
 	return ""
 }

@@ -1,268 +1,447 @@
-// Package schedule finds nodes for replicas. It owns filtering, scoring and
-// spreading; it never decides how many replicas there should be, and knows
-// nothing of addresses but how many are free.
-//
-// A group is a number of identical replicas. The nodes that may take it go into a
-// heap once, and each placement costs one look at its top.
-//
-// Concurrency: pure functions; the input is only read.
 package schedule
 
-import (
-	"fmt"
-	"math"
-	"strings"
+import "slices"
 
-	"github.com/portolan-io/portolan/federation/api"
-	"github.com/portolan-io/portolan/federation/api/portolanv1"
-)
+// scratch is what a call of Schedule works with, kept from call to call.
+type scratch struct {
+	batch   *Batch
+	spent   map[string]int // of the allowances
+	ops     []op
+	shares  []Share
+	run     run
+	columns []*column
+	placed  []Placed
+	seats   []Binding
+	bounds  []int // seats and ops by group
+	probe   run   // of questions asked on the side
+	victims victimSearch
+	group   Group
+}
 
-// Reason codes of refusals.
+// op is a change of the table that is taken back when the batch is decided.
+type op struct {
+	kind    opKind
+	node    int32
+	r       *resolved
+	lo, hi  int32 // in shares
+	volumes int64
+	victim  *replica
+	kept    *nomination
+}
+
+type opKind uint8
+
 const (
-	NodeLost           = "NodeLost"
-	NodeNotReady       = "NodeNotReady"
-	SelectorMismatch   = "SelectorMismatch"
-	TaintNotTolerated  = "TaintNotTolerated"
-	NoSpreadLabel      = "NoSpreadLabel"
-	InsufficientCPU    = "InsufficientCPU"
-	InsufficientMemory = "InsufficientMemory"
-	NoFreeAddress      = "NoFreeAddress"
-	SpreadSkew         = "SpreadSkew"
+	occupied opKind = iota
+	// promised is occupied, but by a replica that waits for its victims.
+	promised
+	displaced
+	unkept
+	withdrawn
+	carried
 )
 
-// NodeKey is the spread key under which every node is a domain of its own.
-const NodeKey = "node"
-
-// Node is what the scheduler knows of a machine.
-type Node struct {
-	ID       string
-	Capacity api.Resources
-	Used     api.Resources
-	// Addresses that are free for replicas.
-	Addresses int
-	Labels    map[string]string
-	Taints    []*portolanv1.Taint
-	// NotReady is the code why it takes nothing now; empty when it does.
-	NotReady string
+// Schedule decides a batch, group by group in the order given.
+func Schedule(t *Table, b Batch) Result {
+	w := &t.work
+	w.batch, w.ops, w.shares, w.seats, w.bounds = &b, w.ops[:0], w.shares[:0], w.seats[:0], w.bounds[:0]
+	clear(w.spent)
+	for len(w.placed) < len(b.Groups) {
+		w.placed = append(w.placed, Placed{})
+	}
+	w.placed = w.placed[:len(b.Groups)]
+	for k := range b.Groups {
+		w.placed[k] = Placed{}
+		w.bounds = append(w.bounds, len(w.seats))
+		if b.Groups[k].Count > 0 {
+			t.serve(&b.Groups[k], &w.placed[k])
+		}
+	}
+	t.undo(0)
+	// seats may have moved while it grew: they are handed out at the end.
+	w.bounds = append(w.bounds, len(w.seats))
+	for k := range w.placed {
+		w.placed[k].Bindings = w.seats[w.bounds[k]:w.bounds[k+1]:w.bounds[k+1]]
+	}
+	w.batch = nil
+	return Result{Placed: w.placed}
 }
 
-// Group is a number of identical replicas that need a node.
-type Group struct {
-	// Key tells groups apart and breaks ties: "tenant/workload/revision".
-	Key     string
-	Count   int
-	Request api.Resources
-	// Node, when set, is the only one that will do.
-	Node        string
-	Selector    map[string]string
-	Tolerations []*portolanv1.Toleration
-	// SpreadKey is the label over whose values replicas are spread; empty spreads
-	// over nodes. MaxSkew bounds the difference between two values; 0 does not.
-	SpreadKey string
-	MaxSkew   int
-	// Pack fills nodes up instead of spreading.
-	Pack bool
-	// Address says that each replica takes one of the node's addresses.
-	Address bool
-	// Running counts the replicas of the group that are there, by node.
-	Running map[string]int
+// serve decides one group.
+func (t *Table) serve(g *Group, p *Placed) {
+	w, r := &t.work, t.resolve(g.Class)
+	t.fragments.observe(t, g)
+	start := len(w.ops)
+	waiting := t.useKept(g, r)
+	u := &w.run
+	t.begin(u, g, r)
+	for t.placedSince(start)+waiting < g.Count && u.more() {
+	}
+	u.finish()
+	missing := g.Count - waiting - t.placedSince(start)
+	if missing > 0 && g.Class.gang && waiting == 0 && t.search(u, start) {
+		missing = 0
+	}
+	var noms []Nomination
+	if missing > 0 && g.Class.displaces && !w.batch.NoPreemption {
+		noms = t.preempt(u, missing, start)
+		missing -= len(noms)
+	}
+	switch {
+	case missing > 0 && g.Class.gang:
+		t.refuseGang(u, p, start, waiting)
+		return
+	case g.Class.gang && (len(noms) > 0 || waiting > 0):
+		// All begin together: those that could now keep their room until the others can.
+		noms = append(t.nominateAll(start), noms...)
+	default:
+		t.seat(start)
+	}
+	p.Nominations, p.Missing = noms, missing
+	if missing > 0 || waiting > 0 || len(noms) > 0 {
+		p.Refusal = t.explain(u, missing, waiting+len(noms))
+	}
 }
 
-// Input is everything that a decision follows from: the same input gives the
-// same result.
-type Input struct {
-	Nodes []Node
-	// Groups in the order in which they are served.
-	Groups []Group
-	Seed   uint64
+// more places one replica of a group.
+func (u *run) more() bool {
+	if u.g.Node == "" {
+		return u.next()
+	}
+	i, ok := u.t.index[u.g.Node]
+	if !ok || u.check(i) != 0 {
+		return false
+	}
+	u.pinned(i)
+	return true
 }
 
-// Refusal is why nodes took no more replicas of a group.
-type Refusal struct {
-	Code    string
-	Message string
-	// Nodes is over how many it was counted.
-	Nodes int
+// pinned places a replica on the node that its group names.
+func (u *run) pinned(i int32) {
+	u.apply(i)
+	u.x.update(i)
+	if u.first {
+		u.first = false
+	}
 }
 
-// Placed is the result for one group.
-type Placed struct {
-	// Nodes are indexes into Input.Nodes, one for each replica that was placed.
-	Nodes []int32
-	// Missing replicas found no node, and Refusals say why; most frequent first.
-	Missing  int
-	Refusals []Refusal
+// occupy counts a replica on a node until the batch is decided.
+func (t *Table) occupy(r *resolved, i int32, g *Group) {
+	w := &t.work
+	a := &r.c.ask
+	o := op{kind: occupied, node: i, r: r, lo: int32(len(w.shares)), volumes: r.c.volumes}
+	if g.VolumesThere {
+		o.volumes = 0
+	}
+	if len(a.devices) > 0 {
+		w.shares = t.choose(i, a, w.shares)
+		t.takeShares(i, w.shares[o.lo:], -1)
+	}
+	o.hi = int32(len(w.shares))
+	t.take(i, a, -1)
+	t.freeStorage[i] -= o.volumes
+	if a.address {
+		t.freeAddress[i]--
+	}
+	t.joinAll(i, r, 1)
+	w.ops = append(w.ops, o)
+	t.touch(i)
 }
 
-// Schedule serves the groups one after the other. Result i is of group i.
-func Schedule(in Input) []Placed {
-	t := newTable(in.Nodes, in.Seed)
-	out := make([]Placed, len(in.Groups))
-	for i := range in.Groups {
-		out[i] = t.place(&in.Groups[i])
+// undo takes back what was done since.
+func (t *Table) undo(since int) {
+	w := &t.work
+	for k := len(w.ops) - 1; k >= since; k-- {
+		o := &w.ops[k]
+		switch o.kind {
+		case occupied, promised:
+			t.takeShares(o.node, w.shares[o.lo:o.hi], 1)
+			t.take(o.node, &o.r.c.ask, 1)
+			t.freeStorage[o.node] += o.volumes
+			if o.r.c.ask.address {
+				t.freeAddress[o.node]++
+			}
+			t.joinAll(o.node, o.r, -1)
+		case displaced:
+			o.victim.Leaving = false
+			t.attend(o.victim, 1)
+			w.spent[o.victim.Class.owner.key()]--
+		case unkept:
+			t.reserve(o.kept, -1)
+		case carried:
+			t.unlift(o.victim)
+		case withdrawn:
+			o.kept.gone = false
+			t.reserve(o.kept, -1)
+		}
+		t.touch(o.node)
+	}
+	w.ops = w.ops[:since]
+}
+
+func (o Owner) key() string { return o.Tenant + "/" + o.Workload }
+
+// placedSince counts the replicas that were placed.
+func (t *Table) placedSince(since int) int {
+	n := 0
+	for k := since; k < len(t.work.ops); k++ {
+		if t.work.ops[k].kind == occupied {
+			n++
+		}
+	}
+	return n
+}
+
+// useKept places replicas of a group on the nodes that keep room for them, and says
+// how many have to wait for their victims.
+func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
+	w := &t.work
+	for k, n := range t.nominations[g.Key] {
+		if k == g.Count {
+			break
+		}
+		t.reserve(n, 1)
+		u := &w.run
+		t.begin(u, g, r)
+		codes := u.check(n.slot)
+		u.finish()
+		if codes != 0 {
+			t.reserve(n, -1)
+			waiting++
+			continue
+		}
+		t.touch(n.slot)
+		w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
+		u.pinned(n.slot)
+	}
+	return waiting
+}
+
+// seat binds what was placed since.
+func (t *Table) seat(since int) {
+	w := &t.work
+	for k := since; k < len(w.ops); k++ {
+		if o := &w.ops[k]; o.kind == occupied {
+			kept := k > 0 && k > since && w.ops[k-1].kind == unkept
+			w.seats = append(w.seats, Binding{Node: t.ids[o.node], Devices: w.shares[o.lo:o.hi:o.hi], Kept: kept})
+		}
+	}
+}
+
+// nominateAll keeps the room that was found for a gang.
+func (t *Table) nominateAll(since int) []Nomination {
+	var out []Nomination
+	for k := since; k < len(t.work.ops); k++ {
+		// What is kept already stays kept.
+		if o := &t.work.ops[k]; o.kind == occupied && (k == since || t.work.ops[k-1].kind != unkept) {
+			out = append(out, Nomination{Node: t.ids[o.node]})
+		}
 	}
 	return out
 }
 
-// Requests is what one replica takes from a node: what its containers ask for
-// (limits where requests are absent) and the overhead of its proxy.
-func Requests(spec *portolanv1.WorkloadSpec, overhead api.Resources) (api.Resources, error) {
-	r, err := api.RequestsOf(spec)
-	if err != nil {
-		return api.Resources{}, err
-	}
-	return r.Add(overhead), nil
-}
-
-// DefaultOverhead is what a replica's Envoy takes, beside the replica.
-var DefaultOverhead = api.Resources{CPUMilli: 50, MemoryBytes: 50 << 20}
-
-// Admit says whether a workload's replicas may begin on a node, and whether those
-// that run may stay; capacity apart.
-func Admit(labels map[string]string, taints []*portolanv1.Taint, spec *portolanv1.WorkloadSpec) (begin, stay bool) {
-	s := spec.GetScheduling()
-	begin, stay = selects(s.GetNodeSelector(), labels), true
-	for _, t := range taints {
-		if tolerated(t, s.GetTolerations()) {
-			continue
-		}
-		switch t.GetEffect() {
-		case portolanv1.TaintEffect_TAINT_EFFECT_PREFER_NO_SCHEDULE:
-		case portolanv1.TaintEffect_TAINT_EFFECT_NO_EXECUTE:
-			return false, false
-		default:
-			begin = false
+// check gives everything that is against one more replica of the group on a node.
+func (u *run) check(i int32) Code {
+	t := u.t
+	codes := Code(0)
+	if !u.x.m.ok.has(i) {
+		codes, _ = t.static(u.x.m, i)
+		if codes == NoNode {
+			return codes
 		}
 	}
-	return begin, stay
+	if u.g.Node != "" && t.ids[i] != u.g.Node {
+		codes |= OtherNode
+	}
+	codes |= t.lacks(i, &u.r.c.ask, u.volumes())
+	if codes&DeviceModelMismatch != 0 {
+		codes &^= InsufficientDevices
+	}
+	_, node := u.nodeKey(i)
+	codes |= node
+	if len(u.x.columns) > 0 {
+		c, _, _ := u.verdict(u.valuesOf(i))
+		codes |= c
+	}
+	return codes
 }
 
-func selects(selector, labels map[string]string) bool {
-	for k, v := range selector {
-		if got, ok := labels[k]; !ok || got != v {
-			return false
+func (u *run) volumes() int64 {
+	if u.g.VolumesThere {
+		return 0
+	}
+	return u.r.c.volumes
+}
+
+func (u *run) valuesOf(i int32) []int32 {
+	u.values = u.values[:0]
+	for _, c := range u.x.columns {
+		u.values = append(u.values, c.of[i])
+	}
+	return u.values
+}
+
+// lacks gives every resource of which a node has too little.
+func (t *Table) lacks(i int32, a *ask, volumes int64) (codes Code) {
+	if a.cpu > t.freeCPU[i] && a.cpu > 0 {
+		codes |= InsufficientCPU
+	}
+	if a.memory > t.freeMemory[i] && a.memory > 0 {
+		codes |= InsufficientMemory
+	}
+	if s := a.storage + volumes; s > 0 && s > t.freeStorage[i] {
+		codes |= InsufficientStorage
+	}
+	if a.address && t.freeAddress[i] <= 0 {
+		codes |= NoFreeAddress
+	}
+	if t.portTaken(i, a) {
+		codes |= PortTaken
+	}
+	if len(a.devices) > 0 && !t.fitsDevices(i, a.devices) {
+		codes |= InsufficientDevices
+	}
+	return codes
+}
+
+// choose gives the devices of a node for an ask that fits it.
+func (t *Table) choose(i int32, a *ask, out []Share) []Share {
+	if d, ok := t.fragmentDevice(i, a); ok {
+		return append(out, Share{Kind: t.devices[i][d].kind, Index: t.devices[i][d].index, Milli: a.devices[0].milli})
+	}
+	out, _ = t.assign(i, a.devices, out)
+	return out
+}
+
+// search tries other ways to place a gang than one after the other on the best
+// node. That finds one whenever there is one if at most one term binds the choice;
+// with several, a node that is best now may cost a place later. Bounded.
+func (t *Table) search(u *run, start int) bool {
+	if u.g.Node != "" || u.musts() < 2 {
+		return false
+	}
+	greedy := slices.Clone(t.work.ops[start:])
+	found := t.searchFrom(u, start)
+	if !found {
+		t.undo(start)
+		for _, o := range greedy {
+			if o.kind == occupied {
+				t.begin(u, u.g, u.r)
+				u.pinned(o.node)
+				u.finish()
+			}
 		}
 	}
-	return true
+	return found
 }
 
-func tolerated(t *portolanv1.Taint, by []*portolanv1.Toleration) bool {
-	for _, o := range by {
-		effect := o.GetEffect() == portolanv1.TaintEffect_TAINT_EFFECT_UNSPECIFIED || o.GetEffect() == t.GetEffect()
-		if o.GetKey() == t.GetKey() && effect && (o.GetValue() == "" || o.GetValue() == t.GetValue()) {
+// musts counts the terms that bind where replicas of one group may be together.
+func (u *run) musts() int {
+	n := 0
+	for k := range u.r.spreads {
+		if u.r.spreads[k].must() {
+			n++
+		}
+	}
+	for k := range u.r.affinity {
+		if a := &u.r.affinity[k]; !a.prefer && a.scope == u.r.work {
+			n++
+		}
+	}
+	return n
+}
+
+// maxSearch bounds the steps of a search, and searchWidth the nodes that are tried
+// at each.
+const (
+	maxSearch   = 2000
+	searchWidth = 64
+)
+
+// searchFrom goes through the ways to place all of a gang, leaving out states that
+// were seen.
+func (t *Table) searchFrom(u *run, start int) bool {
+	t.undo(start)
+	steps := maxSearch
+	seen := map[string]bool{}
+	counts := map[int32]int{}
+	var try func(left int) bool
+	try = func(left int) bool {
+		if left == 0 {
 			return true
 		}
+		t.begin(u, u.g, u.r)
+		nodes := u.candidates(searchWidth)
+		u.finish()
+		for _, i := range nodes {
+			if steps--; steps < 0 {
+				return false
+			}
+			counts[i]++
+			if state := stateOf(counts); !seen[state] {
+				seen[state] = true
+				at := len(t.work.ops)
+				t.begin(u, u.g, u.r)
+				u.pinned(i)
+				u.finish()
+				if try(left - 1) {
+					return true
+				}
+				t.undo(at)
+			}
+			counts[i]--
+		}
+		return false
 	}
+	if try(u.g.Count) {
+		return true
+	}
+	t.begin(u, u.g, u.r)
+	u.finish()
 	return false
 }
 
-// verdict is why a node is out for a group, capacity apart.
-type verdict uint8
-
-const (
-	fit verdict = iota
-	prefersNot
-	lost
-	notReady
-	mismatch
-	tainted
-	unlabelled
-	shortCPU
-	shortMemory
-	noAddress
-	skewed
-	verdicts
-)
-
-var codes = [verdicts]string{
-	lost: NodeLost, notReady: NodeNotReady, mismatch: SelectorMismatch, tainted: TaintNotTolerated, unlabelled: NoSpreadLabel,
-	shortCPU: InsufficientCPU, shortMemory: InsufficientMemory, noAddress: NoFreeAddress, skewed: SpreadSkew,
-}
-
-func (t *table) judge(i int, g *Group) verdict {
-	n := &t.nodes[i]
-	switch {
-	case n.NotReady == NodeLost:
-		return lost
-	case n.NotReady != "":
-		return notReady
-	case !selects(g.Selector, n.Labels):
-		return mismatch
-	}
-	v := fit
-	for _, taint := range n.Taints {
-		if tolerated(taint, g.Tolerations) {
-			continue
+// candidates gives nodes that would take one more, best cells first, at most n.
+func (u *run) candidates(n int) []int32 {
+	var out []int32
+	cells := slices.Clone(u.order)
+	slices.SortFunc(cells, func(a, b ranked) int {
+		if u.lessRank(&a, &b) {
+			return -1
 		}
-		if taint.GetEffect() != portolanv1.TaintEffect_TAINT_EFFECT_PREFER_NO_SCHEDULE {
-			return tainted
+		return 1
+	})
+	for _, rk := range cells {
+		cl := &u.x.cells[rk.cell]
+		for _, o := range cl.own {
+			out = append(out, o.node)
 		}
-		v = prefersNot
-	}
-	if g.SpreadKey != "" && g.SpreadKey != NodeKey && g.MaxSkew > 0 {
-		if _, ok := n.Labels[g.SpreadKey]; !ok {
-			return unlabelled
+		if !u.only {
+			for _, i := range cl.heap {
+				if u.check(i) == 0 {
+					out = append(out, i)
+				}
+				if len(out) >= 4*n {
+					break
+				}
+			}
 		}
 	}
-	return v
+	slices.SortStableFunc(out, func(a, b int32) int {
+		if u.t.before(a, b) {
+			return -1
+		}
+		return 1
+	})
+	return out[:min(len(out), n)]
 }
 
-// signature names what judge looks at.
-func (g *Group) signature() string {
-	var b strings.Builder
-	for _, k := range sortedKeys(g.Selector) {
-		fmt.Fprintf(&b, "%q=%q,", k, g.Selector[k])
+func stateOf(counts map[int32]int) string {
+	var b []byte
+	for _, i := range sortedKeys(counts) {
+		if n := counts[i]; n > 0 {
+			b = append(b, byte(i), byte(i>>8), byte(i>>16), byte(i>>24), byte(n), byte(n>>8))
+		}
 	}
-	for _, o := range g.Tolerations {
-		fmt.Fprintf(&b, "|%q=%q:%d", o.GetKey(), o.GetValue(), o.GetEffect())
-	}
-	if g.MaxSkew > 0 {
-		fmt.Fprintf(&b, "/%q", g.SpreadKey)
-	}
-	return b.String()
-}
-
-// short gives the resource that a node lacks for one replica of a group.
-func (t *table) short(i int32, g *Group) verdict {
-	switch {
-	case g.Request.CPUMilli > t.freeCPU[i]:
-		return shortCPU
-	case g.Request.MemoryBytes > t.freeMemory[i]:
-		return shortMemory
-	case g.Address && t.freeAddresses[i] <= 0:
-		return noAddress
-	}
-	return fit
-}
-
-const (
-	loadBits  = 24
-	tieBits   = 16
-	countBits = 63 - loadBits - tieBits
-)
-
-// score is how a node compares for the next replica; lower is better. From the
-// highest bit: whether the node would rather not, replicas of the group that it
-// has, how full it would be, a seeded coin.
-func (t *table) score(i int32, g *Group, v verdict) uint64 {
-	cpu := loadOf(t.freeCPU[i]-g.Request.CPUMilli, t.capCPU[i])
-	memory := loadOf(t.freeMemory[i]-g.Request.MemoryBytes, t.capMemory[i])
-	load := max(cpu, memory)
-	count := uint64(t.count[i])
-	if g.Pack {
-		load, count = 1<<loadBits-1-load, 0
-	}
-	key := min(count, 1<<countBits-1)<<(loadBits+tieBits) | load<<tieBits | uint64(t.tie[i])
-	if v == prefersNot {
-		key |= 1 << 63
-	}
-	return key
-}
-
-func loadOf(free, capacity int64) uint64 {
-	if capacity <= 0 {
-		return 0
-	}
-	f := 1 - float64(free)/float64(capacity)
-	return uint64(math.Round(min(max(f, 0), 1) * (1<<loadBits - 1)))
+	return string(b)
 }

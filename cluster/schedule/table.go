@@ -1,54 +1,115 @@
 package schedule
 
 import (
+	"cmp"
 	"fmt"
-	"maps"
+	"math"
 	"slices"
+	"strings"
+
+	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/nodev1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
-// table holds the nodes column by column, and what was worked out for earlier
-// groups of the same constraints.
-type table struct {
-	nodes               []Node
-	index               map[string]int32
-	freeCPU, freeMemory []int64
-	capCPU, capMemory   []int64
-	freeAddresses       []int32
-	tie                 []uint16
-	verdicts            map[string][]verdict
-	domains             map[string]*domains
-	count               []int32 // replicas of the present group by node
-	heap                []item  // scratch
-	marked              []int32 // nodes of which count is not 0
+// Table holds the nodes column by column, one slot each, what is bound to them,
+// and what was worked out for classes. Slots of deleted nodes are used again.
+type Table struct {
+	seed  uint64
+	index map[string]int32
+	free  []int32 // slots
+
+	// Columns. ids is empty and down is NoNode in a free slot.
+	ids        []string
+	facts      []*nodev1.NodeFacts
+	down, mode []Code
+	addresses  []int32
+	pool       []int32
+	taintSet   []int32
+	images     []map[string]struct{}
+	tie        []uint64
+
+	// Capacity that may be promised, and what is left of it: below 0 when a node
+	// shrank.
+	capCPU, capMemory, capStorage     []int64
+	freeCPU, freeMemory, freeStorage  []int64
+	perCPU, perMemory                 []float64 // 1 ÷ capacity
+	freeAddress                       []int32
+	ports                             [][]int32
+	devices                           [][]device
+	scopes                            [][]presence
+	bound                             [][]*replica
+
+	pools       []pool
+	poolIndex   map[string]int32
+	poolEpoch   uint64 // counts changes of what keys of all nodes follow from
+	price       Pools
+	taintSets   [][]*portolanv1.Taint
+	taintIndex  map[string]int32
+	replicas    map[string]*replica
+	homeless    map[string][]*replica // by the node that is not there
+	volumes     map[string]volume
+	volumesOn   map[string]int64 // bytes by node
+	nominations map[string][]*nomination
+	keeps       [][]*nomination // by slot
+	priorities  map[int32]int   // replicas that could be displaced, by priority
+	usage       map[string]*usage
+	capacity    api.Resources
+	scopeIndex  map[scopeKey]*scope
+	scopeIDs    int32
+
+	// What was worked out.
+	columns      map[string]*column
+	requirements map[string]*interned
+	masks        map[string]*mask
+	indexes      map[string]*index
+	known        map[*Class]*resolved
+	fragments    fragments
+
+	// log holds the slots that changed, in a ring; seq counts them.
+	log   []int32
+	seq   uint64
+	tick  uint64
+	stamp []uint32 // scratch: marks slots
+	mark  uint32
+	work  scratch
 }
 
-// domains are the values of a spread key: of[i] is the domain of node i.
-type domains struct {
-	of []int32
-	n  int
+// pool is a NodePool made ready.
+type pool struct {
+	name                  string
+	scoring               portolanv1.Scoring
+	cpuPercent, memPercent int64
+	reserved              api.Resources
+	reservedStorage       int64
+	// Price of a millicore-hour and of a GiB-hour, in thousandths of a micro-unit.
+	cpuPrice, memPrice float64
+	spot               bool
 }
 
-type item struct {
-	key  uint64
-	node int32
+type volume struct {
+	node  string
+	bytes int64
 }
 
-func newTable(nodes []Node, seed uint64) *table {
-	n := len(nodes)
-	wide := make([]int64, 4*n)
-	t := &table{
-		nodes: nodes, index: make(map[string]int32, n), freeCPU: wide[:n:n], freeMemory: wide[n : 2*n : 2*n], capCPU: wide[2*n : 3*n : 3*n], capMemory: wide[3*n:],
-		freeAddresses: make([]int32, n), tie: make([]uint16, n), count: make([]int32, n), heap: make([]item, 0, n),
-		verdicts: map[string][]verdict{}, domains: map[string]*domains{},
+type usage struct {
+	cpu, memory int64
+	devices     int64 // milli
+	replicas    int
+}
+
+const logSize = 1 << 12
+
+// NewTable gives an empty one. The seed breaks ties.
+func NewTable(seed uint64) *Table {
+	t := &Table{
+		seed: seed, index: map[string]int32{}, poolIndex: map[string]int32{}, taintIndex: map[string]int32{}, replicas: map[string]*replica{}, homeless: map[string][]*replica{},
+		volumes: map[string]volume{}, volumesOn: map[string]int64{}, nominations: map[string][]*nomination{}, priorities: map[int32]int{}, usage: map[string]*usage{}, scopeIndex: map[scopeKey]*scope{},
+		columns: map[string]*column{}, requirements: map[string]*interned{}, masks: map[string]*mask{}, indexes: map[string]*index{}, known: map[*Class]*resolved{},
+		log: make([]int32, logSize), taintSets: [][]*portolanv1.Taint{nil},
 	}
-	for i := range nodes {
-		nd := &nodes[i]
-		t.index[nd.ID] = int32(i)
-		t.capCPU[i], t.capMemory[i] = nd.Capacity.CPUMilli, nd.Capacity.MemoryBytes
-		t.freeCPU[i], t.freeMemory[i] = nd.Capacity.CPUMilli-nd.Used.CPUMilli, nd.Capacity.MemoryBytes-nd.Used.MemoryBytes
-		t.freeAddresses[i] = int32(nd.Addresses)
-		t.tie[i] = uint16(mix(seed, uint64(i)) >> 48)
-	}
+	t.taintIndex[""] = 0
+	t.poolFor(DefaultPool)
 	return t
 }
 
@@ -60,318 +121,335 @@ func mix(a, b uint64) uint64 {
 	return z ^ z>>31
 }
 
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
-
-// judged gives the verdict on every node, once per set of constraints.
-func (t *table) judged(g *Group) []verdict {
-	sig := g.signature()
-	v, ok := t.verdicts[sig]
-	if !ok {
-		v = make([]verdict, len(t.nodes))
-		for i := range v {
-			v[i] = t.judge(i, g)
-		}
-		t.verdicts[sig] = v
+// coin is the node's place among equals: of its ID, not of its slot.
+func coin(seed uint64, id string) uint64 {
+	h := seed
+	for i := range len(id) {
+		h = mix(h, uint64(id[i]))
 	}
-	return v
-}
-
-// place finds nodes for all replicas of a group, as far as there are any.
-func (t *table) place(g *Group) Placed {
-	if g.Count <= 0 {
-		return Placed{}
-	}
-	t.setCounts(g)
-	v := t.judged(g)
-	p := Placed{Nodes: make([]int32, 0, g.Count)}
-	blocked := false
-	switch {
-	case g.Node != "":
-		t.placeOn(g, v, &p)
-	case g.SpreadKey == "":
-		t.placeOver(g, v, &p)
-	default:
-		blocked = t.placeSpread(g, v, &p)
-	}
-	if p.Missing = g.Count - len(p.Nodes); p.Missing > 0 {
-		p.Refusals = t.refusals(g, v, blocked)
-	}
-	return p
-}
-
-func (t *table) setCounts(g *Group) {
-	for _, i := range t.marked {
-		t.count[i] = 0
-	}
-	t.marked = t.marked[:0]
-	for id, n := range g.Running {
-		if i, ok := t.index[id]; ok {
-			t.count[i] = int32(n)
-			t.marked = append(t.marked, i)
-		}
-	}
-}
-
-// take binds one replica to a node.
-func (t *table) take(i int32, g *Group, p *Placed) {
-	t.freeCPU[i] -= g.Request.CPUMilli
-	t.freeMemory[i] -= g.Request.MemoryBytes
-	if g.Address {
-		t.freeAddresses[i]--
-	}
-	if t.count[i] == 0 {
-		t.marked = append(t.marked, i)
-	}
-	t.count[i]++
-	p.Nodes = append(p.Nodes, i)
-}
-
-func (t *table) placeOn(g *Group, v []verdict, p *Placed) {
-	i, ok := t.index[g.Node]
-	for ok && v[i] <= prefersNot && len(p.Nodes) < g.Count && t.short(i, g) == fit {
-		t.take(i, g, p)
-	}
-}
-
-// placeOver takes the best node each time.
-func (t *table) placeOver(g *Group, v []verdict, p *Placed) {
-	h := t.heap[:0]
-	for i := range v {
-		if n := int32(i); v[i] <= prefersNot && t.short(n, g) == fit {
-			h = append(h, item{t.score(n, g, v[i]), n})
-		}
-	}
-	heapify(h)
-	for len(p.Nodes) < g.Count && len(h) > 0 {
-		h = t.takeTop(h, g, v, p)
-	}
-}
-
-// takeTop binds one replica to the best node of a heap and puts the node where
-// it now belongs, or out.
-func (t *table) takeTop(h []item, g *Group, v []verdict, p *Placed) []item {
-	i := h[0].node
-	t.take(i, g, p)
-	if t.short(i, g) == fit {
-		h[0].key = t.score(i, g, v[i])
-	} else {
-		h[0] = h[len(h)-1]
-		h = h[:len(h)-1]
-	}
-	siftDown(h, 0)
 	return h
 }
 
-// placeSpread takes the best node of the domain that has the fewest replicas. It
-// says whether max_skew held replicas back: the domains that may grow are full.
-func (t *table) placeSpread(g *Group, v []verdict, p *Placed) (blocked bool) {
-	d := t.domainsOf(g.SpreadKey)
-	heaps, counts, present := t.heapsByDomain(g, v, d)
-	// top orders the domains that can take more by replicas, then by their best.
-	top := make([]item, 0, d.n)
-	key := func(dom int32) uint64 { return uint64(counts[dom])<<40 | heaps[dom][0].key>>24 }
-	lowest := newLowest(counts, present)
-	for dom := range heaps {
-		if len(heaps[dom]) > 0 {
-			top = append(top, item{key(int32(dom)), int32(dom)})
-		}
+// before breaks a tie between two slots.
+func (t *Table) before(a, b int32) bool {
+	if t.tie[a] != t.tie[b] {
+		return t.tie[a] < t.tie[b]
 	}
-	heapify(top)
-	for len(p.Nodes) < g.Count && len(top) > 0 {
-		dom := top[0].node
-		if g.MaxSkew > 0 && int(counts[dom])+1-lowest.value() > g.MaxSkew {
-			return true
-		}
-		heaps[dom] = t.takeTop(heaps[dom], g, v, p)
-		lowest.raise(int(counts[dom]))
-		counts[dom]++
-		if len(heaps[dom]) > 0 {
-			top[0].key = key(dom)
-		} else {
-			top[0] = top[len(top)-1]
-			top = top[:len(top)-1]
-		}
-		siftDown(top, 0)
-	}
-	return false
+	return t.ids[a] < t.ids[b]
 }
 
-func (t *table) domainsOf(spreadKey string) *domains {
-	if d, ok := t.domains[spreadKey]; ok {
-		return d
-	}
-	d := &domains{of: make([]int32, len(t.nodes))}
-	values := map[string]int32{}
-	for i := range t.nodes {
-		value, ok := t.nodes[i].Labels[spreadKey]
-		if !ok && spreadKey == NodeKey {
-			value = t.nodes[i].ID
-		}
-		id, seen := values[value]
-		if !seen {
-			id = int32(len(values))
-			values[value] = id
-		}
-		d.of[i] = id
-	}
-	d.n = len(values)
-	t.domains[spreadKey] = d
-	return d
+// touch notes that a slot changed.
+func (t *Table) touch(i int32) {
+	t.log[t.seq&(uint64(len(t.log))-1)] = i
+	t.seq++
 }
 
-// heapsByDomain gives each domain's candidates and replicas, and which domains
-// have any node that the constraints allow.
-func (t *table) heapsByDomain(g *Group, v []verdict, d *domains) (heaps [][]item, counts []int32, present []bool) {
-	sizes := make([]int, d.n)
-	counts, present = make([]int32, d.n), make([]bool, d.n)
-	for i := range v {
-		dom := d.of[i]
-		counts[dom] += t.count[i]
-		if v[i] <= prefersNot {
-			present[dom] = true
-			sizes[dom]++
+// slot gives a free slot, growing every column if there is none.
+func (t *Table) slot() int32 {
+	if n := len(t.free); n > 0 {
+		i := t.free[n-1]
+		t.free = t.free[:n-1]
+		return i
+	}
+	i := int32(len(t.ids))
+	t.ids, t.facts, t.down, t.mode = append(t.ids, ""), append(t.facts, nil), append(t.down, NoNode), append(t.mode, 0)
+	t.addresses, t.pool, t.taintSet, t.images, t.tie = append(t.addresses, 0), append(t.pool, 0), append(t.taintSet, 0), append(t.images, nil), append(t.tie, 0)
+	t.capCPU, t.capMemory, t.capStorage = append(t.capCPU, 0), append(t.capMemory, 0), append(t.capStorage, 0)
+	t.freeCPU, t.freeMemory, t.freeStorage = append(t.freeCPU, 0), append(t.freeMemory, 0), append(t.freeStorage, 0)
+	t.perCPU, t.perMemory, t.freeAddress = append(t.perCPU, 0), append(t.perMemory, 0), append(t.freeAddress, 0)
+	t.ports, t.devices, t.scopes = append(t.ports, nil), append(t.devices, nil), append(t.scopes, nil)
+	t.bound, t.keeps, t.stamp = append(t.bound, nil), append(t.keeps, nil), append(t.stamp, 0)
+	for _, c := range t.columns {
+		c.of = append(c.of, 0)
+	}
+	for _, in := range t.requirements {
+		in.bits.grow(len(t.ids))
+	}
+	for _, m := range t.masks {
+		m.ok.grow(len(t.ids))
+		m.soft = append(m.soft, 0)
+		if m.absent != nil {
+			m.absent = append(m.absent, 0)
 		}
 	}
-	heaps = make([][]item, d.n)
-	rest := t.heap[:cap(t.heap)]
-	for dom, n := range sizes {
-		heaps[dom], rest = rest[:0:n], rest[n:]
+	for _, x := range t.indexes {
+		x.grow()
 	}
-	for i := range v {
-		if n := int32(i); v[i] <= prefersNot && t.short(n, g) == fit {
-			heaps[d.of[i]] = append(heaps[d.of[i]], item{t.score(n, g, v[i]), n})
-		}
+	for len(t.log) < len(t.ids) {
+		t.growLog()
 	}
-	for _, h := range heaps {
-		heapify(h)
-	}
-	return heaps, counts, present
+	return i
 }
 
-// lowest follows the least count over domains whose counts only grow.
-type lowest struct {
-	at  []int // number of domains by count
-	min int
-}
-
-func newLowest(counts []int32, present []bool) *lowest {
-	l := &lowest{}
-	for dom, c := range counts {
-		if present[dom] {
-			l.grow(int(c))
-			l.at[c]++
-		}
-	}
-	return l
-}
-
-func (l *lowest) grow(c int) {
-	for len(l.at) <= c+1 {
-		l.at = append(l.at, 0)
+// growLog doubles the ring, keeping what is in it where seq finds it.
+func (t *Table) growLog() {
+	old := t.log
+	t.log = make([]int32, 2*len(old))
+	for k := range min(t.seq, uint64(len(old))) {
+		s := t.seq - 1 - k
+		t.log[s&(uint64(len(t.log))-1)] = old[s&(uint64(len(old))-1)]
 	}
 }
 
-// raise says that a domain went from count c to c+1.
-func (l *lowest) raise(c int) {
-	l.grow(c + 1)
-	l.at[c]--
-	l.at[c+1]++
+// PutNode adds a node or replaces what is known of it.
+func (t *Table) PutNode(n Node) {
+	i, ok := t.index[n.ID]
+	if ok && t.facts[i] == n.Facts && t.addresses[i] == int32(n.Addresses) && t.mode[i] == modeCode(n.Mode) && t.down[i] == n.Down {
+		return
+	}
+	if !ok {
+		i = t.slot()
+		t.index[n.ID] = i
+		t.ids[i], t.tie[i] = n.ID, coin(t.seed, n.ID)
+	}
+	sameFacts := ok && t.facts[i] == n.Facts
+	t.facts[i], t.down[i], t.mode[i], t.addresses[i] = n.Facts, n.Down, modeCode(n.Mode), int32(n.Addresses)
+	if !sameFacts {
+		t.readFacts(i)
+	}
+	t.recount(i)
+	t.rejudge(i)
+	if !ok {
+		t.settle(i)
+	}
+	t.touch(i)
 }
 
-func (l *lowest) value() int {
-	for l.min < len(l.at)-1 && l.at[l.min] == 0 {
-		l.min++
+// readFacts takes labels, taints and images of a node over.
+func (t *Table) readFacts(i int32) {
+	f := t.facts[i]
+	name, ok := f.GetLabels()[PoolKey]
+	if !ok {
+		name = DefaultPool
 	}
-	return l.min
+	t.pool[i] = t.poolFor(name)
+	t.taintSet[i] = t.taintsFor(f.GetTaints())
+	t.images[i] = nil
+	if len(f.GetImages()) > 0 {
+		t.images[i] = make(map[string]struct{}, len(f.GetImages()))
+		for _, d := range f.GetImages() {
+			t.images[i][d] = struct{}{}
+		}
+	}
+	t.relabel(i)
 }
 
-func heapify(h []item) {
-	for i := len(h)/2 - 1; i >= 0; i-- {
-		siftDown(h, i)
+// relabel brings the columns up to date, and what is counted by their values.
+func (t *Table) relabel(i int32) {
+	for _, c := range t.columns {
+		before := t.fill(c, i)
+		if now := c.of[i]; now != before {
+			for k := range t.scopes[i] {
+				t.scopes[i][k].scope.shift(c, before, now, t.scopes[i][k].count)
+			}
+		}
+	}
+	for _, in := range t.requirements {
+		v := in.column.of[i]
+		in.bits.put(i, t.ids[i] != "" && in.holds(in.column.names[v], v != 0))
 	}
 }
 
-func less(a, b item) bool { return a.key < b.key || (a.key == b.key && a.node < b.node) }
-
-func siftDown(h []item, i int) {
-	for {
-		c := 2*i + 1
-		if c >= len(h) {
-			return
-		}
-		if c+1 < len(h) && less(h[c+1], h[c]) {
-			c++
-		}
-		if !less(h[c], h[i]) {
-			return
-		}
-		h[i], h[c] = h[c], h[i]
-		i = c
+func (t *Table) rejudge(i int32) {
+	for _, m := range t.masks {
+		t.judge(m, i)
 	}
 }
 
-// refusals counts why nodes take no more.
-func (t *table) refusals(g *Group, v []verdict, blocked bool) []Refusal {
-	var n [verdicts]int
-	freest := [verdicts]int64{}
-	for i := range v {
-		if g.Node != "" && t.nodes[i].ID != g.Node {
-			continue
+func (t *Table) taintsFor(taints []*portolanv1.Taint) int32 {
+	if len(taints) == 0 {
+		return 0
+	}
+	var b strings.Builder
+	for _, x := range taints {
+		fmt.Fprintf(&b, "%q=%q:%d,", x.GetKey(), x.GetValue(), x.GetEffect())
+	}
+	id, ok := t.taintIndex[b.String()]
+	if !ok {
+		if len(t.taintSets) > 1024+2*len(t.ids) {
+			t.forgetTaints()
 		}
-		why := v[i]
-		if why <= prefersNot {
-			why = t.short(int32(i), g)
-		}
-		if why == fit && blocked {
-			why = skewed
-		}
-		n[why]++
-		switch why {
-		case shortCPU:
-			freest[why] = max(freest[why], t.freeCPU[i])
-		case shortMemory:
-			freest[why] = max(freest[why], t.freeMemory[i])
-		default:
+		id = int32(len(t.taintSets))
+		t.taintIndex[b.String()] = id
+		t.taintSets = append(t.taintSets, taints)
+	}
+	return id
+}
+
+// forgetTaints begins the sets anew from what nodes have.
+func (t *Table) forgetTaints() {
+	t.taintSets, t.taintIndex = t.taintSets[:1:1], map[string]int32{"": 0}
+	for _, m := range t.masks {
+		m.taints = nil
+	}
+	for i := range t.ids {
+		if t.ids[i] != "" {
+			t.taintSet[i] = t.taintsFor(t.facts[i].GetTaints())
 		}
 	}
-	var out []Refusal
-	for why, count := range n {
-		if count > 0 && verdict(why) > prefersNot {
-			out = append(out, Refusal{Code: codes[why], Message: message(verdict(why), count, g, freest[why]), Nodes: count})
+}
+
+// DeleteNode takes it out. Replicas that are on it count nowhere until it returns.
+func (t *Table) DeleteNode(id string) {
+	i, ok := t.index[id]
+	if !ok {
+		return
+	}
+	for _, r := range t.bound[i] {
+		t.uncount(r)
+		r.slot = -1
+		t.homeless[id] = append(t.homeless[id], r)
+	}
+	t.bound[i] = t.bound[i][:0]
+	for len(t.keeps[i]) > 0 {
+		t.dropNomination(t.keeps[i][0])
+	}
+	delete(t.index, id)
+	t.ids[i], t.facts[i], t.down[i] = "", nil, NoNode
+	t.images[i], t.taintSet[i] = nil, 0
+	t.relabel(i)
+	t.addCapacity(i, -1)
+	t.capCPU[i], t.capMemory[i], t.capStorage[i], t.devices[i] = 0, 0, 0, nil
+	t.rejudge(i)
+	t.free = append(t.free, i)
+	t.touch(i)
+}
+
+// settle counts what is on a node that came back.
+func (t *Table) settle(i int32) {
+	list := t.homeless[t.ids[i]]
+	delete(t.homeless, t.ids[i])
+	for _, r := range list {
+		t.home(r, i)
+	}
+}
+
+// recount sets a node's capacity, and what is free of it from all that is there.
+func (t *Table) recount(i int32) {
+	f, p := t.facts[i], &t.pools[t.pool[i]]
+	t.addCapacity(i, -1)
+	t.capCPU[i] = max(f.GetCpuMilli()-p.reserved.CPUMilli, 0) * p.cpuPercent / 100
+	t.capMemory[i] = promise(f.GetMemoryBytes()-p.reserved.MemoryBytes, p.memPercent)
+	t.capStorage[i] = max(f.GetStorageBytes()-p.reservedStorage, 0)
+	t.addCapacity(i, 1)
+	t.perCPU[i], t.perMemory[i] = inverse(t.capCPU[i]), inverse(t.capMemory[i])
+	t.freeCPU[i], t.freeMemory[i], t.freeStorage[i], t.freeAddress[i] = t.capCPU[i], t.capMemory[i], t.capStorage[i], t.addresses[i]
+	t.ports[i] = t.ports[i][:0]
+	t.readDevices(i)
+	for _, r := range t.bound[i] {
+		t.charge(i, r, -1)
+	}
+	for _, k := range t.keeps[i] {
+		t.reserve(k, -1)
+	}
+	t.freeStorage[i] -= t.volumesOn[t.ids[i]]
+}
+
+func (t *Table) addCapacity(i int32, sign int64) {
+	t.capacity.CPUMilli += sign * t.capCPU[i]
+	t.capacity.MemoryBytes += sign * t.capMemory[i]
+}
+
+// promise is a percentage of bytes, which may be more than fits times a hundred.
+func promise(bytes, percent int64) int64 {
+	bytes = max(bytes, 0)
+	return bytes/100*percent + bytes%100*percent/100
+}
+
+func inverse(n int64) float64 {
+	if n <= 0 {
+		return 0
+	}
+	return 1 / float64(n)
+}
+
+// PutVolume counts a volume on its node's disk.
+func (t *Table) PutVolume(id, node string, bytes int64) {
+	t.DeleteVolume(id)
+	t.volumes[id] = volume{node, bytes}
+	t.moveStorage(node, -bytes)
+}
+
+// DeleteVolume forgets it.
+func (t *Table) DeleteVolume(id string) {
+	if v, ok := t.volumes[id]; ok {
+		delete(t.volumes, id)
+		t.moveStorage(v.node, v.bytes)
+	}
+}
+
+func (t *Table) moveStorage(node string, by int64) {
+	if t.volumesOn[node] -= by; t.volumesOn[node] == 0 {
+		delete(t.volumesOn, node)
+	}
+	if i, ok := t.index[node]; ok {
+		t.freeStorage[i] += by
+		t.touch(i)
+	}
+}
+
+// SetPools replaces the pools.
+func (t *Table) SetPools(p Pools) {
+	t.price = p
+	t.poolEpoch++
+	for k := range t.pools {
+		t.pools[k] = t.poolOf(t.pools[k].name)
+	}
+	for i := range t.ids {
+		if t.ids[i] != "" {
+			t.recount(int32(i))
+			t.rejudge(int32(i))
+			t.touch(int32(i))
 		}
 	}
-	if len(out) == 0 {
-		out = []Refusal{{Code: NodeNotReady, Message: "there is no node"}}
+}
+
+func (t *Table) poolFor(name string) int32 {
+	k, ok := t.poolIndex[name]
+	if !ok {
+		k = int32(len(t.pools))
+		t.poolIndex[name] = k
+		t.pools = append(t.pools, t.poolOf(name))
+		t.poolEpoch++
 	}
-	slices.SortStableFunc(out, func(a, b Refusal) int { return b.Nodes - a.Nodes })
+	return k
+}
+
+func (t *Table) poolOf(name string) pool {
+	k := slices.IndexFunc(t.price.Pools, func(p *portolanv1.NodePool) bool { return p.GetName() == name })
+	var p *portolanv1.NodePool
+	if k >= 0 {
+		p = t.price.Pools[k]
+	}
+	out := pool{
+		name: name, scoring: p.GetScoring(), spot: p.GetSpot(),
+		cpuPercent: cmp.Or(int64(p.GetCpuOvercommitPercent()), 100), memPercent: cmp.Or(int64(p.GetMemoryOvercommitPercent()), 100),
+	}
+	if out.scoring == portolanv1.Scoring_SCORING_UNSPECIFIED {
+		out.scoring = portolanv1.Scoring_SCORING_SPREAD
+	}
+	// The federation has checked the amounts; what cannot be read reserves nothing.
+	out.reserved.CPUMilli, _ = api.ParseCPU(p.GetReserved().GetCpu())
+	out.reserved.MemoryBytes, _ = api.ParseBytes(p.GetReserved().GetMemory())
+	out.reservedStorage, _ = api.ParseBytes(p.GetReserved().GetStorage())
+	cpu, mem := p.GetCpuCoreHourMicros(), p.GetMemoryGibHourMicros()
+	if cpu == 0 && mem == 0 {
+		cpu, mem = t.price.CPUCoreHourMicros, t.price.MemGiBHourMicros
+	}
+	out.cpuPrice, out.memPrice = float64(cpu)/1000, float64(mem)/(1<<30)
 	return out
 }
 
-func message(why verdict, n int, g *Group, freest int64) string {
-	of := fmt.Sprintf("%d nodes", n)
-	if n == 1 {
-		of = "1 node"
+// dearest is the price of the dearest pool for an ask, which prices compare to.
+func (t *Table) dearest(a *ask) float64 {
+	most := 0.0
+	for k := range t.pools {
+		most = math.Max(most, t.pools[k].costs(a))
 	}
-	switch why {
-	case lost:
-		return of + ": silent"
-	case notReady:
-		return of + ": not ready"
-	case mismatch:
-		return of + ": labels do not match the node selector"
-	case tainted:
-		return of + ": a taint that is not tolerated"
-	case unlabelled:
-		return of + ": no label " + g.SpreadKey + " to spread over"
-	case shortCPU:
-		return fmt.Sprintf("%s: %dm of CPU are asked for, at most %dm are free", of, g.Request.CPUMilli, max(freest, 0))
-	case shortMemory:
-		return fmt.Sprintf("%s: %d MiB of memory are asked for, at most %d MiB are free", of, g.Request.MemoryBytes>>20, max(freest, 0)>>20)
-	case noAddress:
-		return of + ": no free address for a replica"
-	case skewed:
-		return fmt.Sprintf("%s: more replicas there would exceed max_skew %d over %s", of, g.MaxSkew, g.SpreadKey)
-	default:
-		return of
-	}
+	return most
+}
+
+// costs is the price of an ask, in micro-units per hour.
+func (p *pool) costs(a *ask) float64 {
+	return float64(a.cpu)*p.cpuPrice + float64(a.memory)*p.memPrice
 }

@@ -41,11 +41,11 @@ func (s *Snapshot) Input(now time.Time) reconcile.Input {
 
 // admit asks the scheduler's rules.
 func admit(n *clusterv1.Node, spec *portolanv1.WorkloadSpec) reconcile.Admission {
-	begin, stay := schedule.Admit(n.GetFacts().GetLabels(), n.GetFacts().GetTaints(), spec)
+	a := schedule.Admit(n, spec)
 	switch {
-	case begin:
+	case a.Begin:
 		return reconcile.Admitted
-	case stay:
+	case a.Stay:
 		return reconcile.Stay
 	}
 	return reconcile.Refused

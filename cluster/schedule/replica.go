@@ -1,0 +1,543 @@
+package schedule
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/portolan-io/portolan/federation/api"
+)
+
+// replica is a Replica in its slot; slot is -1 while its node is not there.
+type replica struct {
+	Replica
+	res  *resolved
+	slot int32
+	at   int32 // in bound[slot]
+}
+
+// scopeKey names a set of replicas: of a workload, of one of its revisions, or
+// those that must not share a domain of a key with a workload.
+type scopeKey struct {
+	kind                       uint8
+	tenant, workload, revision string
+	key                        string
+}
+
+const (
+	ofWorkload uint8 = iota
+	ofRevision
+	avoiding
+)
+
+// scope counts its replicas by node (presence) and by the values of columns.
+type scope struct {
+	id    int32
+	key   scopeKey
+	nodes []int32
+	total int32
+	by    []counter
+	// against are the scopes of those that avoid this workload; version counts when
+	// one became empty or not.
+	against []*scope
+	version uint64
+	target  *scope  // of avoiding
+	column  *column // of avoiding; nil over nodes
+	refs    int
+}
+
+// counter is how many of a scope are on nodes with each value of a column.
+type counter struct {
+	column *column
+	n      []int32
+	refs   int
+}
+
+// presence is how many of a scope are on one node; at is where the node is in
+// scope.nodes.
+type presence struct {
+	scope *scope
+	id    int32
+	count int32
+	at    int32
+}
+
+func (t *Table) scope(k scopeKey) *scope {
+	s, ok := t.scopeIndex[k]
+	if !ok {
+		t.scopeIDs++
+		s = &scope{key: k, id: t.scopeIDs}
+		t.scopeIndex[k] = s
+		if k.kind == avoiding {
+			s.target = t.scope(scopeKey{kind: ofWorkload, tenant: k.tenant, workload: k.workload})
+			s.target.against = append(s.target.against, s)
+			if k.key != NodeKey {
+				s.column = t.column(k.key)
+				s.column.refs++
+				t.count(s, s.column)
+			}
+		}
+	}
+	s.refs++
+	return s
+}
+
+func (t *Table) dropScope(s *scope) {
+	if s.refs--; s.refs > 0 {
+		return
+	}
+	delete(t.scopeIndex, s.key)
+	if s.target != nil {
+		k := slices.Index(s.target.against, s)
+		s.target.against = slices.Delete(s.target.against, k, k+1)
+		t.dropScope(s.target)
+	}
+	if s.column != nil {
+		t.uncountBy(s, s.column)
+		t.dropColumn(s.column)
+	}
+}
+
+// count makes a scope be counted by a column's values.
+func (t *Table) count(s *scope, c *column) {
+	for k := range s.by {
+		if s.by[k].column == c {
+			s.by[k].refs++
+			return
+		}
+	}
+	s.by = append(s.by, counter{column: c, refs: 1})
+	for _, i := range s.nodes {
+		s.by[len(s.by)-1].add(c.of[i], t.countOn(i, s))
+	}
+}
+
+func (t *Table) uncountBy(s *scope, c *column) {
+	k := slices.IndexFunc(s.by, func(x counter) bool { return x.column == c })
+	if s.by[k].refs--; s.by[k].refs == 0 {
+		s.by = slices.Delete(s.by, k, k+1)
+	}
+}
+
+func (c *counter) add(value, n int32) {
+	for int(value) >= len(c.n) {
+		c.n = append(c.n, 0)
+	}
+	c.n[value] += n
+}
+
+func (s *scope) in(c *column, value int32) int32 {
+	for k := range s.by {
+		if s.by[k].column == c {
+			if int(value) < len(s.by[k].n) {
+				return s.by[k].n[value]
+			}
+			return 0
+		}
+	}
+	return 0
+}
+
+// shift moves replicas on one node from a value to another.
+func (s *scope) shift(c *column, from, to, n int32) {
+	for k := range s.by {
+		if s.by[k].column == c {
+			s.by[k].add(from, -n)
+			s.by[k].add(to, n)
+		}
+	}
+}
+
+func (t *Table) countOn(i int32, s *scope) int32 {
+	for k := range t.scopes[i] {
+		if t.scopes[i][k].id == s.id {
+			return t.scopes[i][k].count
+		}
+	}
+	return 0
+}
+
+// join adds n replicas (1 or -1) on a node to a scope.
+func (t *Table) join(i int32, s *scope, n int32) {
+	list := t.scopes[i]
+	k := 0
+	for k < len(list) && list[k].id != s.id {
+		k++
+	}
+	if k == len(list) {
+		list = append(list, presence{scope: s, id: s.id, at: int32(len(s.nodes))})
+		s.nodes = append(s.nodes, i)
+	}
+	list[k].count += n
+	for j := range s.by {
+		s.by[j].add(s.by[j].column.of[i], n)
+	}
+	was := s.total
+	s.total += n
+	if s.target != nil && (was == 0 || s.total == 0) {
+		s.target.version++
+	}
+	if list[k].count == 0 {
+		t.leaveNode(s, list[k].at)
+		list[k] = list[len(list)-1]
+		list = list[:len(list)-1]
+	}
+	t.scopes[i] = list
+}
+
+func (t *Table) leaveNode(s *scope, at int32) {
+	last := len(s.nodes) - 1
+	moved := s.nodes[last]
+	s.nodes[at] = moved
+	s.nodes = s.nodes[:last]
+	if int(at) == last {
+		return
+	}
+	for k := range t.scopes[moved] {
+		if t.scopes[moved][k].id == s.id {
+			t.scopes[moved][k].at = at
+		}
+	}
+}
+
+// resolved is a class in a table.
+type resolved struct {
+	c          *Class
+	work, rev  *scope
+	avoids     []*scope // what it counts in, as one that must keep away
+	spreads    []spreadIn
+	affinity   []affinityIn
+	m          *mask
+	x          *index
+	xVersion   uint64
+	demand     int32
+	refs       int
+	used       uint64
+}
+
+// spreadIn and affinityIn are terms in a table; the column is nil over nodes.
+type spreadIn struct {
+	spread
+	column *column
+}
+
+type affinityIn struct {
+	affinity
+	scope  *scope
+	column *column
+}
+
+// maxIdle bounds the classes that are kept without a replica.
+const maxIdle = 4096
+
+// resolve gives a class's place in the table.
+func (t *Table) resolve(c *Class) *resolved {
+	t.tick++
+	r, ok := t.known[c]
+	if ok {
+		r.used = t.tick
+		return r
+	}
+	if len(t.known) > maxIdle+2*len(t.replicas) {
+		t.forgetIdle()
+	}
+	o := c.owner
+	r = &resolved{
+		c: c, used: t.tick, work: t.scope(scopeKey{kind: ofWorkload, tenant: o.Tenant, workload: o.Workload}),
+		rev: t.scope(scopeKey{kind: ofRevision, tenant: o.Tenant, workload: o.Workload, revision: o.Revision}),
+	}
+	columnOf := func(key string, s *scope) *column {
+		if key == NodeKey {
+			return nil
+		}
+		col := t.column(key)
+		col.refs++
+		t.count(s, col)
+		return col
+	}
+	for _, s := range c.spreads {
+		r.spreads = append(r.spreads, spreadIn{s, columnOf(s.key, r.rev)})
+	}
+	for _, a := range c.affinity {
+		s := t.scope(scopeKey{kind: ofWorkload, tenant: o.Tenant, workload: a.workload})
+		r.affinity = append(r.affinity, affinityIn{a, s, columnOf(a.key, s)})
+		if a.anti && !a.prefer {
+			r.avoids = append(r.avoids, t.scope(scopeKey{kind: avoiding, tenant: o.Tenant, workload: a.workload, key: a.key}))
+		}
+	}
+	t.known[c] = r
+	return r
+}
+
+// forgetIdle lets the classes go that no replica has, but for the newer half.
+func (t *Table) forgetIdle() {
+	var used []uint64
+	for _, r := range t.known {
+		if r.refs == 0 {
+			used = append(used, r.used)
+		}
+	}
+	if len(used) == 0 {
+		return
+	}
+	slices.Sort(used)
+	limit := used[len(used)/2]
+	for c, r := range t.known {
+		if r.refs == 0 && r.used <= limit {
+			t.forget(c, r)
+		}
+	}
+}
+
+func (t *Table) forget(c *Class, r *resolved) {
+	delete(t.known, c)
+	drop := func(s *scope, col *column) {
+		if col != nil {
+			t.uncountBy(s, col)
+			t.dropColumn(col)
+		}
+	}
+	for _, s := range r.spreads {
+		drop(r.rev, s.column)
+	}
+	for _, a := range r.affinity {
+		drop(a.scope, a.column)
+		t.dropScope(a.scope)
+	}
+	for _, s := range r.avoids {
+		t.dropScope(s)
+	}
+	t.dropScope(r.rev)
+	t.dropScope(r.work)
+}
+
+// masked gives the class's mask, made anew if it was forgotten.
+func (t *Table) masked(r *resolved) *mask {
+	if r.m == nil || r.m.gone {
+		r.m = t.mask(&r.c.static)
+	}
+	t.tick++
+	r.m.used = t.tick
+	return r.m
+}
+
+// PutReplica counts a bound replica; putting it again replaces it.
+func (t *Table) PutReplica(r Replica) {
+	if old, ok := t.replicas[r.ID]; ok {
+		if old.Class == r.Class && old.Node == r.Node && old.Leaving == r.Leaving && old.Ended == r.Ended && old.Bound == r.Bound && slices.Equal(old.Devices, r.Devices) {
+			return
+		}
+		t.DeleteReplica(r.ID)
+	}
+	n := &replica{Replica: r, res: t.resolve(r.Class), slot: -1}
+	n.res.refs++
+	t.replicas[r.ID] = n
+	t.owe(n, 1)
+	if i, ok := t.index[r.Node]; ok {
+		t.home(n, i)
+	} else {
+		t.homeless[r.Node] = append(t.homeless[r.Node], n)
+	}
+}
+
+// home puts a replica on its node.
+func (t *Table) home(r *replica, i int32) {
+	r.slot, r.at = i, int32(len(t.bound[i]))
+	t.bound[i] = append(t.bound[i], r)
+	t.charge(i, r, -1)
+	t.attend(r, 1)
+	t.touch(i)
+}
+
+// DeleteReplica forgets it.
+func (t *Table) DeleteReplica(id string) {
+	r, ok := t.replicas[id]
+	if !ok {
+		return
+	}
+	delete(t.replicas, id)
+	t.owe(r, -1)
+	if r.slot < 0 {
+		list := t.homeless[r.Node]
+		k := slices.Index(list, r)
+		if list = slices.Delete(list, k, k+1); len(list) == 0 {
+			delete(t.homeless, r.Node)
+		} else {
+			t.homeless[r.Node] = list
+		}
+	} else {
+		t.charge(r.slot, r, 1)
+		t.uncount(r)
+		list := t.bound[r.slot]
+		last := list[len(list)-1]
+		list[r.at], last.at = last, r.at
+		list[len(list)-1] = nil
+		t.bound[r.slot] = list[:len(list)-1]
+		t.touch(r.slot)
+	}
+	r.res.refs--
+}
+
+// uncount takes a replica out of what is counted of its node, its room apart.
+func (t *Table) uncount(r *replica) { t.attend(r, -1) }
+
+// attend counts a replica, unless it leaves, for affinity, spreading and
+// displacement.
+func (t *Table) attend(r *replica, n int32) {
+	if r.Leaving || r.Ended {
+		return
+	}
+	t.joinAll(r.slot, r.res, n)
+	p := r.Class.priority
+	if t.priorities[p] += int(n); t.priorities[p] == 0 {
+		delete(t.priorities, p)
+	}
+}
+
+func (t *Table) joinAll(i int32, res *resolved, n int32) {
+	t.join(i, res.work, n)
+	t.join(i, res.rev, n)
+	for _, s := range res.avoids {
+		t.join(i, s, n)
+	}
+}
+
+// charge takes a bound replica's room (-1) or gives it back (1).
+func (t *Table) charge(i int32, r *replica, sign int64) {
+	a := &r.Class.ask
+	if a.address {
+		t.freeAddress[i] += int32(sign)
+	}
+	if r.Ended {
+		return
+	}
+	t.take(i, a, sign)
+	t.takeShares(i, r.Devices, sign)
+}
+
+// take moves the countable part of an ask.
+func (t *Table) take(i int32, a *ask, sign int64) {
+	t.freeCPU[i] += sign * a.cpu
+	t.freeMemory[i] += sign * a.memory
+	t.freeStorage[i] += sign * a.storage
+	for _, p := range a.ports {
+		if sign < 0 {
+			t.ports[i] = append(t.ports[i], p)
+		} else if k := slices.Index(t.ports[i], p); k >= 0 {
+			t.ports[i] = slices.Delete(t.ports[i], k, k+1)
+		}
+	}
+}
+
+// owe counts what a tenant has, for fair queues.
+func (t *Table) owe(r *replica, n int64) {
+	if r.Ended {
+		return
+	}
+	tenant := r.Class.owner.Tenant
+	u := t.usage[tenant]
+	if u == nil {
+		u = &usage{}
+		t.usage[tenant] = u
+	}
+	u.cpu += n * r.Class.ask.cpu
+	u.memory += n * r.Class.ask.memory
+	for _, d := range r.Devices {
+		u.devices += n * int64(d.Milli)
+	}
+	if u.replicas += int(n); u.replicas == 0 {
+		delete(t.usage, tenant)
+	}
+}
+
+// nomination is room that is kept on a node for a replica of a group.
+type nomination struct {
+	group  string
+	res    *resolved
+	node   string
+	slot   int32
+	gone   bool // given up for a higher priority in the batch at hand
+}
+
+// Nominate keeps room on a node for one replica of a group; several calls keep
+// several. A group finds its own room free.
+func (t *Table) Nominate(group string, c *Class, node string) {
+	i, ok := t.index[node]
+	if !ok {
+		return
+	}
+	n := &nomination{group: group, res: t.resolve(c), node: node, slot: i}
+	n.res.refs++
+	t.nominations[group] = append(t.nominations[group], n)
+	t.keeps[i] = append(t.keeps[i], n)
+	t.reserve(n, -1)
+	t.touch(i)
+}
+
+// Withdraw gives up the room that was kept for a group on a node; all of it when
+// node is empty.
+func (t *Table) Withdraw(group, node string) {
+	for _, n := range slices.Clone(t.nominations[group]) {
+		if node == "" || n.node == node {
+			t.dropNomination(n)
+			if node != "" {
+				return
+			}
+		}
+	}
+}
+
+// Nominations is how many replicas of a group have room kept.
+func (t *Table) Nominations(group string) int { return len(t.nominations[group]) }
+
+func (t *Table) dropNomination(n *nomination) {
+	t.reserve(n, 1)
+	list := t.nominations[n.group]
+	k := slices.Index(list, n)
+	if list = slices.Delete(list, k, k+1); len(list) == 0 {
+		delete(t.nominations, n.group)
+	} else {
+		t.nominations[n.group] = list
+	}
+	k = slices.Index(t.keeps[n.slot], n)
+	t.keeps[n.slot] = slices.Delete(t.keeps[n.slot], k, k+1)
+	n.res.refs--
+	t.touch(n.slot)
+}
+
+// reserve takes the room of a nomination (-1) or gives it back (1). Devices are
+// chosen when victims have left theirs: until then they are only counted.
+func (t *Table) reserve(n *nomination, sign int64) {
+	a := &n.res.c.ask
+	if a.address {
+		t.freeAddress[n.slot] += int32(sign)
+	}
+	t.take(n.slot, a, sign)
+	t.freeStorage[n.slot] += sign * n.res.c.volumes
+	for k := range t.devices[n.slot] {
+		d := &t.devices[n.slot][k]
+		for j := range a.devices {
+			if a.devices[j].takes(d) {
+				d.kept += int32(-sign)
+				break
+			}
+		}
+	}
+}
+
+// share is the greatest part that a tenant has of a resource, in millionths.
+func (t *Table) share(tenant string, more api.Resources) int64 {
+	var cpu, memory int64
+	if u := t.usage[tenant]; u != nil {
+		cpu, memory = u.cpu, u.memory
+	}
+	return max(part(cpu+more.CPUMilli, t.capacity.CPUMilli), part(memory+more.MemoryBytes, t.capacity.MemoryBytes))
+}
+
+func part(n, of int64) int64 {
+	if of <= 0 {
+		return 0
+	}
+	return int64(float64(n) / float64(of) * 1e6)
+}
+
+func (r *replica) String() string { return fmt.Sprintf("%s on %s", r.ID, r.Node) }

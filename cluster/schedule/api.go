@@ -228,7 +228,7 @@ const (
 	AskFewerDevices
 	// AllowModel: also model Value of kind Key.
 	AllowModel
-	// Free Amount more on Node.
+	// Free Amount more on Node: millicores, bytes, bytes, addresses.
 	FreeCPU
 	FreeMemory
 	FreeStorage

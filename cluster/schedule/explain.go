@@ -56,22 +56,19 @@ func (t *Table) refuseGang(u *run, p *Placed, start, waiting int) {
 }
 
 func keepNodeRemedies(list []Remedy) []Remedy {
-	return slices.DeleteFunc(list, func(r Remedy) bool { return r.Node == "" || r.Kind == LabelNode })
+	return slices.DeleteFunc(list, func(r Remedy) bool { return r.Node == "" || r.Kind == LabelNode || r.Kind == FreePort })
 }
 
-func replicas(n int) string {
+func several(n int, one, many string) string {
 	if n == 1 {
-		return "1 replica"
+		return "1 " + one
 	}
-	return fmt.Sprintf("%d replicas", n)
+	return fmt.Sprintf("%d %s", n, many)
 }
 
-func nodes(n int) string {
-	if n == 1 {
-		return "1 node"
-	}
-	return fmt.Sprintf("%d nodes", n)
-}
+func replicas(n int) string { return several(n, "replica", "replicas") }
+
+func nodes(n int) string { return several(n, "node", "nodes") }
 
 // survey is what every node says to one more replica.
 type survey struct {
@@ -169,16 +166,15 @@ func (s *survey) noteEmpty(i int32, codes Code) {
 	u, t := s.u, s.u.t
 	const used = InsufficientCPU | InsufficientMemory | InsufficientStorage | InsufficientDevices | NoFreeAddress | PortTaken | NodeLost | NodeNotReady | NodeDraining | NodeCordoned
 	codes &^= used
-	if codes&(WorkloadAntiAffinity|WorkloadAffinity|SpreadSkew) != 0 {
-		// A new node has nothing on it: only what works by label counts.
-		c := Code(0)
-		if len(u.x.columns) > 0 {
-			c, _, _ = u.verdict(u.valuesOf(i))
-		}
-		codes = codes&^(WorkloadAntiAffinity|WorkloadAffinity|SpreadSkew) | c
-		if u.mustBeOnOneNode() {
-			codes |= WorkloadAffinity
-		}
+	// A new node has nothing on it: of the terms about others only what works by
+	// label counts.
+	codes &^= WorkloadAntiAffinity | WorkloadAffinity | SpreadSkew
+	if len(u.x.columns) > 0 {
+		c, _, _ := u.verdict(u.valuesOf(i))
+		codes |= c
+	}
+	if u.mustBeOnOneNode() {
+		codes |= WorkloadAffinity
 	}
 	if codes != 0 || u.g.Node != "" || !t.fitsEmpty(i, &u.r.c.ask, u.volumes()) {
 		return
@@ -227,6 +223,9 @@ func (s *survey) off(i int32, codes Code) float64 {
 	if codes&InsufficientStorage != 0 {
 		need := a.storage + s.u.volumes()
 		lack += float64(need-t.freeStorage[i]) / float64(need)
+	}
+	if codes&NoFreeAddress != 0 {
+		lack += float64(-t.freeAddress[i])
 	}
 	if codes&InsufficientDevices != 0 && len(a.devices) == 1 {
 		need, free := a.devices[0].lack(t.devices[i])

@@ -36,7 +36,7 @@ type index struct {
 type cell struct {
 	values []int32 // of the columns
 	heap   []int32
-	nodes  int32 // that the mask allows
+	nodes  int32  // that the mask allows
 	own    []item // of the group at hand: nodes whose key is not the index's
 }
 

@@ -12,7 +12,7 @@ type victimSearch struct {
 	candidates []*replica
 	chosen     []*replica
 	best       []*replica
-	coming     []*replica // leave already
+	coming     []*replica    // leave already
 	kept       []*nomination // of lower priority
 	left       int
 }
@@ -118,7 +118,8 @@ func (t *Table) tollOf(u *run, i int32) (toll, bool) {
 	for _, r := range v.candidates {
 		t.lift(r)
 	}
-	possible := u.check(i) == 0
+	// Without all of them what it must be near to may be gone, too.
+	possible := u.check(i)&^WorkloadAffinity == 0
 	for _, r := range v.candidates {
 		t.unlift(r)
 	}

@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
@@ -40,8 +41,9 @@ func (s *survey) nodeRemedies(t *Table) []Remedy {
 		d := a.storage + u.volumes() - t.freeStorage[i]
 		add(Remedy{Kind: FreeStorage, Node: id, Amount: d}, "free %s of storage on node %s", mib(d+1<<20-1), id)
 	}
-	if _, id, ok := at(NoFreeAddress); ok {
-		add(Remedy{Kind: FreeAddress, Node: id}, "free an address on node %s", id)
+	if i, id, ok := at(NoFreeAddress); ok {
+		d := 1 - t.freeAddress[i]
+		add(Remedy{Kind: FreeAddress, Node: id, Amount: int64(d)}, "free %s on node %s", several(int(d), "address", "addresses"), id)
 	}
 	if i, id, ok := at(PortTaken); ok && s.tooMany(PortTaken, i) == 0 {
 		p := t.ports[i][slices.IndexFunc(t.ports[i], func(p int32) bool { return slices.Contains(a.ports, p) })]
@@ -59,7 +61,7 @@ func (s *survey) nodeRemedies(t *Table) []Remedy {
 	}
 	if i, id, ok := at(SelectorMismatch); ok && s.tooMany(SelectorMismatch, i) == 0 {
 		r := u.unmet(i)[0]
-		if r.key != PoolKey && !slices.ContainsFunc(u.x.columns, func(c *column) bool { return c.key == r.key }) {
+		if u.relabels(i, r) {
 			add(Remedy{Kind: LabelNode, Node: id, Key: r.key, Value: r.values[0]}, "label node %s %s=%s", id, r.key, r.values[0])
 		}
 	}
@@ -68,6 +70,21 @@ func (s *survey) nodeRemedies(t *Table) []Remedy {
 		add(Remedy{Kind: AddNode, Node: id, Value: name}, "add a node to pool %s, like %s", name, id)
 	}
 	return out
+}
+
+// relabels says that a label would change nothing on a node but the selector's
+// answer.
+func (u *run) relabels(i int32, r requirement) bool {
+	if r.key == PoolKey || slices.ContainsFunc(u.x.columns, func(c *column) bool { return c.key == r.key }) {
+		return false
+	}
+	labels := map[string]string{}
+	maps.Copy(labels, u.t.facts[i].GetLabels())
+	labels[r.key] = r.values[0]
+	terms := u.r.c.static.terms
+	return len(terms) == 0 || slices.ContainsFunc(terms, func(term []requirement) bool {
+		return !slices.ContainsFunc(term, func(q requirement) bool { return !q.holdsIn(labels) })
+	})
 }
 
 // variant is a change of the spec that may help.

@@ -201,17 +201,17 @@ func (t *Table) leaveNode(s *scope, at int32) {
 
 // resolved is a class in a table.
 type resolved struct {
-	c          *Class
-	work, rev  *scope
-	avoids     []*scope // what it counts in, as one that must keep away
-	spreads    []spreadIn
-	affinity   []affinityIn
-	m          *mask
-	x          *index
-	xVersion   uint64
-	demand     int32
-	refs       int
-	used       uint64
+	c         *Class
+	work, rev *scope
+	avoids    []*scope // what it counts in, as one that must keep away
+	spreads   []spreadIn
+	affinity  []affinityIn
+	m         *mask
+	x         *index
+	xVersion  uint64
+	demand    int32
+	refs      int
+	used      uint64
 }
 
 // spreadIn and affinityIn are terms in a table; the column is nil over nodes.
@@ -451,11 +451,11 @@ func (t *Table) owe(r *replica, n int64) {
 
 // nomination is room that is kept on a node for a replica of a group.
 type nomination struct {
-	group  string
-	res    *resolved
-	node   string
-	slot   int32
-	gone   bool // given up for a higher priority in the batch at hand
+	group string
+	res   *resolved
+	node  string
+	slot  int32
+	gone  bool // given up for a higher priority in the batch at hand
 }
 
 // Nominate keeps room on a node for one replica of a group; several calls keep

@@ -223,7 +223,11 @@ func (t *Table) seat(since int) {
 	for k := since; k < len(w.ops); k++ {
 		if o := &w.ops[k]; o.kind == occupied {
 			kept := k > 0 && k > since && w.ops[k-1].kind == unkept
-			w.seats = append(w.seats, Binding{Node: t.ids[o.node], Devices: w.shares[o.lo:o.hi:o.hi], Kept: kept})
+			b := Binding{Node: t.ids[o.node], Kept: kept}
+			if o.hi > o.lo {
+				b.Devices = w.shares[o.lo:o.hi:o.hi]
+			}
+			w.seats = append(w.seats, b)
 		}
 	}
 }

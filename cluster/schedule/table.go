@@ -31,14 +31,14 @@ type Table struct {
 
 	// Capacity that may be promised, and what is left of it: below 0 when a node
 	// shrank.
-	capCPU, capMemory, capStorage     []int64
-	freeCPU, freeMemory, freeStorage  []int64
-	perCPU, perMemory                 []float64 // 1 ÷ capacity
-	freeAddress                       []int32
-	ports                             [][]int32
-	devices                           [][]device
-	scopes                            [][]presence
-	bound                             [][]*replica
+	capCPU, capMemory, capStorage    []int64
+	freeCPU, freeMemory, freeStorage []int64
+	perCPU, perMemory                []float64 // 1 ÷ capacity
+	freeAddress                      []int32
+	ports                            [][]int32
+	devices                          [][]device
+	scopes                           [][]presence
+	bound                            [][]*replica
 
 	pools       []pool
 	poolIndex   map[string]int32
@@ -77,11 +77,11 @@ type Table struct {
 
 // pool is a NodePool made ready.
 type pool struct {
-	name                  string
-	scoring               portolanv1.Scoring
+	name                   string
+	scoring                portolanv1.Scoring
 	cpuPercent, memPercent int64
-	reserved              api.Resources
-	reservedStorage       int64
+	reserved               api.Resources
+	reservedStorage        int64
 	// Price of a millicore-hour and of a GiB-hour, in thousandths of a micro-unit.
 	cpuPrice, memPrice float64
 	spot               bool

@@ -33,7 +33,8 @@ func (c *Cluster) Rest() error {
 		}
 	}
 	for id, a := range c.allocs {
-		if a.GetStop() && c.Now.Sub(a.GetStopTime().AsTime()) > time.Minute {
+		// A job's record of its end stays when its node has cleared it away.
+		if a.GetStop() && a.GetFinal() == nil && c.Now.Sub(a.GetStopTime().AsTime()) > time.Minute {
 			errs = append(errs, fmt.Errorf("%s was stopped %v ago, and its record is still there", id, c.Now.Sub(a.GetStopTime().AsTime())))
 		}
 	}

@@ -23,8 +23,8 @@ const module = "github.com/portolan-io/portolan"
 // it is below them in the tree or named in sideways.
 var layers = map[string]int{
 	"federation/api": 0, "policy": 0, "identity": 0,
-	"federation/admit": 1, "federation/place": 1,
-	"cluster/reconcile": 1, "cluster/schedule": 1,
+	"federation/admit": 1, "federation/place": 1, "federation/capacity": 1,
+	"cluster/reconcile": 1, "cluster/schedule": 1, "cluster/autoscale": 1,
 	"xds/model": 1, "xds/translate": 1, "nodeagent/task": 1,
 	"federation/store": 2, "federation/client": 2, "nodeagent/engine": 2,
 	"policy/opa": 2, "policy/bundle": 2, "policy/policytest": 2,

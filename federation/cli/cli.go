@@ -67,7 +67,7 @@ Start with a local fleet: portolan up --detach`,
 	root.AddCommand(
 		a.applyCommand(), a.getCommand(), a.describeCommand(), a.deleteCommand(), a.diffCommand(), a.explainCommand(), a.waitCommand(),
 		a.logsCommand(), a.execCommand(), a.eventsCommand(),
-		a.clusterCommand(), a.policyCommand(), a.configCommand(),
+		a.clusterCommand(), a.capacityCommand(), a.costCommand(), a.policyCommand(), a.configCommand(),
 		a.upCommand(), a.downCommand(), a.statusCommand(), a.localCommand(),
 	)
 	return root

@@ -1,0 +1,128 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"strings"
+	"testing"
+
+	"github.com/cockroachdb/datadriven"
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
+)
+
+// fakeFleet answers what capacity and cost ask. Cluster "us" does not answer for
+// its nodes.
+type fakeFleet struct {
+	portolanv1.UnimplementedClusterServiceServer
+	portolanv1.UnimplementedWorkloadServiceServer
+}
+
+func (fakeFleet) GetCapacity(_ context.Context, req *portolanv1.GetCapacityRequest) (*portolanv1.GetCapacityResponse, error) {
+	out := &portolanv1.GetCapacityResponse{}
+	for _, c := range []*portolanv1.ClusterCapacity{
+		{
+			Cluster: "clusters/eu", Region: "eu-west", State: portolanv1.ClusterState_CLUSTER_STATE_READY, CpuMilli: 16000, MemoryBytes: 64 << 30, ReservedCpuMilli: 3500, ReservedMemoryBytes: 9 << 30,
+			CpuCoreHourMicros: 30000, MemoryGibHourMicros: 4000, ReservedCostMicros: 141000, CapacityCostMicros: 736000,
+			Pools: []*portolanv1.PoolStatus{
+				{Pool: "default", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 3, NodesReady: 2},
+				{Pool: "gpu", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 1, NodesReady: 1, Spot: true, Devices: map[string]int32{"gpu/T4": 4}, WantedNodes: 1, WantedReason: "PoolGrows: 2 train wait"},
+			},
+		},
+		{Cluster: "clusters/us", Region: "us-east", State: portolanv1.ClusterState_CLUSTER_STATE_LOST, CpuMilli: 8000, MemoryBytes: 32 << 30, CpuCoreHourMicros: 20000, MemoryGibHourMicros: 3000, CapacityCostMicros: 256000},
+	} {
+		if req.GetCluster() == "" || req.GetCluster() == c.GetCluster() {
+			out.Clusters = append(out.Clusters, c)
+		}
+	}
+	return out, nil
+}
+
+func (fakeFleet) ListNodes(_ context.Context, req *portolanv1.ListNodesRequest) (*portolanv1.ListNodesResponse, error) {
+	if req.GetCluster() == "clusters/us" {
+		return nil, status.Error(codes.Unavailable, "clusters/us is not connected")
+	}
+	return &portolanv1.ListNodesResponse{Nodes: []*portolanv1.NodeInfo{
+		{Name: "clusters/eu/nodes/n1", Ready: true, AllocatableCpuMilli: 4000, AllocatableMemoryBytes: 16 << 30, AllocatedCpuMilli: 3500, AllocatedMemoryBytes: 1 << 30},
+		{Name: "clusters/eu/nodes/n2", Ready: true, CpuMilli: 4000, MemoryBytes: 16 << 30, AllocatedMemoryBytes: 8 << 30},
+		{Name: "clusters/eu/nodes/n3", AllocatableCpuMilli: 4000, AllocatableMemoryBytes: 16 << 30},
+		{Name: "clusters/eu/nodes/g1", Ready: true, Pool: "gpu", AllocatableCpuMilli: 8000, AllocatableMemoryBytes: 32 << 30},
+		{Name: "clusters/eu/nodes/g2", Ready: true, Pool: "gpu", Mode: portolanv1.NodeMode_NODE_MODE_CORDONED, AllocatableCpuMilli: 8000, AllocatableMemoryBytes: 32 << 30},
+	}}, nil
+}
+
+func (fakeFleet) ListPlacements(_ context.Context, req *portolanv1.ListPlacementsRequest) (*portolanv1.ListPlacementsResponse, error) {
+	out := &portolanv1.ListPlacementsResponse{}
+	for _, p := range []*portolanv1.Placement{
+		{Name: "tenants/shop/workloads/web/placements/eu", Spec: &portolanv1.PlacementSpec{ReservedCpuMilli: 2000, ReservedMemoryBytes: 8 << 30}},
+		{Name: "tenants/shop/workloads/cart/placements/eu", Spec: &portolanv1.PlacementSpec{ReservedCpuMilli: 500, ReservedMemoryBytes: 1 << 30}},
+		{Name: "tenants/data/workloads/etl/placements/eu", Spec: &portolanv1.PlacementSpec{ReservedCpuMilli: 1000}},
+	} {
+		if req.GetParent() == "" || strings.HasPrefix(p.GetName(), req.GetParent()+"/") {
+			out.Placements = append(out.Placements, p)
+		}
+	}
+	return out, nil
+}
+
+// fakeApp is the CLI over a fake server.
+func fakeApp(t *testing.T) (*app, *bytes.Buffer) {
+	t.Helper()
+	l := bufconn.Listen(1 << 16)
+	s := grpc.NewServer()
+	portolanv1.RegisterClusterServiceServer(s, fakeFleet{})
+	portolanv1.RegisterWorkloadServiceServer(s, fakeFleet{})
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	cc, err := grpc.NewClient("passthrough:///fake", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cc.Close()
+		s.Stop()
+		<-done
+	})
+	out := &bytes.Buffer{}
+	return &app{out: out, err: out, conn: cc}, out
+}
+
+// The scripts in testdata/capacity: each line is a command as it is typed.
+func TestCapacityAndCost(t *testing.T) {
+	datadriven.RunTest(t, "testdata/capacity", func(t *testing.T, d *datadriven.TestData) string {
+		t.Helper()
+		a, out := fakeApp(t)
+		root := &cobra.Command{Use: "portolan", SilenceUsage: true, SilenceErrors: true}
+		root.PersistentFlags().StringVarP(&a.tenant, "tenant", "t", "", "")
+		root.AddGroup(&cobra.Group{ID: "fleet", Title: "Fleet:"})
+		root.AddCommand(a.capacityCommand(), a.costCommand())
+		root.SetOut(out)
+		root.SetErr(out)
+		root.SetArgs(strings.Fields(strings.TrimPrefix(d.Input, "portolan ")))
+		if err := root.ExecuteContext(t.Context()); err != nil {
+			return out.String() + "portolan: " + explainError(err) + "\n"
+		}
+		for line := range strings.Lines(out.String()) {
+			if a.output == "table" && len([]rune(line)) > 101 {
+				t.Errorf("%s: a line of %d characters fits no terminal: %s", d.Pos, len([]rune(line)), line)
+			}
+		}
+		return out.String()
+	})
+}
+
+func TestMoney(t *testing.T) {
+	for micros, want := range map[int64]string{0: "0.00", 6409e6: "6,409.00", 1234567891234: "1,234,567.89", 100: "0.0001", -3263e6: "-3,263.00", 150000: "0.15", 999e6: "999.00"} {
+		if got := money(micros); got != want {
+			t.Errorf("money(%d) = %s, want %s", micros, got, want)
+		}
+	}
+}

@@ -90,6 +90,11 @@ func (r *cronRun) alive() bool {
 	return slices.ContainsFunc(r.replicas, func(x *replica) bool { return x.live() })
 }
 
+// dropped says that the run was taken down whole, and is not to go on.
+func (r *cronRun) dropped() bool {
+	return !slices.ContainsFunc(r.replicas, func(x *replica) bool { return !x.Stop || x.GetDisrupted() })
+}
+
 // cron begins runs when they are due, and brings those that have begun to their
 // end. A run has begun when a replica of it was bound; the state remembers the
 // newest that was dealt with.
@@ -106,7 +111,7 @@ func (p *planner) cron(k Key, w Workload, d desired, rs []*replica) {
 	begin := p.dueRun(k, w, d, runs)
 	for i, run := range runs {
 		p.removeGone(k, run)
-		if begin.replaces && !run.over && (begin.at != 0 || i < len(runs)-1) {
+		if run.dropped() || (begin.replaces && !run.over && (begin.at != 0 || i < len(runs)-1)) {
 			p.dropRun(k, run)
 		} else {
 			p.runJob(k, w, run.d, b, run.job, run.replicas)
@@ -125,8 +130,9 @@ func (p *planner) cron(k Key, w Workload, d desired, rs []*replica) {
 // the run has begun.
 func (p *planner) removeGone(k Key, run *cronRun) {
 	last := slices.ContainsFunc(run.replicas, func(r *replica) bool { return !r.gone })
+	ended := run.over || run.dropped()
 	for _, r := range slices.Backward(run.replicas) {
-		if r.gone && (last || run.over) {
+		if r.gone && (last || ended) {
 			p.step(Step{Kind: Remove, Key: k, Code: StopConfirmed, Reason: "its node has stopped it", Allocation: r.GetAllocation()})
 		}
 		last = last || r.gone
@@ -190,7 +196,7 @@ func (p *planner) dueRun(k Key, w Workload, d desired, runs []*cronRun) beginnin
 	open, alive := 0, false
 	for _, run := range runs {
 		alive = alive || run.alive()
-		open += off(!run.over)
+		open += off(!run.over && !run.dropped())
 	}
 	forbid := spec.GetConcurrency() == portolanv1.CronConcurrency_CRON_CONCURRENCY_FORBID && !p.in.faults.forbidIgnored
 	switch {
@@ -249,6 +255,11 @@ func (p *planner) forgetRuns(k Key, spec *portolanv1.WorkloadSpec_CronSpec, runs
 	}
 	for _, run := range slices.Backward(runs) {
 		if !run.over {
+			continue
+		}
+		// Its ends say that it is over, so they go last: one on a lost node may be left.
+		if slices.ContainsFunc(run.replicas, func(r *replica) bool { return r.Final == nil }) {
+			keep[run.job.complete()]--
 			continue
 		}
 		good := run.job.complete()

@@ -96,8 +96,9 @@ func (d *desired) freeze(rs []*replica, f faults) {
 	if d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB || d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON {
 		return
 	}
+	d.revisions = slices.DeleteFunc(d.revisions, func(r *linkv1.RevisionIntent) bool { return r != d.current && r.GetReplicas() == 0 })
 	old := d.older(rs)
-	listed := slices.ContainsFunc(d.revisions, func(r *linkv1.RevisionIntent) bool { return r != d.current && r.GetReplicas() > 0 })
+	listed := slices.ContainsFunc(d.revisions, func(r *linkv1.RevisionIntent) bool { return r != d.current })
 	existing, available := int32(0), int32(0)
 	for _, r := range rs {
 		if r.active() && r.of(d.current) {
@@ -107,7 +108,7 @@ func (d *desired) freeze(rs []*replica, f faults) {
 			}
 		}
 	}
-	updating := len(old) > 0 || listed
+	updating := len(old) > 0 || listed || hasOther(rs, d.current)
 	if crashes := d.crashes(rs); (updating || available == 0) && !f.failingIgnored {
 		limit := defaultMaxFailures
 		if u := d.current.GetSpec().GetUpdate(); u != nil && u.MaxFailures != nil {

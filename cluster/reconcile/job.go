@@ -173,7 +173,7 @@ func (p *planner) runJob(k Key, w Workload, d desired, b *budget, j jobState, rs
 	for _, r := range rs {
 		if r.active() && r.leave != nil {
 			// What it did is lost: it goes when it must, as far as the budget allows.
-			p.leaveNode(k, desired{}, b, r, true)
+			p.leaveNode(k, desired{}, b, r)
 		}
 	}
 	p.runIndexes(k, w, d, j, rs)
@@ -231,7 +231,8 @@ func (p *planner) runIndexes(k Key, w Workload, d desired, j jobState, rs []*rep
 	for _, same := range running {
 		slices.SortFunc(same, better)
 	}
-	room := j.parallelism - j.live
+	// An earlier revision may have had more indexes: what they did counts.
+	room := min(j.parallelism-j.live, j.completions-len(j.succeeded)-len(running))
 	for i := range int32(j.completions) {
 		same := running[i]
 		if j.succeeded[i] {

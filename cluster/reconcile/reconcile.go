@@ -151,11 +151,11 @@ func (p *planner) stop(k Key, r *replica, code, reason string) {
 	r.Allocation = stopped(r.Allocation)
 }
 
-// disrupt is a stop on purpose. Only one that takes a replica which serves counts
-// against budgets.
+// disrupt is a stop on purpose. Only one that takes a replica which serves is
+// noted in the state, and so counts against budgets.
 func (p *planner) disrupt(k Key, r *replica, b *budget, code, reason string) {
 	serves := r.ready || r.mute
-	p.step(Step{Kind: Stop, Key: k, Code: code, Reason: reason, Allocation: r.GetAllocation(), Disrupt: serves})
+	p.step(Step{Kind: Stop, Key: k, Code: code, Reason: reason, Allocation: r.GetAllocation(), Disrupt: true})
 	if serves {
 		b.left--
 		ch := p.change(k, p.in.Workloads[k].Intent.GetUid())

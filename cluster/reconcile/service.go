@@ -159,7 +159,7 @@ func (p *planner) stopLeaving(k Key, d desired, b *budget, keep map[string][]*re
 	for _, r := range leave {
 		serves := r.ready || r.mute
 		if r.leave != nil && r.leave.budgeted && (!r.surplus || (serves && spare <= 0)) {
-			if p.leaveNode(k, d, b, r, spare-d.down > 0) && r.ready {
+			if p.leaveNode(k, d, b, r) && r.ready {
 				spare--
 			}
 			continue
@@ -179,9 +179,8 @@ func (p *planner) stopLeaving(k Key, d desired, b *budget, keep map[string][]*re
 }
 
 // leaveNode takes a replica off its node when its budget allows it, and says
-// whether it did. The replacement comes first, where one can be had: enough says
-// that all that are wanted are available without it.
-func (p *planner) leaveNode(k Key, d desired, b *budget, r *replica, enough bool) bool {
+// whether it did. Its replacement comes first, where one can be had.
+func (p *planner) leaveNode(k Key, d desired, b *budget, r *replica) bool {
 	serves := r.ready || r.mute
 	first := (r.replaced || (d.surge > 0 && len(p.in.Pending[k]) == 0)) && !p.in.faults.replacementLast
 	switch {
@@ -190,7 +189,7 @@ func (p *planner) leaveNode(k Key, d desired, b *budget, r *replica, enough bool
 		p.drainNote(k, Note{b.note.Code, fmt.Sprintf("%s: %s; %s", r.GetAllocation(), r.leave.reason, b.note.Message)})
 		p.wakeAt(b.change)
 		return false
-	case first && !enough && !p.successorAvailable(r, d):
+	case first && !p.successorAvailable(r, d):
 		p.drainNote(k, Note{ReplacementFirst, fmt.Sprintf("%s: %s; it goes when its replacement is available", r.GetAllocation(), r.leave.reason)})
 		return false
 	case b.left <= 0:

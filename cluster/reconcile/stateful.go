@@ -184,7 +184,7 @@ func (p *planner) updateHighest(k Key, d desired, b *budget, want []*linkv1.Revi
 		}
 		serves := r.ready || r.mute
 		if r.leave != nil && (r.leave.budgeted || !serves || spare > 0) {
-			if p.leaveNode(k, d, b, r, true) && serves {
+			if p.leaveNode(k, d, b, r) && serves {
 				spare--
 			}
 			continue

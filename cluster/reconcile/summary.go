@@ -134,7 +134,7 @@ func (in Input) cronConditions(k Key, d desired, rs []*replica, l *conditionList
 	runs := in.runsOf(d, rs)
 	open := 0
 	for _, run := range runs {
-		open += off(!run.over)
+		open += off(!run.over && !run.dropped())
 	}
 	l.add(Progressing, open > 0, pick(open > 0, "Running", "Idle"), fmt.Sprintf("%d runs are under way, the newest time that was dealt with is %s", open, lastRunOf(in.stateOf(k, d.uid))))
 	if last := newestRun(runs); last != nil {

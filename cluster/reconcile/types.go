@@ -165,9 +165,9 @@ type Step struct {
 	Reason string
 	// Allocation that it concerns; for Create the one that is replaced, if any.
 	Allocation string
-	// Of Stop: on purpose and beside updates, so that it counts against budgets. Of
-	// Create: the replaced one is meant to leave, which its record must keep
-	// (Allocation.disrupted), or nobody would know which of the two is too many.
+	// Of Stop: on purpose and beside updates. Of Create: the replaced one is meant to
+	// leave. Its record must keep it (Allocation.disrupted), or nobody would know which
+	// of the two is too many, or that a run of a cron workload is to go on.
 	Disrupt bool
 	// Of Create and Update: what to create. Node is set when only that one will do,
 	// Name when the replica must have this ID.

@@ -167,6 +167,7 @@ func (t *Table) undo(since int) {
 			t.attend(o.victim, 1)
 			w.spent[o.victim.Class.owner.key()]--
 		case unkept:
+			o.kept.gone = false
 			t.reserve(o.kept, -1)
 		case carried:
 			t.unlift(o.victim)
@@ -200,6 +201,9 @@ func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
 		if k == g.Count {
 			break
 		}
+		if n.gone {
+			continue // a group before it in the batch took that room
+		}
 		t.reserve(n, 1)
 		u := &w.run
 		t.begin(u, g, r)
@@ -211,6 +215,7 @@ func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
 			continue
 		}
 		t.touch(n.slot)
+		n.gone = true // it is used: nobody can have it given up as well
 		w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
 		u.pinned(n.slot)
 	}

@@ -38,6 +38,8 @@ type model struct {
 	evicted []time.Time
 	moved   []time.Time
 	quiet   bool // no more faults
+	rounds  int  // of the calm
+	steps   int  // of the last plan
 }
 
 func newModel(seed uint64, f faults) *model {
@@ -256,6 +258,7 @@ func (m *model) pass() error {
 	if err := m.check(p); err != nil {
 		return err
 	}
+	m.steps = len(p.Steps)
 	for _, l := range m.apply(p) {
 		if m.trace != nil {
 			m.trace(fmt.Sprintf("%s  %s", m.now.Format("15:04:05.000"), l))
@@ -281,8 +284,12 @@ func (m *model) calm() error {
 			r.Spec.Update.Paused, r.Spec.Update.MaxFailures, r.Spec.Disruption = false, new(int32(1000)), nil
 		}
 	}
-	for range 200 {
-		m.settle()
+	for idle := 0; idle < 15 && m.rounds < 400; m.rounds++ { // longer than anything waits
+		if !m.settle() && m.steps == 0 {
+			idle++
+		} else {
+			idle = 0
+		}
 		if err := m.pass(); err != nil {
 			return err
 		}

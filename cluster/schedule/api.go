@@ -154,6 +154,9 @@ type Batch struct {
 	Allowance map[string]int
 	// NoPreemption: nothing is displaced for anybody.
 	NoPreemption bool
+	// Brief: refusals are not explained, and could have any code. The explanation is
+	// what Schedule says without it.
+	Brief bool
 }
 
 // Binding is a node for one replica.

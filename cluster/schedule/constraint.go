@@ -112,7 +112,7 @@ func (t *Table) fill(c *column, i int32) (before int32) {
 	before = c.of[i]
 	value, ok := "", false
 	if t.ids[i] != "" {
-		value, ok = t.facts[i].GetLabels()[c.key]
+		value, ok = t.valueOf(i, c.key)
 	}
 	now := int32(0)
 	if ok {
@@ -132,6 +132,20 @@ func (t *Table) fill(c *column, i int32) (before int32) {
 		}
 	}
 	return before
+}
+
+// modelKey is the key of a column that no label has: the model of a node's devices.
+const modelKey = "\x00model"
+
+func (t *Table) valueOf(i int32, key string) (string, bool) {
+	if key == modelKey {
+		if m := t.model[i]; m >= 0 {
+			return t.fragments.models[m], true
+		}
+		return "", false
+	}
+	v, ok := t.facts[i].GetLabels()[key]
+	return v, ok
 }
 
 func (c *column) id(value string) int32 {

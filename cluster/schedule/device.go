@@ -34,6 +34,7 @@ func (t *Table) readDevices(i int32) {
 	}
 	slices.SortStableFunc(list, func(a, b device) int { return int(a.index - b.index) })
 	t.devices[i] = list
+	t.readModel(i)
 }
 
 // hasDevices says whether a node has enough devices for an ask, free or not.

@@ -3,6 +3,7 @@ package schedule
 import (
 	"fmt"
 	"math"
+	"math/bits"
 	"slices"
 	"strings"
 )
@@ -16,6 +17,10 @@ func (t *Table) explain(u *run, missing, nominated int) *Refusal {
 		f.Reasons = append(f.Reasons, Reason{Code: Nominated, Message: fmt.Sprintf("room is kept for %s until who leaves it is gone", replicas(nominated))})
 	}
 	if missing <= 0 {
+		return f
+	}
+	if t.work.batch.Brief {
+		f.Codes |= codesEnd - 1
 		return f
 	}
 	s := survey{u: u, near: map[Code]*near{}}
@@ -34,6 +39,10 @@ func (t *Table) refuseGang(u *run, p *Placed, start, waiting int) {
 	all := u.g.Count
 	f := t.explain(u, all-n-waiting, waiting)
 	t.undo(start)
+	p.Missing, p.Refusal = all-waiting, f
+	if t.work.batch.Brief {
+		return
+	}
 	t.begin(u, u.g, u.r)
 	u.finish()
 	f.Codes |= GangIncomplete
@@ -48,10 +57,6 @@ func (t *Table) refuseGang(u *run, p *Placed, start, waiting int) {
 	f.Remedies = append(f.Remedies, s.classRemedies(t, all)...)
 	if n > 0 && waiting == 0 {
 		f.Remedies = append(f.Remedies, Remedy{Kind: FewerReplicas, Amount: int64(n), Message: fmt.Sprintf("ask for at most %s at once", replicas(n))})
-	}
-	p.Missing, p.Refusal = all-waiting, f
-	if waiting > 0 {
-		p.Missing = all - waiting
 	}
 }
 
@@ -90,7 +95,7 @@ type survey struct {
 type near struct {
 	node int32
 	off  float64
-	all  []int32 // the first few
+	all  []int32 // of DeviceModelMismatch, the first few
 }
 
 const maxNear = 8
@@ -109,24 +114,22 @@ func (s *survey) look() {
 		}
 		s.counts[codes.first().index()]++
 		s.most(i, codes)
+		s.noteEmpty(i, codes)
+		n := ones(codes)
+		if n > 1 && s.closest >= 0 && n > ones(s.lack) {
+			continue
+		}
 		off := s.off(i, codes)
-		if codes&(codes-1) == 0 {
+		if n == 1 {
 			s.note(codes, i, off)
 		}
 		if s.closest < 0 || ones(codes) < ones(s.lack) || (ones(codes) == ones(s.lack) && (off < s.short || (off == s.short && t.before(i, s.closest)))) {
 			s.closest, s.lack, s.short = i, codes, off
 		}
-		s.noteEmpty(i, codes)
 	}
 }
 
-func ones(c Code) int {
-	n := 0
-	for ; c != 0; c &= c - 1 {
-		n++
-	}
-	return n
-}
+func ones(c Code) int { return bits.OnesCount32(uint32(c)) }
 
 func (s *survey) most(i int32, codes Code) {
 	t := s.u.t
@@ -151,6 +154,9 @@ func (s *survey) note(c Code, i int32, off float64) {
 	if off < n.off || (off == n.off && t.before(i, n.node)) {
 		n.node, n.off = i, off
 	}
+	if c != DeviceModelMismatch {
+		return
+	}
 	n.all = append(n.all, i)
 	slices.SortFunc(n.all, func(a, b int32) int {
 		if t.before(a, b) {
@@ -165,23 +171,27 @@ func (s *survey) note(c Code, i int32, off float64) {
 func (s *survey) noteEmpty(i int32, codes Code) {
 	u, t := s.u, s.u.t
 	const used = InsufficientCPU | InsufficientMemory | InsufficientStorage | InsufficientDevices | NoFreeAddress | PortTaken | NodeLost | NodeNotReady | NodeDraining | NodeCordoned
-	codes &^= used
+	if codes &^= used; codes&^(WorkloadAntiAffinity|WorkloadAffinity|SpreadSkew) != 0 || s.u.g.Node != "" {
+		return
+	}
+	a := &u.r.c.ask
+	price := t.pools[t.pool[i]].costs(a)
+	if s.emptied >= 0 {
+		if least := t.pools[t.pool[s.emptied]].costs(a); price > least || (price == least && !t.before(i, s.emptied)) {
+			return
+		}
+	}
 	// A new node has nothing on it: of the terms about others only what works by
 	// label counts.
 	codes &^= WorkloadAntiAffinity | WorkloadAffinity | SpreadSkew
-	if len(u.x.columns) > 0 {
+	if u.related() {
 		c, _, _ := u.verdict(u.valuesOf(i))
 		codes |= c
 	}
 	if u.mustBeOnOneNode() {
 		codes |= WorkloadAffinity
 	}
-	if codes != 0 || u.g.Node != "" || !t.fitsEmpty(i, &u.r.c.ask, u.volumes()) {
-		return
-	}
-	a := &u.r.c.ask
-	price := t.pools[t.pool[i]].costs(a)
-	if s.emptied < 0 || price < t.pools[t.pool[s.emptied]].costs(a) || (price == t.pools[t.pool[s.emptied]].costs(a) && t.before(i, s.emptied)) {
+	if codes == 0 && t.fitsEmpty(i, a, u.volumes()) {
 		s.emptied = i
 	}
 }
@@ -200,6 +210,9 @@ func (t *Table) fitsEmpty(i int32, a *ask, volumes int64) bool {
 	}
 	if len(a.devices) == 0 {
 		return true
+	}
+	if len(a.devices) == 1 {
+		return t.hasDevices(i, &a.devices[0])
 	}
 	held := slices.Clone(t.devices[i])
 	for k := range t.devices[i] {

@@ -188,8 +188,8 @@ func (t *Table) lostDevices(i int32, out map[*replica]Code) map[*replica]Code {
 // the pool's scale of 0 to 100; each proposal counts on the ones before.
 func Moves(t *Table, limit, minGain int) []Move {
 	w := &t.work
-	b := Batch{NoPreemption: true}
-	w.batch, w.ops, w.shares = &b, w.ops[:0], w.shares[:0]
+	w.stored = Batch{NoPreemption: true}
+	w.batch, w.ops, w.shares = &w.stored, w.ops[:0], w.shares[:0]
 	var out []Move
 	moved := map[string]bool{}
 	for len(out) < limit {
@@ -271,7 +271,7 @@ func (t *Table) tryMove(r *replica, minGain int) (Move, bool) {
 		here := u.keyAt(from)
 		gain := pointsOf(here.lo) - pointsOf(to.lo)
 		better := here.hi > to.hi || (here.hi == to.hi && gain >= float64(minGain))
-		m = Move{Replica: r.ID, From: t.ids[from], To: t.ids[to.node], GainPercent: int(math.Round(max(gain, 0)))}
+		m = Move{Replica: r.ID, From: t.ids[from], To: t.ids[to.node], GainPercent: int(math.Round(min(max(gain, 0), 100)))}
 		if here.hi > to.hi {
 			m.GainPercent = 100
 			m.Message = fmt.Sprintf("node %s meets wishes and spreading that %s does not", m.To, m.From)

@@ -54,6 +54,7 @@ const (
 
 // indexOf gives the index for a class, up to date.
 func (t *Table) indexOf(r *resolved) *index {
+	t.fragments.freshen(t)
 	m := t.masked(r)
 	t.tick++
 	if x := r.x; x != nil && !x.gone && x.m == m && r.xVersion == r.work.version {
@@ -113,6 +114,10 @@ func (t *Table) topology(r *resolved) []*column {
 			add(s.column)
 		}
 	}
+	if len(r.c.ask.devices) > 0 && t.fragments.used {
+		// Models have prices that change more often than keys.
+		add(t.column(modelKey))
+	}
 	slices.SortFunc(out, func(a, b *column) int { return strings.Compare(a.key, b.key) })
 	t.work.columns = out
 	return out
@@ -149,15 +154,9 @@ func (x *index) build() {
 	if len(x.keys) < n {
 		x.keys, x.at, x.cellOf = make([]uint64, n), make([]int32, n), make([]int32, n)
 	}
-	x.cells, x.chain = x.cells[:0], map[uint64]int32{}
-	x.byVal = make([]map[int32][]int32, len(x.columns))
-	for k := range x.byVal {
-		x.byVal[k] = map[int32][]int32{}
-	}
+	x.resetCells()
+	x.frag = fragmentCache{}
 	x.dearest, x.epoch, x.mix = t.dearest(x.ask), t.poolEpoch, t.fragments.epoch
-	if len(x.columns) == 0 {
-		x.cells = append(x.cells, cell{})
-	}
 	for i := range int32(n) {
 		x.at[i], x.cellOf[i] = -1, -1
 		if !x.m.ok.has(i) {
@@ -173,12 +172,29 @@ func (x *index) build() {
 		}
 	}
 	for c := range x.cells {
-		h := x.cells[c].heap
-		for k := len(h)/2 - 1; k >= 0; k-- {
-			x.down(h, k)
-		}
+		x.heapify(x.cells[c].heap)
 	}
 	x.seen = t.seq
+}
+
+// resetCells empties the cells, and forgets them when most are of values that no
+// node has any more.
+func (x *index) resetCells() {
+	if x.chain != nil && len(x.cells) <= 2*len(x.t.ids)+64 {
+		for c := range x.cells {
+			cl := &x.cells[c]
+			cl.heap, cl.own, cl.nodes = cl.heap[:0], cl.own[:0], 0
+		}
+		return
+	}
+	x.cells, x.chain = x.cells[:0], map[uint64]int32{}
+	x.byVal = make([]map[int32][]int32, len(x.columns))
+	for k := range x.byVal {
+		x.byVal[k] = map[int32][]int32{}
+	}
+	if len(x.columns) == 0 {
+		x.cells = append(x.cells, cell{})
+	}
 }
 
 // cellFor gives the cell of a node by the values of its columns.
@@ -220,20 +236,54 @@ func (x *index) refresh() {
 	if behind == 0 && x.epoch == t.poolEpoch && x.mix == t.fragments.epoch {
 		return
 	}
-	stale := x.epoch != t.poolEpoch || (x.mix != t.fragments.epoch && x.frag.use)
-	if stale || behind > uint64(len(t.log)) || behind > uint64(len(t.ids)/2+64) || len(x.cells) > 2*len(t.ids)+64 {
+	if x.epoch != t.poolEpoch || behind > uint64(len(t.log)) || len(x.cells) > 2*len(t.ids)+64 {
 		x.build()
 		return
 	}
-	x.mix = t.fragments.epoch
+	changed := x.changed()
+	if len(changed) > len(t.ids)/2+64 {
+		x.build()
+		return
+	}
+	for _, i := range changed {
+		x.update(i)
+	}
+	if x.mix != t.fragments.epoch && x.frag.use {
+		x.rekey()
+	}
+	x.mix, x.seen = t.fragments.epoch, t.seq
+}
+
+// rekey is for what changes the keys of all nodes and nothing else.
+func (x *index) rekey() {
+	for c := range x.cells {
+		h := x.cells[c].heap
+		for _, i := range h {
+			x.keys[i] = x.t.key(i, x)
+		}
+		x.heapify(h)
+	}
+}
+
+func (x *index) heapify(h []int32) {
+	for k := len(h)/2 - 1; k >= 0; k-- {
+		x.down(h, k)
+	}
+}
+
+// changed gives the slots that changed since the index was used, each once.
+func (x *index) changed() []int32 {
+	t := x.t
 	t.mark++
+	out := t.work.changed[:0]
 	for s := t.seq; s > x.seen; s-- {
 		if i := t.log[(s-1)&(uint64(len(t.log))-1)]; t.stamp[i] != t.mark {
 			t.stamp[i] = t.mark
-			x.update(i)
+			out = append(out, i)
 		}
 	}
-	x.seen = t.seq
+	t.work.changed = out
+	return out
 }
 
 // update works one node out anew.

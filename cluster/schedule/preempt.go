@@ -46,7 +46,7 @@ const maxVictimChecks = 4000
 // preempt nominates nodes for at most n replicas of a group by displacing others.
 func (t *Table) preempt(u *run, n, start int) []Nomination {
 	p := u.r.c.priority
-	if t.noneBelow(p) {
+	if t.noneBelow(p) || !t.mayMakeRoom() {
 		return nil
 	}
 	var queue []toll
@@ -88,6 +88,19 @@ func (t *Table) tollsAgain(u *run, queue []toll) []toll {
 	}
 	slices.SortFunc(queue, t.compareTolls)
 	return queue
+}
+
+// mayMakeRoom says whether anybody may be displaced, or leaves already.
+func (t *Table) mayMakeRoom() bool {
+	if t.leaving > 0 || len(t.nominations) > 0 {
+		return true
+	}
+	for k, n := range t.work.batch.Allowance {
+		if n > t.work.spent[k] {
+			return true
+		}
+	}
+	return false
 }
 
 func (t *Table) noneBelow(p int32) bool {
@@ -159,7 +172,7 @@ func (t *Table) readVictims(i, priority int32) {
 		case r.Leaving:
 			v.coming = append(v.coming, r)
 		case r.Class.priority < priority:
-			k := r.Class.owner.key()
+			k := r.res.key
 			if t.work.batch.Allowance[k]-t.work.spent[k] > 0 {
 				v.candidates = append(v.candidates, r)
 			}
@@ -225,10 +238,10 @@ func (t *Table) trySets(u *run, i int32, from, size int) (found bool) {
 // mayDisplace says whether the allowance of its workload bears one more beside the
 // chosen ones.
 func (t *Table) mayDisplace(r *replica) bool {
-	k := r.Class.owner.key()
+	k := r.res.key
 	n := t.work.spent[k] + 1
 	for _, c := range t.work.victims.chosen {
-		if c.Class.owner == r.Class.owner || c.Class.owner.key() == k {
+		if c.res.work == r.res.work {
 			n++
 		}
 	}
@@ -280,7 +293,7 @@ func (t *Table) displace(u *run, i int32) Nomination {
 	}
 	for _, r := range w.victims.best {
 		n.Victims = append(n.Victims, r.ID)
-		w.spent[r.Class.owner.key()]++
+		w.spent[r.res.key]++
 		t.uncount(r)
 		r.Leaving = true
 		w.ops = append(w.ops, op{kind: displaced, node: i, victim: r})

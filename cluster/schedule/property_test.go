@@ -61,7 +61,7 @@ func drawNode(t *rapid.T, id string, gpus bool) Node {
 		Labels: map[string]string{},
 	}
 	n := Node{ID: id, Facts: f, Addresses: rapid.IntRange(0, 6).Draw(t, "addresses")}
-	for _, values := range [][]string{{"zone", "a", "b", "a", "b", "c", ""}, {"rack", "1", "2", "3", ""}, {"disk", "ssd", "hdd", ""}, {"pool", "", "", "spot", "pack", "price"}} {
+	for _, values := range [][]string{{"zone", "a", "b", "a", "b", "c", ""}, {"rack", "1", "2", "3", ""}, {"disk", "ssd", "hdd", ""}, {"pool", "", "", "spot", "pack", "price", "frag"}} {
 		if v := pick(t, values[0]+id, values[1:]...); v != "" {
 			f.Labels[values[0]] = v
 		}
@@ -172,6 +172,7 @@ var drawnPools = Pools{
 	CPUCoreHourMicros: 1000000, MemGiBHourMicros: 1 << 30,
 	Pools: []*portolanv1.NodePool{
 		{Name: "spot", Spot: true, CpuOvercommitPercent: 150}, {Name: "pack", Scoring: portolanv1.Scoring_SCORING_PACK, Reserved: &portolanv1.ResourceList{Cpu: "1m", Memory: "1"}},
+		{Name: "frag", Scoring: portolanv1.Scoring_SCORING_LEAST_FRAGMENTATION},
 		{Name: "price", Scoring: portolanv1.Scoring_SCORING_PRICE, CpuCoreHourMicros: 500000, MemoryGibHourMicros: 1 << 29},
 	},
 }
@@ -410,7 +411,12 @@ func (sc *scene) verifyBinding(t *rapid.T, q *wanted, bd Binding, gang bool) {
 		return
 	}
 	for _, o := range w.takers(q) {
-		if _, better := w.against(q, o, nil); better.compare(c) < 0 {
+		// What fragmentation costs has no dumb form here: its load is any.
+		_, better := w.against(q, o, nil)
+		if w.pool(o).GetName() == "frag" || w.pool(n).GetName() == "frag" {
+			better.load, c.load = 0, 0
+		}
+		if better.compare(c) < 0 {
 			t.Fatalf("%v is bound to %s at %+v, and %s has %+v", q.owner, bd.Node, c, o.ID, better)
 		}
 	}

@@ -173,7 +173,7 @@ func fair(t *Table, groups []*waiting, weights map[string]int32, extra map[strin
 	}
 	h := tenants{}
 	for _, name := range sortedKeys(byTenant) {
-		h = append(h, tenant{name, t.weighted(name, weights, extra)})
+		h = append(h, tenant{name, t.weighted(name, weights, extra), byTenant[name][0].Since})
 	}
 	slices.SortFunc(h, tenant.compare)
 	var out []string
@@ -184,7 +184,7 @@ func fair(t *Table, groups []*waiting, weights map[string]int32, extra map[strin
 		extra[name] = extra[name].Add(g.Class.Request().Times(int64(g.Count)))
 		h = h[1:]
 		if byTenant[name] = byTenant[name][1:]; len(byTenant[name]) > 0 {
-			x := tenant{name, t.weighted(name, weights, extra)}
+			x := tenant{name, t.weighted(name, weights, extra), byTenant[name][0].Since}
 			k, _ := slices.BinarySearchFunc(h, x, tenant.compare)
 			h = slices.Insert(h, k, x)
 		}
@@ -193,14 +193,15 @@ func fair(t *Table, groups []*waiting, weights map[string]int32, extra map[strin
 }
 
 type tenant struct {
-	name  string
-	share int64
+	name   string
+	share  int64
+	oldest time.Time
 }
 
 type tenants []tenant
 
 func (a tenant) compare(b tenant) int {
-	return cmp.Or(cmp.Compare(a.share, b.share), strings.Compare(a.name, b.name))
+	return cmp.Or(cmp.Compare(a.share, b.share), a.oldest.Compare(b.oldest), strings.Compare(a.name, b.name))
 }
 
 func (t *Table) weighted(name string, weights map[string]int32, extra map[string]api.Resources) int64 {

@@ -202,6 +202,7 @@ func (t *Table) leaveNode(s *scope, at int32) {
 // resolved is a class in a table.
 type resolved struct {
 	c         *Class
+	key       string // "tenant/workload"
 	work, rev *scope
 	avoids    []*scope // what it counts in, as one that must keep away
 	spreads   []spreadIn
@@ -242,7 +243,7 @@ func (t *Table) resolve(c *Class) *resolved {
 	}
 	o := c.owner
 	r = &resolved{
-		c: c, used: t.tick, work: t.scope(scopeKey{kind: ofWorkload, tenant: o.Tenant, workload: o.Workload}),
+		c: c, key: o.key(), used: t.tick, work: t.scope(scopeKey{kind: ofWorkload, tenant: o.Tenant, workload: o.Workload}),
 		rev: t.scope(scopeKey{kind: ofRevision, tenant: o.Tenant, workload: o.Workload, revision: o.Revision}),
 	}
 	columnOf := func(key string, s *scope) *column {
@@ -332,6 +333,9 @@ func (t *Table) PutReplica(r Replica) {
 	n.res.refs++
 	t.replicas[r.ID] = n
 	t.owe(n, 1)
+	if r.Leaving {
+		t.leaving++
+	}
 	if i, ok := t.index[r.Node]; ok {
 		t.home(n, i)
 	} else {
@@ -356,6 +360,9 @@ func (t *Table) DeleteReplica(id string) {
 	}
 	delete(t.replicas, id)
 	t.owe(r, -1)
+	if r.Leaving {
+		t.leaving--
+	}
 	if r.slot < 0 {
 		list := t.homeless[r.Node]
 		k := slices.Index(list, r)

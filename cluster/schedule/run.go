@@ -259,15 +259,15 @@ func (u *run) nodeKey(i int32) (key uint64, codes Code) {
 	if i == u.notOn {
 		codes |= OtherNode
 	}
-	own := t.countOn(i, r.rev)
+	own := int32(0)
+	if u.nodeSpread || t.spreadsOut(i) {
+		own = t.countOn(i, r.rev)
+	}
 	if u.nodeSkew > 0 && own+1-int32(u.nodeMin) > u.nodeSkew {
 		codes |= SpreadSkew
 	}
 	wish, against := u.nodeAffinity(i)
 	codes |= against
-	if !u.nodeSpread && !t.spreadsOut(i) {
-		own = 0
-	}
 	key = u.x.keys[i]
 	wish += uint32(key >> wishShift)
 	return uint64(min(wish, maxWish))<<wishShift | uint64(min(own, maxOwn))<<ownShift | key&(1<<ownShift-1), codes
@@ -411,7 +411,7 @@ func (u *run) rank(c int32) {
 	}
 	var wish uint32
 	var count uint64
-	if len(u.x.columns) > 0 {
+	if u.related() {
 		var codes Code
 		codes, wish, count = u.verdict(cl.values)
 		if codes != 0 {
@@ -427,6 +427,9 @@ func (u *run) rank(c int32) {
 	if !ok {
 		u.out(c)
 		return
+	}
+	if u.x.frag.ok {
+		b.key += min(u.t.priceOf(b.node, u.x)<<loadShift, (loadOne<<loadShift)-b.key&(loadOne<<loadShift))
 	}
 	rk := ranked{hi: (b.key>>wishShift+uint64(wish))<<40 | min(count, 1<<40-1), lo: b.key & rest, node: b.node, cell: c}
 	k := u.place[c]

@@ -4,12 +4,14 @@ import "slices"
 
 // scratch is what a call of Schedule works with, kept from call to call.
 type scratch struct {
-	batch   *Batch
+	stored  Batch
+	batch   *Batch         // stored, while it is decided
 	spent   map[string]int // of the allowances
 	ops     []op
 	shares  []Share
 	run     run
 	columns []*column
+	changed []int32
 	placed  []Placed
 	seats   []Binding
 	bounds  []int // seats and ops by group
@@ -44,17 +46,18 @@ const (
 // Schedule decides a batch, group by group in the order given.
 func Schedule(t *Table, b Batch) Result {
 	w := &t.work
-	w.batch, w.ops, w.shares, w.seats, w.bounds = &b, w.ops[:0], w.shares[:0], w.seats[:0], w.bounds[:0]
+	w.stored = b
+	w.batch, w.ops, w.shares, w.seats, w.bounds = &w.stored, w.ops[:0], w.shares[:0], w.seats[:0], w.bounds[:0]
 	clear(w.spent)
 	for len(w.placed) < len(b.Groups) {
 		w.placed = append(w.placed, Placed{})
 	}
 	w.placed = w.placed[:len(b.Groups)]
-	for k := range b.Groups {
+	for k := range w.stored.Groups {
 		w.placed[k] = Placed{}
 		w.bounds = append(w.bounds, len(w.seats))
-		if b.Groups[k].Count > 0 {
-			t.serve(&b.Groups[k], &w.placed[k])
+		if g := &w.stored.Groups[k]; g.Count > 0 {
+			t.serve(g, &w.placed[k])
 		}
 	}
 	t.undo(0)
@@ -63,14 +66,13 @@ func Schedule(t *Table, b Batch) Result {
 	for k := range w.placed {
 		w.placed[k].Bindings = w.seats[w.bounds[k]:w.bounds[k+1]:w.bounds[k+1]]
 	}
-	w.batch = nil
+	w.batch, w.stored = nil, Batch{}
 	return Result{Placed: w.placed}
 }
 
 // serve decides one group.
 func (t *Table) serve(g *Group, p *Placed) {
 	w, r := &t.work, t.resolve(g.Class)
-	t.fragments.observe(t, g)
 	start := len(w.ops)
 	waiting := t.useKept(g, r)
 	u := &w.run
@@ -165,7 +167,7 @@ func (t *Table) undo(since int) {
 		case displaced:
 			o.victim.Leaving = false
 			t.attend(o.victim, 1)
-			w.spent[o.victim.Class.owner.key()]--
+			w.spent[o.victim.res.key]--
 		case unkept:
 			o.kept.gone = false
 			t.reserve(o.kept, -1)
@@ -197,27 +199,33 @@ func (t *Table) placedSince(since int) int {
 // how many have to wait for their victims.
 func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
 	w := &t.work
-	for k, n := range t.nominations[g.Key] {
-		if k == g.Count {
-			break
+	kept := t.nominations[g.Key]
+	kept = kept[:min(len(kept), g.Count)]
+	for _, n := range kept {
+		if !n.gone { // else a group before it in the batch took that room
+			t.reserve(n, 1)
+			t.touch(n.slot)
 		}
+	}
+	for _, n := range kept {
 		if n.gone {
-			continue // a group before it in the batch took that room
-		}
-		t.reserve(n, 1)
-		u := &w.run
-		t.begin(u, g, r)
-		codes := u.check(n.slot)
-		u.finish()
-		if codes != 0 {
-			t.reserve(n, -1)
-			waiting++
 			continue
 		}
-		t.touch(n.slot)
-		n.gone = true // it is used: nobody can have it given up as well
-		w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
-		u.pinned(n.slot)
+		u := &w.run
+		t.begin(u, g, r)
+		if u.check(n.slot) == 0 {
+			n.gone = true // it is used: nobody can have it given up as well
+			w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
+			u.pinned(n.slot)
+		}
+		u.finish()
+	}
+	for _, n := range kept {
+		if !n.gone {
+			t.reserve(n, -1)
+			t.touch(n.slot)
+			waiting++
+		}
 	}
 	return waiting
 }
@@ -268,11 +276,16 @@ func (u *run) check(i int32) Code {
 	}
 	_, node := u.nodeKey(i)
 	codes |= node
-	if len(u.x.columns) > 0 {
+	if u.related() {
 		c, _, _ := u.verdict(u.valuesOf(i))
 		codes |= c
 	}
 	return codes
+}
+
+// related says that the group has terms about other replicas, or others about it.
+func (u *run) related() bool {
+	return len(u.r.spreads)+len(u.r.affinity)+len(u.r.work.against) > 0
 }
 
 func (u *run) volumes() int64 {

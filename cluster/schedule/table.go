@@ -37,6 +37,7 @@ type Table struct {
 	freeAddress                      []int32
 	ports                            [][]int32
 	devices                          [][]device
+	model                            []int8 // of all devices of the node; -1 when there is no one
 	scopes                           [][]presence
 	bound                            [][]*replica
 
@@ -47,6 +48,7 @@ type Table struct {
 	taintSets   [][]*portolanv1.Taint
 	taintIndex  map[string]int32
 	replicas    map[string]*replica
+	leaving     int                   // replicas that were told to stop
 	homeless    map[string][]*replica // by the node that is not there
 	volumes     map[string]volume
 	volumesOn   map[string]int64 // bytes by node
@@ -98,7 +100,9 @@ type usage struct {
 	replicas    int
 }
 
-const logSize = 1 << 12
+// logSize is how many changes an index may be behind at least; with more nodes, it
+// is as many as four for each.
+const logSize = 1 << 14
 
 // NewTable gives an empty one. The seed breaks ties.
 func NewTable(seed uint64) *Table {
@@ -109,6 +113,7 @@ func NewTable(seed uint64) *Table {
 		log: make([]int32, logSize), taintSets: [][]*portolanv1.Taint{nil},
 	}
 	t.taintIndex[""] = 0
+	t.fragments.demand = map[shape]float64{}
 	t.poolFor(DefaultPool)
 	return t
 }
@@ -142,6 +147,9 @@ func (t *Table) before(a, b int32) bool {
 func (t *Table) touch(i int32) {
 	t.log[t.seq&(uint64(len(t.log))-1)] = i
 	t.seq++
+	if int(i) < len(t.fragments.nodes) {
+		t.fragments.nodes[i].valid = false
+	}
 }
 
 // slot gives a free slot, growing every column if there is none.
@@ -157,7 +165,7 @@ func (t *Table) slot() int32 {
 	t.capCPU, t.capMemory, t.capStorage = append(t.capCPU, 0), append(t.capMemory, 0), append(t.capStorage, 0)
 	t.freeCPU, t.freeMemory, t.freeStorage = append(t.freeCPU, 0), append(t.freeMemory, 0), append(t.freeStorage, 0)
 	t.perCPU, t.perMemory, t.freeAddress = append(t.perCPU, 0), append(t.perMemory, 0), append(t.freeAddress, 0)
-	t.ports, t.devices, t.scopes = append(t.ports, nil), append(t.devices, nil), append(t.scopes, nil)
+	t.ports, t.devices, t.scopes, t.model = append(t.ports, nil), append(t.devices, nil), append(t.scopes, nil), append(t.model, -1)
 	t.bound, t.keeps, t.stamp = append(t.bound, nil), append(t.keeps, nil), append(t.stamp, 0)
 	for _, c := range t.columns {
 		c.of = append(c.of, 0)
@@ -175,7 +183,7 @@ func (t *Table) slot() int32 {
 	for _, x := range t.indexes {
 		x.grow()
 	}
-	for len(t.log) < len(t.ids) {
+	for len(t.log) < 4*len(t.ids) {
 		t.growLog()
 	}
 	return i
@@ -208,6 +216,9 @@ func (t *Table) PutNode(n Node) {
 		t.readFacts(i)
 	}
 	t.recount(i)
+	if !sameFacts {
+		t.relabel(i)
+	}
 	t.rejudge(i)
 	if !ok {
 		t.settle(i)
@@ -231,7 +242,6 @@ func (t *Table) readFacts(i int32) {
 			t.images[i][d] = struct{}{}
 		}
 	}
-	t.relabel(i)
 }
 
 // relabel brings the columns up to date, and what is counted by their values.
@@ -306,7 +316,8 @@ func (t *Table) DeleteNode(id string) {
 	}
 	delete(t.index, id)
 	t.ids[i], t.facts[i], t.down[i] = "", nil, NoNode
-	t.images[i], t.taintSet[i] = nil, 0
+	t.images[i], t.taintSet[i], t.model[i] = nil, 0, -1
+	t.fragments.stale = t.fragments.stale || t.fragments.seen < firstLearn
 	t.relabel(i)
 	t.addCapacity(i, -1)
 	t.capCPU[i], t.capMemory[i], t.capStorage[i], t.devices[i] = 0, 0, 0, nil
@@ -394,6 +405,11 @@ func (t *Table) SetPools(p Pools) {
 	t.poolEpoch++
 	for k := range t.pools {
 		t.pools[k] = t.poolOf(t.pools[k].name)
+	}
+	if slices.ContainsFunc(p.Pools, func(p *portolanv1.NodePool) bool {
+		return p.GetScoring() == portolanv1.Scoring_SCORING_LEAST_FRAGMENTATION
+	}) {
+		t.fragments.prepare(t)
 	}
 	for i := range t.ids {
 		if t.ids[i] != "" {

@@ -1,13 +1,17 @@
 package reconcile
 
 import (
+	"cmp"
 	"fmt"
 	"hash/fnv"
 	"maps"
 	"slices"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
+	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/timetable"
 )
@@ -20,10 +24,12 @@ const (
 	maxOpenRuns = 100
 )
 
-// cronRun is one run: a job of its own.
+// cronRun is one run: a job of its own, which goes on as it began. A newer template
+// concerns the runs after it, and opens none that ended.
 type cronRun struct {
 	at       int64 // nominal time, seconds since 1970
 	replicas []*replica
+	d        desired // by the template that it began with
 	job      jobState
 	end      time.Time
 	over     bool
@@ -45,12 +51,38 @@ func (in Input) runsOf(d desired, rs []*replica) []*cronRun {
 	var out []*cronRun
 	for _, at := range slices.Sorted(maps.Keys(byTime)) {
 		run := byTime[at]
-		run.job = in.jobOf(d, at, run.replicas)
+		run.d = d
+		run.d.current = run.template()
+		run.job = in.jobOf(run.d, at, run.replicas)
 		run.end, run.over = run.job.ended(in.Now)
 		run.failed, _ = run.job.over(in.Now)
 		out = append(out, run)
 	}
 	return out
+}
+
+// template is what the run's first replica was made from. All that came after it
+// have the same.
+func (r *cronRun) template() *linkv1.RevisionIntent {
+	first := slices.MinFunc(r.replicas, func(a, b *replica) int {
+		return cmp.Or(a.GetBound().AsTime().Compare(b.GetBound().AsTime()), cmp.Compare(a.GetAllocation(), b.GetAllocation()))
+	})
+	return &linkv1.RevisionIntent{Revision: first.GetRevision(), Spec: first.GetSpec()}
+}
+
+// begun is the revision as a new run has it: what this cluster's share of its
+// completions is stands in the template, and so in the record of each replica.
+func (d desired) begun() *linkv1.RevisionIntent {
+	n := d.current.GetReplicas()
+	if n == 0 || n == d.current.GetSpec().GetJob().GetCompletions() {
+		return d.current
+	}
+	spec := proto.CloneOf(d.current.GetSpec())
+	if spec.Job == nil {
+		spec.Job = &portolanv1.WorkloadSpec_JobSpec{}
+	}
+	spec.Job.Completions = n
+	return &linkv1.RevisionIntent{Revision: d.current.GetRevision(), Spec: spec}
 }
 
 // alive says that a process of it may run.
@@ -73,6 +105,7 @@ func (p *planner) cron(k Key, w Workload, d desired, rs []*replica) {
 		}
 	}
 	p.finish(k, rs)
+	spec := d.current.GetSpec().GetCron()
 	runs := p.in.runsOf(d, rs)
 	b := p.jobBudget(k, d, rs)
 	begin := p.dueRun(k, w, d, runs)
@@ -81,13 +114,14 @@ func (p *planner) cron(k Key, w Workload, d desired, rs []*replica) {
 		if run.dropped() || (begin.replaces && !run.over && (begin.at != 0 || i < len(runs)-1)) {
 			p.dropRun(k, run)
 		} else {
-			p.runJob(k, w, d, b, run.job, run.replicas)
+			p.runJob(k, w, run.d, b, run.job, run.replicas)
 		}
 	}
 	if begin.now {
+		d.current = d.begun()
 		p.runIndexes(k, w, d, p.in.jobOf(d, begin.at, nil), nil)
 	}
-	p.forgetRuns(k, d, runs)
+	p.forgetRuns(k, spec, runs)
 	p.plan.Allowances[k] = max(0, b.left)
 }
 
@@ -211,8 +245,7 @@ func (p *planner) dealtWith(k Key, d desired, run int64, code, reason string) {
 
 // forgetRuns takes the oldest runs that are over away whole, beyond the numbers
 // that are kept, and those whose time to live is over.
-func (p *planner) forgetRuns(k Key, d desired, runs []*cronRun) {
-	spec, ttl := d.current.GetSpec().GetCron(), d.current.GetSpec().GetJob().GetTtl()
+func (p *planner) forgetRuns(k Key, spec *portolanv1.WorkloadSpec_CronSpec, runs []*cronRun) {
 	keep := map[bool]int{true: defaultKeepSucceeded, false: defaultKeepFailed}
 	if spec != nil && spec.KeepSucceeded != nil {
 		keep[true] = int(spec.GetKeepSucceeded())
@@ -232,7 +265,7 @@ func (p *planner) forgetRuns(k Key, d desired, runs []*cronRun) {
 		good := run.job.complete()
 		if keep[good]--; keep[good] < 0 {
 			p.forget(k, run, HistoryLimit, "newer runs have ended, and no more are kept")
-		} else if ttl != nil {
+		} else if ttl := run.d.current.GetSpec().GetJob().GetTtl(); ttl != nil {
 			p.expire(k, run.end.Add(ttl.AsDuration()), run.replicas)
 		}
 	}

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"hash/fnv"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
@@ -17,18 +19,21 @@ func VolumeID(k Key, index int32, name string) string {
 	return fmt.Sprintf("%s.%s-%d.%s", k.Tenant, k.Workload, index, name)
 }
 
-// statefulName is the ID of a stateful replica: "<workload>-<index>". IDs are
-// unique in a cluster and workloads in a tenant, so a name that another workload
-// holds, or that is too long, gets a mark that is the workload's own.
-func (in Input) statefulName(k Key, index int32) string {
-	name := fmt.Sprintf("%s-%d", k.Workload, index)
-	if a := in.Allocations[name]; len(name) <= maxName && (a == nil || (a.GetTenant() == k.Tenant && a.GetWorkload() == k.Workload)) {
-		return name
-	}
+// statefulName is the ID of a stateful replica: "<workload>-<index>-<mark>". IDs
+// are unique in a cluster and workloads in a tenant, so the mark is of the tenant
+// and of the workload's uid: always the same, and another one for a workload of
+// the same name elsewhere or later. A name that is too long is cut before it.
+func statefulName(k Key, uid string, index int32) string {
 	h := fnv.New32a()
-	_, _ = h.Write([]byte(k.String()))
-	tail := fmt.Sprintf("-%08x-%d", h.Sum32(), index)
-	return k.Workload[:min(len(k.Workload), maxName-len(tail))] + tail
+	_, _ = h.Write([]byte(k.Tenant + "/" + uid))
+	tail := fmt.Sprintf("-%d-%s", index, mark(h.Sum32()))
+	return strings.TrimRight(k.Workload[:min(len(k.Workload), maxName-len(tail))], "-") + tail
+}
+
+// mark is a number as four digits and letters.
+func mark(n uint32) string {
+	s := strconv.FormatUint(uint64(n)%(36*36*36*36), 36)
+	return strings.Repeat("0", 4-len(s)) + s
 }
 
 // places says which revision each index should have: the current one from the
@@ -63,7 +68,7 @@ func (p *planner) stateful(k Key, w Workload, d desired, rs []*replica) {
 	}
 	b := p.budget(k, d, d.total, rs)
 	p.stopHighest(k, d, rest)
-	p.startLowest(k, w, want, at)
+	p.startLowest(k, w, want, at, rest)
 	p.updateHighest(k, d, b, want, at)
 	p.plan.Allowances[k] = max(0, b.left)
 	p.statefulProgress(k, w, d, want, at, rest)
@@ -87,7 +92,7 @@ func (p *planner) stopHighest(k Key, d desired, rest []*replica) {
 
 // startLowest creates the lowest index that is missing, when all below it are
 // available.
-func (p *planner) startLowest(k Key, w Workload, want []*linkv1.RevisionIntent, at []*replica) {
+func (p *planner) startLowest(k Key, w Workload, want []*linkv1.RevisionIntent, at, rest []*replica) {
 	order := make([]int, len(want))
 	for i := range order {
 		order[i] = i
@@ -99,7 +104,7 @@ func (p *planner) startLowest(k Key, w Workload, want []*linkv1.RevisionIntent, 
 		r := at[i]
 		switch {
 		case r == nil:
-			p.start(k, w, want[i], int32(i))
+			p.start(k, w, want[i], int32(i), rest)
 			return
 		case r.lost:
 			if p.in.faults.volumeDoubled {
@@ -120,13 +125,22 @@ func (p *planner) startAgain(k Key, w Workload, want *linkv1.RevisionIntent, ind
 	p.step(Step{Kind: Create, Key: k, Workload: w, Revision: want, Index: index, Name: fmt.Sprintf("%s-%d-again", k.Workload, index), Code: NodeLost, Reason: "a planted fault"})
 }
 
-func (p *planner) start(k Key, w Workload, want *linkv1.RevisionIntent, index int32) {
+func (p *planner) start(k Key, w Workload, want *linkv1.RevisionIntent, index int32, rest []*replica) {
 	s := Step{
-		Kind: Create, Key: k, Workload: w, Revision: want, Index: index, Name: p.in.statefulName(k, index),
+		Kind: Create, Key: k, Workload: w, Revision: want, Index: index, Name: statefulName(k, w.Intent.GetUid(), index),
 		Code: StartInOrder, Reason: fmt.Sprintf("index %d is the lowest that is missing", index),
 	}
-	if p.in.Allocations[s.Name] != nil {
-		return // an earlier one of the name is still going
+	for _, r := range rest {
+		if r.GetIndex() == index && r.GetSpec().GetKind() == want.GetSpec().GetKind() {
+			p.plan.Waiting[k] = Note{EarlierLeaving, fmt.Sprintf("%s waits: %s, which has its name, is not gone yet", s.Name, r.GetAllocation())}
+			return
+		}
+	}
+	if a := p.in.Allocations[s.Name]; a != nil {
+		if a.GetTenant() != k.Tenant || a.GetWorkload() != k.Workload { // its own is gone with this plan
+			p.plan.Waiting[k] = Note{EarlierLeaving, fmt.Sprintf("%s waits: another workload's replica has its ID", s.Name)}
+		}
+		return
 	}
 	for _, v := range p.volumes[k] {
 		if v.GetIndex() != index {

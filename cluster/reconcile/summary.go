@@ -61,7 +61,7 @@ func revisions(d desired, rs []*replica) []*portolanv1.RevisionReplicas {
 	listed := maps.Clone(count)
 	for _, r := range rs {
 		wanted := listed[r.GetRevision()] != nil
-		if r.gone || (wanted && (r.Final != nil || r.Stop || (r.lost && r.replaced))) {
+		if r.gone || d.history(r) || (wanted && (r.Final != nil || r.Stop || (r.lost && r.replaced))) {
 			continue
 		}
 		if count[r.GetRevision()] == nil {

@@ -199,6 +199,7 @@ const (
 	VolumeNodeGone  = "VolumeNodeGone"
 	ReplicaNodeLost = "ReplicaNodeLost"
 	VolumeLeaving   = "EarlierVolumeLeaving"
+	EarlierLeaving  = "EarlierReplicaLeaving"
 	ZoneDark        = "ZoneDark"
 	// Of Draining.
 	Leaving          = "Leaving"

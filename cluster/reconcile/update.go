@@ -54,7 +54,11 @@ func (d desired) changed(a *clusterv1.Allocation) bool {
 
 // takeOver gives replicas what they can take over while they run: the newer spec
 // of their revision, and the name and spec of the current one when theirs goes.
+// The runs of a cron workload go on as they began.
 func (p *planner) takeOver(k Key, w Workload, d desired, rs []*replica) {
+	if d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON {
+		return
+	}
 	for _, r := range rs {
 		if !r.active() || !r.mine || r.outdated {
 			continue

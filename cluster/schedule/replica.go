@@ -461,7 +461,7 @@ type nomination struct {
 	res   *resolved
 	node  string
 	slot  int32
-	gone  bool // given up for a higher priority in the batch at hand
+	gone  bool // used, or given up for a higher priority, in the batch at hand
 }
 
 // Nominate keeps room on a node for one replica of a group; several calls keep

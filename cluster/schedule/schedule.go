@@ -169,6 +169,7 @@ func (t *Table) undo(since int) {
 			t.attend(o.victim, 1)
 			w.spent[o.victim.res.key]--
 		case unkept:
+			o.kept.gone = false
 			t.reserve(o.kept, -1)
 		case carried:
 			t.unlift(o.victim)
@@ -201,21 +202,26 @@ func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
 	kept := t.nominations[g.Key]
 	kept = kept[:min(len(kept), g.Count)]
 	for _, n := range kept {
-		t.reserve(n, 1)
-		t.touch(n.slot)
+		if !n.gone { // else a group before it in the batch took that room
+			t.reserve(n, 1)
+			t.touch(n.slot)
+		}
 	}
-	at := len(w.ops)
 	for _, n := range kept {
+		if n.gone {
+			continue
+		}
 		u := &w.run
 		t.begin(u, g, r)
 		if u.check(n.slot) == 0 {
+			n.gone = true // it is used: nobody can have it given up as well
 			w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
 			u.pinned(n.slot)
 		}
 		u.finish()
 	}
 	for _, n := range kept {
-		if !slices.ContainsFunc(w.ops[at:], func(o op) bool { return o.kept == n }) {
+		if !n.gone {
 			t.reserve(n, -1)
 			t.touch(n.slot)
 			waiting++

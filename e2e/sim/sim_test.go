@@ -1,0 +1,135 @@
+package sim
+
+import (
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// eventsPerSeed is how long one cluster lives.
+const eventsPerSeed = 2000
+
+func fromEnv(t *testing.T, name string, def int) int {
+	t.Helper()
+	v := os.Getenv(name)
+	if v == "" {
+		return def
+	}
+	n, err := strconv.Atoi(v)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return n
+}
+
+// TestEvents runs model clusters through random events, SIM_EVENTS of them (20,000;
+// `make sim` sets a million), each followed by a check of the invariants; at the
+// end of each cluster's life everything heals, and desired must become actual.
+// SEED runs one seed again and tells its story.
+func TestEvents(t *testing.T) {
+	if seed := os.Getenv("SEED"); seed != "" {
+		n, err := strconv.ParseUint(seed, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := live(n)
+		t.Logf("%s", strings.Join(c.Log(), "\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	seeds := max(1, fromEnv(t, "SIM_EVENTS", 20_000)/eventsPerSeed)
+	var mu sync.Mutex
+	reached := map[string]int{}
+	var wg sync.WaitGroup
+	next := make(chan uint64)
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for seed := range next {
+				c, err := live(seed)
+				mu.Lock()
+				for k, n := range c.Reached {
+					reached[k] += n
+				}
+				mu.Unlock()
+				if err != nil {
+					log := c.Log()
+					t.Errorf("SEED=%d: %v\n%s", seed, err, strings.Join(log[max(0, len(log)-60):], "\n"))
+				}
+			}
+		})
+	}
+	for seed := range uint64(seeds) {
+		if t.Failed() {
+			break
+		}
+		next <- seed + 1
+	}
+	close(next)
+	wg.Wait()
+	t.Logf("%d events; reached %v", seeds*eventsPerSeed, reached)
+	// What the run must have come to, or it shows nothing.
+	for _, k := range []string{
+		"all dark", "displaced", "refused", "NodeDraining", "DrainDeadline", "NodeRefuses", "RevisionReplaced", "NodeLost", "VolumeNodeLost", "BudgetExhausted", "JobComplete", "JobFailed",
+		"RunBegan", "RunMissed", "FailingChecks", "StartInOrder", "Expired", "NoRestartNeeded", "StayOver", "SurplusAfterNodeReturned",
+	} {
+		if reached[k] == 0 && seeds >= 10 {
+			t.Errorf("no run came to %q", k)
+		}
+	}
+}
+
+// live is one cluster's life.
+func live(seed uint64) (*Cluster, error) {
+	c := New(seed)
+	for range eventsPerSeed {
+		if err := c.Step(); err != nil {
+			return c, err
+		}
+	}
+	return c, c.Rest()
+}
+
+// TestSame: one seed is one story.
+func TestSame(t *testing.T) {
+	var stories []string
+	for range 2 {
+		c := New(7)
+		for range 300 {
+			if err := c.Step(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stories = append(stories, strings.Join(c.Log(), "\n"))
+	}
+	if stories[0] != stories[1] {
+		a, b := strings.Split(stories[0], "\n"), strings.Split(stories[1], "\n")
+		i := 0
+		for i < min(len(a), len(b)) && a[i] == b[i] {
+			i++
+		}
+		t.Errorf("two stories of one seed, from line %d on:\n%s\n\n%s", i, strings.Join(slices.Clone(a[i:min(i+5, len(a))]), "\n"), strings.Join(b[i:min(i+5, len(b))], "\n"))
+	}
+}
+
+// BenchmarkEvent is what one event and its check cost.
+func BenchmarkEvent(b *testing.B) {
+	c, seed := New(1), uint64(1)
+	began := time.Now()
+	for i := 0; b.Loop(); i++ {
+		if i%eventsPerSeed == eventsPerSeed-1 {
+			seed++
+			c = New(seed)
+		}
+		if err := c.Step(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.N)/time.Since(began).Seconds(), "events/s")
+}

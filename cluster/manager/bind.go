@@ -53,6 +53,9 @@ func (d *decider) bind(st reconcile.Step, to schedule.Binding) {
 	if id == "" {
 		id = d.name(st.Key.Workload)
 	}
+	if d.s.Allocations[id] != nil {
+		return // its name is free when the record of the one before is gone, which wakes the next pass
+	}
 	address := d.s.Nodes[to.Node].GetFacts().GetAddress()
 	if !isGateway(spec) {
 		var err error

@@ -188,6 +188,9 @@ func (d *decider) displace(w *waiting, n schedule.Nomination) {
 	const why = "a workload of higher priority needs its room"
 	for _, id := range n.Victims {
 		a := d.s.Allocations[id]
+		if d.put[id].GetStop() {
+			continue // the plan stops it already
+		}
 		k := reconcile.Key{Tenant: a.GetTenant(), Workload: a.GetWorkload()}
 		d.stop(reconcile.Step{Kind: reconcile.Stop, Key: k, Allocation: id, Code: reconcile.Displaced, Reason: why, Disrupt: true})
 		d.disrupted(k, a.GetUid(), 1)

@@ -77,12 +77,12 @@ func (d *decider) bind(st reconcile.Step, to schedule.Binding) {
 		a.Devices = append(a.Devices, &nodev1.DeviceShare{Kind: s.Kind, Index: s.Index, Milli: s.Milli})
 	}
 	d.put[id] = a
-	d.event(st.Key, id, "Bound", fmt.Sprintf("to node %s: %s: %s", to.Node, st.Code, st.Reason))
+	d.event(st.Key, id, "Bound", st.Code+": "+st.Reason)
 	if st.Allocation != "" {
 		old := d.edit(st.Allocation)
 		old.ReplacedBy = id
 		old.Disrupted = old.GetDisrupted() || st.Disrupt
-		d.event(st.Key, st.Allocation, "Replaced", "by "+id+" on node "+to.Node+": "+st.Reason)
+		d.event(st.Key, st.Allocation, "Replaced", "by "+id+": "+st.Reason)
 	}
 }
 

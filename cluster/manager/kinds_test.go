@@ -32,6 +32,12 @@ func (r *rig) placed(name string) []string {
 	return out
 }
 
+// nodeOf is the node in "replica@node".
+func nodeOf(place string) string {
+	_, node, _ := strings.Cut(place, "@")
+	return node
+}
+
 // messages gives the messages of events of a type on objects with the prefix.
 func (r *rig) messages(typ, object string) []string {
 	var out []string
@@ -87,15 +93,16 @@ func TestStatefulKeepsNameNodeAndVolume(t *testing.T) {
 		r.within(20*time.Second, "three replicas", func() bool { return len(r.placed("db")) == 3 })
 		before := r.placed("db")
 		for i := range 3 {
-			if !strings.HasPrefix(before[i], fmt.Sprintf("db-%d@", i)) {
+			if !strings.HasPrefix(before[i], fmt.Sprintf("db-%d-", i)) {
 				t.Fatalf("names %v", before)
 			}
 			v := r.store.Snapshot().Volumes[fmt.Sprintf("t.db-%d.data", i)]
-			if v.GetNode() != before[i][len("db-0@"):] || v.GetSizeBytes() != 1<<30 {
+			if v.GetNode() != nodeOf(before[i]) || v.GetSizeBytes() != 1<<30 {
 				t.Errorf("volume of %s: %v", before[i], v)
 			}
 		}
-		a := r.store.Snapshot().Allocations["db-1"]
+		id, _, _ := strings.Cut(before[1], "@")
+		a := r.store.Snapshot().Allocations[id]
 		if !slices.Equal(a.GetVolumes(), []string{"t.db-1.data"}) || a.GetIndex() != 1 {
 			t.Errorf("allocation %v", a)
 		}
@@ -104,7 +111,7 @@ func TestStatefulKeepsNameNodeAndVolume(t *testing.T) {
 		next.Volumes = sp.Volumes
 		r.want("db", "r2", 3, next)
 		r.within(60*time.Second, "all of r2", func() bool {
-			return slices.Equal(r.on("db"), []string{before[0][5:] + " r2 ready", before[1][5:] + " r2 ready", before[2][5:] + " r2 ready"}) || r2on(r, before)
+			return slices.Equal(r.on("db"), []string{nodeOf(before[0]) + " r2 ready", nodeOf(before[1]) + " r2 ready", nodeOf(before[2]) + " r2 ready"}) || r2on(r, before)
 		})
 		if after := r.placed("db"); !slices.Equal(before, after) {
 			t.Errorf("places %v, before %v", after, before)

@@ -197,7 +197,7 @@ func (d *decider) displace(w *waiting, n schedule.Nomination) {
 	}
 	x, key, class, node := d.m.mirror, w.group.Key, w.group.Class, n.Node
 	d.out.committed = append(d.out.committed, func() { x.table.Nominate(key, class, node) })
-	d.out.events = append(d.out.events, d.m.workloadEvent(w.steps[0].Key, "Nominated", fmt.Sprintf("room is made on node %s: %d replicas of lower priority leave it", node, len(n.Victims)), d.now))
+	d.out.events = append(d.out.events, d.m.workloadEvent(w.steps[0].Key, "Nominated", fmt.Sprintf("room is made on a node: %d replicas of lower priority leave it", len(n.Victims)), d.now))
 }
 
 // gangs tells of those whose deadline is over.

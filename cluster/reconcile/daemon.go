@@ -83,8 +83,8 @@ func (p *planner) daemonOn(at *daemonPass, n *clusterv1.Node, admission Admissio
 		switch {
 		case !r.active():
 		case vacates:
-			p.drainNote(at.k, Note{Leaving, fmt.Sprintf("%s: node %s is drained", r.GetAllocation(), n.GetNode())})
-			p.stop(at.k, r, NodeDraining, fmt.Sprintf("node %s is drained, and nothing else is left on it", n.GetNode()))
+			p.drainNote(at.k, Note{Leaving, fmt.Sprintf("%s: its node is drained", r.GetAllocation())})
+			p.stop(at.k, r, NodeDraining, "its node is drained, and nothing else is left on it")
 		case r.of(at.d.current) && admission != Refused:
 			right = append(right, r)
 		case admission != Refused && at.d.frozen && r.mine:
@@ -116,7 +116,7 @@ func (p *planner) daemonOld(at *daemonPass, n *clusterv1.Node, admission Admissi
 	}
 	code, reason := p.whyLeave(at.d, r)
 	if admission == Refused {
-		code, reason = NodeRefuses, fmt.Sprintf("node %s does not admit it", n.GetNode())
+		code, reason = NodeRefuses, "its node does not admit it"
 	}
 	p.stop(at.k, r, code, reason)
 }

@@ -102,7 +102,7 @@ func (p *planner) replace(k Key, s *Step, lost *replica) bool {
 	p.evictions.all--
 	p.evictions.zones[zone]--
 	s.Code, s.Allocation = NodeLost, lost.GetAllocation()
-	s.Reason = fmt.Sprintf("node %s of %s is lost", lost.GetNode(), lost.GetAllocation())
+	s.Reason = fmt.Sprintf("the node of %s is lost", lost.GetAllocation())
 	return true
 }
 

@@ -79,6 +79,26 @@ func checkJobCreates(name string, j jobTally, t *tally, creates int) error {
 	return nil
 }
 
+// asBegan is the tally with the template that a run began with: a newer one is for
+// the runs after it.
+func (m *model) asBegan(run int64, t *tally) *tally {
+	var first *clusterv1.Allocation
+	for _, a := range m.allocs {
+		if a.GetWorkload() != tickKey.Workload || a.GetUid() != t.intent.GetUid() || a.GetRun() != run {
+			continue
+		}
+		if first == nil || a.GetBound().AsTime().Before(first.GetBound().AsTime()) {
+			first = a
+		}
+	}
+	if first == nil {
+		return t
+	}
+	out := *t
+	out.spec, out.total = first.GetSpec(), max(1, int(first.GetSpec().GetJob().GetCompletions()))
+	return &out
+}
+
 func (m *model) checkCron(p Plan) error {
 	t := m.tally(tickKey, p)
 	if t.intent == nil {
@@ -99,12 +119,12 @@ func (m *model) checkCron(p Plan) error {
 				began = true
 				continue
 			}
-			j := m.jobTally(tickKey, a.GetRun(), p)
+			j, o := m.jobTally(tickKey, a.GetRun(), p), m.asBegan(a.GetRun(), t)
 			otherLive = otherLive || j.live > 0
 			// One that is being forgotten is over.
-			otherOpen = otherOpen || (!a.GetStop() && j.succeeded < t.total && j.failed <= int(t.spec.GetJob().GetMaxRetries()))
+			otherOpen = otherOpen || (!a.GetStop() && j.succeeded < o.total && j.failed <= int(o.spec.GetJob().GetMaxRetries()))
 		}
-		if err := checkJobCreates(fmt.Sprintf("tick %d", run), m.jobTally(tickKey, run, p), t, n); err != nil {
+		if err := checkJobCreates(fmt.Sprintf("tick %d", run), m.jobTally(tickKey, run, p), m.asBegan(run, t), n); err != nil {
 			return err
 		}
 		if began {

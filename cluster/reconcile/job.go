@@ -268,7 +268,7 @@ func (p *planner) runIndex(k Key, w Workload, d desired, j jobState, i int32, lo
 	}
 	if lost != nil {
 		if !p.in.mayReplace(d.current.GetSpec()) {
-			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on node %s, which is lost, and may live on: at most one may run", lost.GetAllocation(), lost.GetNode())}
+			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on a node that is lost, and may live on: at most one may run", lost.GetAllocation())}
 			return false
 		}
 		if !p.replace(k, &s, lost) {

@@ -1,7 +1,6 @@
 package reconcile
 
 import (
-	"fmt"
 	"slices"
 )
 
@@ -28,7 +27,7 @@ func (in Input) moveBudget() int {
 func (p *planner) proposeLeaving(rs []*replica) {
 	for _, r := range rs {
 		if m, ok := p.proposed[r.GetAllocation()]; ok && m.Code != Rebalance && r.active() && r.leave == nil {
-			r.leave = &leaving{code: m.Code, reason: fmt.Sprintf("it no longer fits node %s: %s", r.GetNode(), m.Reason), budgeted: true, node: m.Node}
+			r.leave = &leaving{code: m.Code, reason: "it no longer fits its node: " + m.Reason, budgeted: true, node: m.Node}
 		}
 	}
 }

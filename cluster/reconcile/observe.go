@@ -106,7 +106,7 @@ func availableAt(r *replica, minReady time.Duration) time.Time {
 // their own.
 func (in Input) setLeaving(n *clusterv1.Node, r *replica) {
 	if in.Admit != nil && in.Admit(n, r.GetSpec()) == Refused {
-		r.leave = &leaving{code: NodeRefuses, reason: fmt.Sprintf("node %s has a taint that it does not tolerate", n.GetNode())}
+		r.leave = &leaving{code: NodeRefuses, reason: "its node has a taint that it does not tolerate"}
 		return
 	}
 	until, taint := endured(n, r.GetSpec())
@@ -114,14 +114,14 @@ func (in Input) setLeaving(n *clusterv1.Node, r *replica) {
 	draining := n.GetMode() == portolanv1.NodeMode_NODE_MODE_DRAINING
 	switch {
 	case draining && drain != nil && !in.Now.Before(drain.AsTime()):
-		r.leave = &leaving{code: DrainDeadline, force: true, budgeted: true, reason: fmt.Sprintf("node %s is drained, and the deadline of that is over", n.GetNode())}
+		r.leave = &leaving{code: DrainDeadline, force: true, budgeted: true, reason: "its node is drained, and the deadline of that is over"}
 	case draining:
-		r.leave = &leaving{code: NodeDraining, budgeted: true, reason: fmt.Sprintf("node %s is drained", n.GetNode())}
+		r.leave = &leaving{code: NodeDraining, budgeted: true, reason: "its node is drained"}
 		if drain != nil {
 			r.until = drain.AsTime()
 		}
 	case !until.IsZero() && !in.Now.Before(until):
-		r.leave = &leaving{code: StayOver, budgeted: true, reason: fmt.Sprintf("node %s has taint %s, which it tolerates only for a time", n.GetNode(), taint)}
+		r.leave = &leaving{code: StayOver, budgeted: true, reason: fmt.Sprintf("its node has taint %s, which it tolerates only for a time", taint)}
 	case r.GetDisrupted() && r.replaced:
 		r.leave = &leaving{code: Moved, budgeted: true, reason: fmt.Sprintf("%s was made to take its place", r.GetReplacedBy())}
 	default:

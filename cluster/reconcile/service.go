@@ -86,7 +86,7 @@ func (p *planner) createMissing(k Key, w Workload, d desired, b *budget, rs []*r
 		need := int(want.GetReplicas()) - len(keep[want.GetRevision()])
 		lost := lostOf(want, rs)
 		if !replaceable && len(lost) > 0 {
-			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on node %s, which is lost, and may live on: at most one may run", lost[0].GetAllocation(), lost[0].GetNode())}
+			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on a node that is lost, and may live on: at most one may run", lost[0].GetAllocation())}
 		}
 		leavers := leaversOf(want, leave)
 		for i := 0; i < need && room > 0; i++ {

@@ -110,7 +110,7 @@ func (p *planner) startLowest(k Key, w Workload, want []*linkv1.RevisionIntent, 
 			if p.in.faults.volumeDoubled {
 				p.startAgain(k, w, want[i], int32(i))
 			}
-			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on node %s, which is lost; there is never a second one", r.GetAllocation(), r.GetNode())}
+			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on a node that is lost; there is never a second one", r.GetAllocation())}
 			return
 		case !r.available:
 			if r.ready {
@@ -160,11 +160,11 @@ func (p *planner) volumeReady(w Workload, name string, v *clusterv1.Volume) (Not
 	n, known := p.in.Nodes[v.GetNode()]
 	switch {
 	case v.GetUid() != w.Intent.GetUid():
-		return Note{VolumeLeaving, fmt.Sprintf("%s waits: volume %s of an earlier workload of the name is still on node %s", name, v.GetVolume(), v.GetNode())}, false
+		return Note{VolumeLeaving, fmt.Sprintf("%s waits: volume %s of an earlier workload of the name is still there", name, v.GetVolume())}, false
 	case !known:
-		return Note{VolumeNodeGone, fmt.Sprintf("%s waits: its volume %s is on node %s, which is no longer part of the cluster", name, v.GetVolume(), v.GetNode())}, false
+		return Note{VolumeNodeGone, fmt.Sprintf("%s waits: its volume %s is on a node that is no longer part of the cluster", name, v.GetVolume())}, false
 	case n.lost():
-		return Note{VolumeNodeLost, fmt.Sprintf("%s waits for its volume %s: node %s is lost", name, v.GetVolume(), v.GetNode())}, false
+		return Note{VolumeNodeLost, fmt.Sprintf("%s waits for its volume %s: the node of that is lost", name, v.GetVolume())}, false
 	}
 	return Note{}, true
 }

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"time"
 
@@ -208,6 +209,12 @@ func (x *clusterService) SetNodeMode(ctx context.Context, req *portolanv1.SetNod
 	return &portolanv1.ListNodesResponse{Nodes: resp.GetNodes()}, nil
 }
 
+// ofNodes are the codes of remedies that are a fleet admin's to apply, and name
+// nodes.
+var ofNodes = map[string]bool{
+	"FreeCPU": true, "FreeMemory": true, "FreeStorage": true, "FreeAddress": true, "FreePort": true, "Uncordon": true, "LabelNode": true, "AddNode": true, "WaitForNode": true,
+}
+
 // ExplainWorkload runs the deciding function again on one snapshot, and reads
 // through why replicas of it are pending inside clusters.
 func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.ExplainWorkloadRequest) (*portolanv1.ExplainWorkloadResponse, error) {
@@ -259,7 +266,9 @@ func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.E
 		for _, v := range got[cluster] {
 			v.Cluster = cluster
 			if !c.fleet {
-				v.Nearest = "" // nodes are no tenant's business
+				// Nodes are no tenant's business, and nothing that a tenant could change.
+				v.Nearest = ""
+				v.Remedies = slices.DeleteFunc(v.Remedies, func(r *portolanv1.Reason) bool { return ofNodes[r.GetCode()] })
 			}
 			resp.Nodes = append(resp.Nodes, v)
 		}

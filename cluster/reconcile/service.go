@@ -91,7 +91,7 @@ func (p *planner) createMissing(k Key, w Workload, d desired, b *budget, rs []*r
 		leavers := leaversOf(want, leave)
 		for i := 0; i < need && room > 0; i++ {
 			s := Step{Kind: Create, Key: k, Workload: w, Revision: want, Index: int32(i), Code: ScaleUp, Reason: fmt.Sprintf("%d of %d replicas are there", int(want.GetReplicas())-need+i, want.GetReplicas())}
-			if want == d.current && hasOther(rs, want) {
+			if want == d.current && !d.frozen && hasOther(rs, want) {
 				s.Code = NewRevision
 			}
 			switch left := need - i; {

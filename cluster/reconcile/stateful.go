@@ -82,6 +82,9 @@ func (p *planner) stopHighest(k Key, d desired, rest []*replica) {
 	for _, r := range rest {
 		if !r.Stop {
 			code, reason := p.whyLeave(d, r)
+			if r.mine && int(r.GetIndex()) >= d.total {
+				code, reason = ScaleDown, "fewer replicas are wanted" // whatever its revision
+			}
 			p.stop(k, r, code, reason)
 		}
 		if r.mine && !r.lost {

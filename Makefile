@@ -16,9 +16,14 @@ UNIT = $(shell $(GO) list ./... | grep -v -e /e2e/live)
 # Which benchmarks, and how often each: benchstat wants six for an interval.
 BENCH ?= T[0-9]+
 BENCH_COUNT ?= 6
+# Random cases of every property, and events over the model cluster; SEED replays
+# what a failure names.
+SIM_CASES ?= 100000
+SIM_EVENTS ?= 1000000
+SIM = ./federation/place ./cluster/schedule ./cluster/reconcile ./cluster/autoscale
 RUN_ENV = PATH="$(TOOLS)/bin:$$PATH"
 
-.PHONY: build images up down test unit e2e check fmt proto proto-check lint bench charts fuzz tools clean help
+.PHONY: build images up down test unit e2e check fmt proto proto-check lint sim bench charts fuzz tools clean help
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +54,7 @@ e2e: tools build images ## Live tests on a real local fleet
 
 check: fmt lint proto-check ## Format, vet, lint, architecture table, generated code, protos; runs no tests
 	$(GO) vet -tags invariants ./...
+	cd e2e/peers && $(GO) vet ./...
 
 fmt:
 	@out=$$($(GO) run mvdan.cc/gofumpt -l .); test -z "$$out" || { echo "not gofumpt-formatted:"; echo "$$out"; exit 1; }
@@ -68,10 +74,15 @@ proto-check: $(TOOLS)/buf-$(BUF_VERSION)
 $(TOOLS)/buf-$(BUF_VERSION):
 	@e2e/tools/install.sh buf $(BUF_VERSION)
 
-bench: ## Benchmarks of docs/benchmarks.md in benchstat form (about 7 minutes; BENCH=T8 runs one)
+sim: ## Random cases of every property against brute force, and a million events over a model cluster (SEED= replays)
+	SIM_CASES=$(SIM_CASES) SIM_EVENTS=$(SIM_EVENTS) SEED=$(SEED) $(GO) test -tags invariants -count 1 -timeout 3h $(SIM) $(if $(SEED),-rapid.seed=$(SEED))
+	@if [ -d e2e/sim ]; then SIM_CASES=$(SIM_CASES) SIM_EVENTS=$(SIM_EVENTS) SEED=$(SEED) $(GO) test -tags invariants -count 1 -timeout 3h ./e2e/sim/...; fi
+
+bench: ## Benchmarks of docs/benchmarks.md in benchstat form, peers beside them (about 10 minutes; BENCH=T8 runs one)
 	@mkdir -p $(BIN)
 	set -o pipefail; $(RUN_ENV) $(GO) test -run '^$$' -bench 'Benchmark$(BENCH)_' -benchtime 500ms -count $(BENCH_COUNT) -timeout 30m \
-	  $$(grep -rlE --include=*_test.go 'func Benchmark$(BENCH)_' federation cluster nodeagent xds policy identity e2e | xargs -n1 dirname | sort -u | sed 's|^|./|') | tee $(BIN)/bench.txt
+	  $$(grep -rlE --include=*_test.go 'func Benchmark$(BENCH)_' federation cluster nodeagent xds policy identity e2e | grep -v ^e2e/peers/ | xargs -n1 dirname | sort -u | sed 's|^|./|') | tee $(BIN)/bench.txt
+	set -o pipefail; cd e2e/peers && $(GO) test -run '^$$' -bench 'Benchmark$(BENCH)_' -benchtime 500ms -count $(BENCH_COUNT) -timeout 30m . | tee -a $(CURDIR)/$(BIN)/bench.txt
 	$(GO) run golang.org/x/perf/cmd/benchstat@$(BENCHSTAT_VERSION) $(BIN)/bench.txt
 
 charts: ## Lint the Helm charts strictly and compare the rendered goldens

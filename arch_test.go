@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path"
 	"sort"
@@ -300,6 +301,27 @@ func TestDependencyBudgets(t *testing.T) {
 	for b := range budgets {
 		if !found[b] {
 			t.Errorf("binary %s is gone; mend the table", b)
+		}
+	}
+}
+
+// TestPeersStayApart: what benchmarks are held against is a module of its own, and
+// none of it is linked here.
+func TestPeersStayApart(t *testing.T) {
+	peers, err := os.ReadFile("e2e/peers/go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, peer := range []string{"github.com/moby/swarmkit"} {
+		if !strings.Contains(string(peers), peer) {
+			t.Errorf("e2e/peers does not require %s", peer)
+		}
+		if strings.Contains(string(own), peer) {
+			t.Errorf("go.mod requires %s: peers belong to e2e/peers", peer)
 		}
 	}
 }

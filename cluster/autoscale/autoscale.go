@@ -40,7 +40,8 @@ type Input struct {
 	// any order.
 	Samples []Sample
 	// Demand is the load on the workload as a whole, by MetricName, where it is
-	// known without replicas. Only what brings a workload back from zero reads it.
+	// known without replicas. It brings a workload back from zero; where it is not
+	// known, and no schedule would, the workload does not go there.
 	Demand map[string]float64
 	// State is what the last decision wrote; nil before the first.
 	State *clusterv1.Scale

@@ -1,6 +1,7 @@
 package autoscale
 
 import (
+	"slices"
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
@@ -10,8 +11,8 @@ import (
 // bounds gives the least and greatest number now: the cluster's share of the
 // spec's, or of the schedules that hold. A schedule never exceeds what is reserved.
 //
-// A workload that no metric could bring back keeps one replica, unless a schedule
-// asks for none.
+// A workload keeps one replica, or gets it back, where nothing could ask for it
+// without any; unless a schedule wants none.
 func bounds(p *planner) (low, high int) {
 	low, high = p.Min, p.Max
 	first := true
@@ -33,7 +34,7 @@ func bounds(p *planner) (low, high int) {
 	high = max(0, min(high, p.Max))
 	if low <= 0 && high > 0 && !p.returns() {
 		if p.Current <= 1 {
-			p.because(KeepsOne, "one stays: without replicas no metric could ask for any")
+			p.because(KeepsOne, "one is kept: nothing that is known without replicas could ask for any")
 		}
 		low = 1
 	}
@@ -50,14 +51,18 @@ func (p *planner) part(n int32) int {
 	return int((int64(n)*int64(p.Max) + all - 1) / all)
 }
 
-// returns says that some metric is known without replicas.
+// returns says that something asks without replicas: a demand that is known now, or
+// a schedule.
 func (p *planner) returns() bool {
 	for _, m := range p.Spec.GetMetrics() {
-		if !share(m) {
+		if _, known := p.Demand[MetricName(m)]; known && !share(m) {
 			return true
 		}
 	}
-	return false
+	return slices.ContainsFunc(p.Spec.GetSchedules(), func(s *portolanv1.ScaleSchedule) bool {
+		_, err := timetable.Parse(s.GetSchedule(), s.GetTimeZone())
+		return err == nil && s.GetMin() > 0
+	})
 }
 
 // holds says whether a schedule began and has not ended, and wakes when that

@@ -165,7 +165,11 @@ func (r *reference) bounds(in Input) (low, high int) {
 	high = min(high, in.Max)
 	back := false
 	for _, m := range in.Spec.GetMetrics() {
-		back = back || m.GetKind() >= portolanv1.ScaleMetricKind_SCALE_METRIC_KIND_REQUESTS_PER_SECOND
+		_, known := in.Demand[MetricName(m)]
+		back = back || known && m.GetKind() >= portolanv1.ScaleMetricKind_SCALE_METRIC_KIND_REQUESTS_PER_SECOND
+	}
+	for _, s := range in.Spec.GetSchedules() {
+		back = back || s.GetMin() > 0 && s.GetSchedule() != "never"
 	}
 	if !back {
 		low = max(low, 1)

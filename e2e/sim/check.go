@@ -203,7 +203,7 @@ func (c *Cluster) checkListed(broken report) {
 			continue
 		}
 		for _, r := range w.GetRevisions() {
-			if r.GetRevision() == a.GetRevision() && a.GetSpec().GetKind() == r.GetSpec().GetKind() {
+			if r.GetRevision() == a.GetRevision() && r.GetReplicas() > 0 && a.GetSpec().GetKind() == r.GetSpec().GetKind() {
 				broken(1, "%s makes way, although its revision %s is wanted", s.Allocation, a.GetRevision())
 			}
 		}

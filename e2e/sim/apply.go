@@ -249,7 +249,7 @@ func (c *Cluster) bind(s reconcile.Step, b schedule.Binding) {
 	if s.Allocation != "" {
 		old := c.edit(s.Allocation)
 		if !c.faults.replacedForgotten {
-			old.ReplacedBy = id
+			old.ReplacedBy, old.ReplacedTime = id, timestamppb.New(c.Now)
 		}
 		old.Disrupted = old.GetDisrupted() || s.Disrupt
 		if s.Code == reconcile.NodeLost {

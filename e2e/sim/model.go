@@ -63,6 +63,7 @@ type Cluster struct {
 	rand *rand.Rand
 	Now  time.Time
 	log  []string
+	tell int // how many lines of it are kept
 
 	intents  map[reconcile.Key]reconcile.Workload
 	nodes    map[string]*node
@@ -117,8 +118,11 @@ type trace struct {
 }
 
 // New makes an empty cluster with a few nodes.
-func New(seed uint64) *Cluster {
+func New(seed uint64) *Cluster { return newCluster(seed, faults{}) }
+
+func newCluster(seed uint64, f faults) *Cluster {
 	c := &Cluster{
+		faults: f, tell: 100,
 		rand: rand.New(rand.NewPCG(seed, 0x706f72746f6c616e)), Now: time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC),
 		intents: map[reconcile.Key]reconcile.Workload{}, nodes: map[string]*node{}, allocs: map[string]*clusterv1.Allocation{}, modified: map[string]int64{},
 		volumes: map[string]*clusterv1.Volume{}, states: map[reconcile.Key]*clusterv1.WorkloadState{}, pending: map[reconcile.Key][]*portolanv1.Reason{},
@@ -149,8 +153,8 @@ func (c *Cluster) setPools() {
 
 func (c *Cluster) say(format string, args ...any) {
 	c.log = append(c.log, c.Now.Format("15:04:05.000 ")+fmt.Sprintf(format, args...))
-	if len(c.log) > 200 {
-		c.log = slices.Delete(c.log, 0, 100)
+	if len(c.log) > 2*c.tell {
+		c.log = slices.Delete(c.log, 0, c.tell)
 	}
 }
 

@@ -11,6 +11,16 @@ import (
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
+// live is one cluster's life.
+func (c *Cluster) live(events int) error {
+	for range events {
+		if err := c.Step(); err != nil {
+			return err
+		}
+	}
+	return c.Rest()
+}
+
 // Rest ends all faults and lets half an hour pass: then desired is actual, or there
 // is a reason why not.
 func (c *Cluster) Rest() error {
@@ -75,7 +85,9 @@ func (c *Cluster) leftovers() error {
 		if a.GetStop() && a.GetFinal() == nil && c.Now.Sub(a.GetStopTime().AsTime()) > time.Minute {
 			errs = append(errs, fmt.Errorf("%s was stopped %v ago, and its record is still there", id, c.Now.Sub(a.GetStopTime().AsTime())))
 		}
-		if w, wanted := c.intents[keyOf(a)]; !wanted || w.Intent.GetUid() != a.GetUid() {
+		// An earlier workload of the name makes way as the present one gets ready.
+		k := keyOf(a)
+		if w, wanted := c.intents[k]; !wanted || (w.Intent.GetUid() != a.GetUid() && len(c.pending[k]) == 0 && !c.excused(k)) {
 			errs = append(errs, fmt.Errorf("%s belongs to no workload any more", id))
 		}
 	}

@@ -177,7 +177,10 @@ type Allocation struct {
 	Volumes []string              `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	Devices []*nodev1.DeviceShare `protobuf:"bytes,22,rep,name=devices,proto3" json:"devices,omitempty"`
 	// Disrupted on purpose (a drain, a move, displacement): counts against budgets.
-	Disrupted     bool `protobuf:"varint,23,opt,name=disrupted,proto3" json:"disrupted,omitempty"`
+	Disrupted bool `protobuf:"varint,23,opt,name=disrupted,proto3" json:"disrupted,omitempty"`
+	// When replaced_by was written: the rate of evictions holds also when what came
+	// in its place is gone already.
+	ReplacedTime  *timestamppb.Timestamp `protobuf:"bytes,24,opt,name=replaced_time,json=replacedTime,proto3" json:"replaced_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -371,6 +374,13 @@ func (x *Allocation) GetDisrupted() bool {
 		return x.Disrupted
 	}
 	return false
+}
+
+func (x *Allocation) GetReplacedTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReplacedTime
+	}
+	return nil
 }
 
 // Volume is a directory on one node. It stays with its workload and index; the
@@ -931,7 +941,7 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"taintTimes\x1aY\n" +
 	"\x0fTaintTimesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
-	"\x05value\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05value:\x028\x01\"\xb8\x06\n" +
+	"\x05value\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05value:\x028\x01\"\xf9\x06\n" +
 	"\n" +
 	"Allocation\x12\x1e\n" +
 	"\n" +
@@ -962,7 +972,8 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x03run\x18\x14 \x01(\x03R\x03run\x12\x18\n" +
 	"\avolumes\x18\x15 \x03(\tR\avolumes\x127\n" +
 	"\adevices\x18\x16 \x03(\v2\x1d.portolan.node.v1.DeviceShareR\adevices\x12\x1c\n" +
-	"\tdisrupted\x18\x17 \x01(\bR\tdisrupted\"\x98\x02\n" +
+	"\tdisrupted\x18\x17 \x01(\bR\tdisrupted\x12?\n" +
+	"\rreplaced_time\x18\x18 \x01(\v2\x1a.google.protobuf.TimestampR\freplacedTime\"\x98\x02\n" +
 	"\x06Volume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12\x1a\n" +
@@ -1061,24 +1072,25 @@ var file_portolan_cluster_v1_cluster_proto_depIdxs = []int32{
 	15, // 10: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
 	12, // 11: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
 	16, // 12: portolan.cluster.v1.Allocation.devices:type_name -> portolan.node.v1.DeviceShare
-	12, // 13: portolan.cluster.v1.Volume.create_time:type_name -> google.protobuf.Timestamp
-	4,  // 14: portolan.cluster.v1.WorkloadState.scale:type_name -> portolan.cluster.v1.Scale
-	12, // 15: portolan.cluster.v1.WorkloadState.disruptions:type_name -> google.protobuf.Timestamp
-	12, // 16: portolan.cluster.v1.Scale.time:type_name -> google.protobuf.Timestamp
-	17, // 17: portolan.cluster.v1.Scale.reason:type_name -> portolan.v1.Reason
-	5,  // 18: portolan.cluster.v1.Scale.history:type_name -> portolan.cluster.v1.ScaleSample
-	12, // 19: portolan.cluster.v1.ScaleSample.time:type_name -> google.protobuf.Timestamp
-	1,  // 20: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
-	10, // 21: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
-	12, // 22: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
-	12, // 23: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
-	12, // 24: portolan.cluster.v1.Node.TaintTimesEntry.value:type_name -> google.protobuf.Timestamp
-	18, // 25: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	12, // 13: portolan.cluster.v1.Allocation.replaced_time:type_name -> google.protobuf.Timestamp
+	12, // 14: portolan.cluster.v1.Volume.create_time:type_name -> google.protobuf.Timestamp
+	4,  // 15: portolan.cluster.v1.WorkloadState.scale:type_name -> portolan.cluster.v1.Scale
+	12, // 16: portolan.cluster.v1.WorkloadState.disruptions:type_name -> google.protobuf.Timestamp
+	12, // 17: portolan.cluster.v1.Scale.time:type_name -> google.protobuf.Timestamp
+	17, // 18: portolan.cluster.v1.Scale.reason:type_name -> portolan.v1.Reason
+	5,  // 19: portolan.cluster.v1.Scale.history:type_name -> portolan.cluster.v1.ScaleSample
+	12, // 20: portolan.cluster.v1.ScaleSample.time:type_name -> google.protobuf.Timestamp
+	1,  // 21: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
+	10, // 22: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
+	12, // 23: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
+	12, // 24: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
+	12, // 25: portolan.cluster.v1.Node.TaintTimesEntry.value:type_name -> google.protobuf.Timestamp
+	18, // 26: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
+	27, // [27:27] is the sub-list for method output_type
+	27, // [27:27] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_portolan_cluster_v1_cluster_proto_init() }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
@@ -66,12 +67,11 @@ func (in Input) evictionBudget() evictions {
 		}
 	}
 	for _, a := range in.Allocations {
-		by := in.Allocations[a.GetReplacedBy()]
 		switch {
 		case a.GetReplacedBy() == "":
 			all.live++
 			zone(a.GetNode()).live++
-		case by != nil && !a.GetDisrupted() && by.GetBound().AsTime().Add(evictWindow).After(in.Now):
+		case !a.GetDisrupted() && in.replacedAt(a).Add(evictWindow).After(in.Now):
 			all.recent++
 			zone(a.GetNode()).recent++
 		}
@@ -85,6 +85,15 @@ func (in Input) evictionBudget() evictions {
 		}
 	}
 	return out
+}
+
+// replacedAt is when another one took an allocation's place. What took it may be
+// gone already; where no time was kept, it says when it came.
+func (in Input) replacedAt(a *clusterv1.Allocation) time.Time {
+	if at := a.GetReplacedTime(); at != nil {
+		return at.AsTime()
+	}
+	return in.Allocations[a.GetReplacedBy()].GetBound().AsTime()
 }
 
 // replace makes a step the replacement of a lost replica; false when the rate or

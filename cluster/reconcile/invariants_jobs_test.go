@@ -2,6 +2,8 @@ package reconcile
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -79,23 +81,20 @@ func checkJobCreates(name string, j jobTally, t *tally, creates int) error {
 	return nil
 }
 
-// asBegan is the tally with the template that a run began with: a newer one is for
-// the runs after it.
-func (m *model) asBegan(run int64, t *tally) *tally {
+// asBegun is the tally of a cron workload as one of its runs sees it: a run goes on
+// by the template that its first replica was made from.
+func (m *model) asBegun(t *tally, run int64) *tally {
 	var first *clusterv1.Allocation
-	for _, a := range m.allocs {
-		if a.GetWorkload() != tickKey.Workload || a.GetUid() != t.intent.GetUid() || a.GetRun() != run {
-			continue
-		}
-		if first == nil || a.GetBound().AsTime().Before(first.GetBound().AsTime()) {
+	for _, id := range slices.Sorted(maps.Keys(m.allocs)) {
+		a := m.allocs[id]
+		if a.GetWorkload() == tickKey.Workload && a.GetUid() == t.intent.GetUid() && a.GetRun() == run && (first == nil || a.GetBound().AsTime().Before(first.GetBound().AsTime())) {
 			first = a
 		}
 	}
-	if first == nil {
-		return t
-	}
 	out := *t
-	out.spec, out.total = first.GetSpec(), max(1, int(first.GetSpec().GetJob().GetCompletions()))
+	if first != nil {
+		out.spec, out.total = first.GetSpec(), int(first.GetSpec().GetJob().GetCompletions())
+	}
 	return &out
 }
 
@@ -110,6 +109,7 @@ func (m *model) checkCron(p Plan) error {
 		byRun[s.Run]++
 	}
 	for run, n := range byRun {
+		at := m.asBegun(t, run)
 		began, otherLive, otherOpen := false, false, false
 		for _, a := range m.allocs {
 			if a.GetWorkload() != tickKey.Workload || a.GetUid() != t.intent.GetUid() {
@@ -119,12 +119,12 @@ func (m *model) checkCron(p Plan) error {
 				began = true
 				continue
 			}
-			j, o := m.jobTally(tickKey, a.GetRun(), p), m.asBegan(a.GetRun(), t)
+			j, other := m.jobTally(tickKey, a.GetRun(), p), m.asBegun(t, a.GetRun())
 			otherLive = otherLive || j.live > 0
 			// One that is being forgotten is over.
-			otherOpen = otherOpen || (!a.GetStop() && j.succeeded < o.total && j.failed <= int(o.spec.GetJob().GetMaxRetries()))
+			otherOpen = otherOpen || (!a.GetStop() && j.succeeded < other.total && j.failed <= int(other.spec.GetJob().GetMaxRetries()))
 		}
-		if err := checkJobCreates(fmt.Sprintf("tick %d", run), m.jobTally(tickKey, run, p), m.asBegan(run, t), n); err != nil {
+		if err := checkJobCreates(fmt.Sprintf("tick %d", run), m.jobTally(tickKey, run, p), at, n); err != nil {
 			return err
 		}
 		if began {

@@ -219,6 +219,7 @@ func (p *planner) workload(k Key, as []*clusterv1.Allocation) {
 	for _, r := range rs {
 		p.wakeAt(r.until)
 	}
+	p.clearFinished(k, d, rs)
 	d.freeze(rs, p.in.faults)
 	if d.halted.Code != "" {
 		p.plan.Halted[k] = d.halted
@@ -237,6 +238,19 @@ func (p *planner) workload(k Key, as []*clusterv1.Allocation) {
 		p.service(k, w, d, rs)
 	}
 	p.renew(k, w, rs)
+}
+
+// clearFinished takes the ends of an earlier job's replicas off their nodes where
+// the workload of the name is no job any more: nothing else speaks of them.
+func (p *planner) clearFinished(k Key, d desired, rs []*replica) {
+	if d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB || d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON {
+		return
+	}
+	for _, r := range rs {
+		if r.Final != nil && !r.Stop {
+			p.stop(k, r, RevisionReplaced, "it is of an earlier job of the same name")
+		}
+	}
 }
 
 // stale says that allocations follow from a newer epoch than the intent has.

@@ -82,6 +82,9 @@ func (p *planner) stopHighest(k Key, d desired, rest []*replica) {
 	for _, r := range rest {
 		if !r.Stop {
 			code, reason := p.whyLeave(d, r)
+			if r.mine && int(r.GetIndex()) >= d.total {
+				code, reason = ScaleDown, "fewer replicas are wanted" // whatever its revision
+			}
 			p.stop(k, r, code, reason)
 		}
 		if r.mine && !r.lost {
@@ -131,8 +134,10 @@ func (p *planner) start(k Key, w Workload, want *linkv1.RevisionIntent, index in
 		Code: StartInOrder, Reason: fmt.Sprintf("index %d is the lowest that is missing", index),
 	}
 	for _, r := range rest {
-		if r.GetIndex() == index && r.GetSpec().GetKind() == want.GetSpec().GetKind() {
-			p.plan.Waiting[k] = Note{EarlierLeaving, fmt.Sprintf("%s waits: %s, which has its name, is not gone yet", s.Name, r.GetAllocation())}
+		// Where at most one may be in the world that holds for the name.
+		same := r.GetIndex() == index && r.GetSpec().GetKind() == want.GetSpec().GetKind()
+		if same || (!r.mine && want.GetSpec().GetPlacement().GetExclusive()) {
+			p.plan.Waiting[k] = Note{EarlierLeaving, fmt.Sprintf("%s waits: %s of an earlier workload of the name is not gone yet", s.Name, r.GetAllocation())}
 			return
 		}
 	}

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/portolan-io/portolan/cluster/reconcile"
-	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
@@ -17,51 +16,63 @@ import (
 func compareKeys(a, b reconcile.Key) int { return strings.Compare(a.String(), b.String()) }
 
 // Bounds on evictions, as reconcile states them: within ten seconds at most a
-// quarter of what runs, and at least twenty.
+// quarter of what runs, and at least twenty; a tenth of that when most nodes are
+// lost.
 const (
 	evictionWindow = 10 * time.Second
 	evictionMin    = 20
 	evictionShare  = 4
+	evictionDark   = 10
 )
 
+// report takes an invariant that is broken, by its number in reliability.md.
+type report func(number int, format string, args ...any)
+
 // check holds the invariants of reliability against the state after a pass.
-func (c *Cluster) check(in reconcile.Input, plan reconcile.Plan) error {
+func (c *Cluster) check(plan reconcile.Plan) error {
 	var errs []error
 	broken := func(number int, format string, args ...any) {
 		errs = append(errs, fmt.Errorf("invariant %d: %s", number, fmt.Sprintf(format, args...)))
 	}
+	c.sort()
 	c.checkNumbers(broken)
 	c.checkServing(broken)
-	c.checkVolumes(broken)
+	c.checkListed(broken)
+	c.checkRates(broken)
+	c.checkRuns(broken)
+	c.checkWorld(broken)
 	c.checkBound(broken)
 	c.checkNodes(broken)
 	c.checkOrphans(broken)
 	c.checkEvictions(plan, broken)
 	c.checkEpochs(broken)
-	c.checkRuns(broken)
 	return errors.Join(errs...)
 }
 
-type report func(number int, format string, args ...any)
-
-// mine are the records of the present workload of a key.
-func (c *Cluster) mine(k reconcile.Key) []*clusterv1.Allocation {
-	var out []*clusterv1.Allocation
-	uid := c.intents[k].Intent.GetUid()
+// sort puts the records of each key's present workload together.
+func (c *Cluster) sort() {
+	c.pass.mine, c.pass.foreign = map[reconcile.Key][]*clusterv1.Allocation{}, map[reconcile.Key]bool{}
 	for _, id := range slices.Sorted(maps.Keys(c.allocs)) {
-		if a := c.allocs[id]; a.GetTenant() == k.Tenant && a.GetWorkload() == k.Workload && a.GetUid() == uid {
-			out = append(out, a)
+		a := c.allocs[id]
+		k := keyOf(a)
+		if w, ok := c.intents[k]; ok && w.Intent.GetUid() == a.GetUid() {
+			c.pass.mine[k] = append(c.pass.mine[k], a)
+		} else {
+			c.pass.foreign[k] = true
 		}
 	}
-	return out
 }
 
 func (c *Cluster) spec0(k reconcile.Key) *portolanv1.WorkloadSpec {
 	return c.intents[k].Intent.GetRevisions()[0].GetSpec()
 }
 
-func longRunning(s *portolanv1.WorkloadSpec) bool {
-	return s.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE || s.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL
+func isService(s *portolanv1.WorkloadSpec) bool {
+	return s.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE
+}
+
+func isStateful(s *portolanv1.WorkloadSpec) bool {
+	return s.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL
 }
 
 // serving counts, by workload, the replicas that are ready and meant to stay.
@@ -69,57 +80,77 @@ func (c *Cluster) serving() map[reconcile.Key]int {
 	out := map[reconcile.Key]int{}
 	for _, a := range c.allocs {
 		if n := c.nodes[a.GetNode()]; !n.gone() && !a.GetStop() && n.reported[a.GetAllocation()].GetReady() {
-			out[reconcile.Key{Tenant: a.GetTenant(), Workload: a.GetWorkload()}]++
+			out[keyOf(a)]++
 		}
 	}
 	return out
 }
 
-// checkNumbers: never more than desired and surge; who is to leave and waits for
-// its replacement apart.
+// checkNumbers: where replicas begin there are no more than desired and surge
+// after it, but for those that are to leave and wait for their replacement.
 func (c *Cluster) checkNumbers(broken report) {
-	for k, w := range c.intents {
-		s := c.spec0(k)
-		if !longRunning(s) {
-			continue
-		}
-		active, leaving := 0, 0
-		for _, a := range c.mine(k) {
-			switch {
-			case a.GetStop() || a.GetFinal() != nil || c.nodes[a.GetNode()].gone():
-			case a.GetDisrupted() && a.GetReplacedBy() != "":
-				leaving++
-			default:
-				active++
-			}
-		}
-		want := int(w.Intent.GetRevisions()[0].GetReplicas()) + max(int(s.GetUpdate().GetMaxSurge()), 1)
-		if s.GetUpdate().GetMaxUnavailable() > 0 && s.GetUpdate().GetMaxSurge() == 0 {
-			want-- // no surge at all
-		}
-		if created := c.createdNow(k); active > want && created {
-			broken(1, "%s has %d replicas (%d more are leaving), %d are the most", k, active, leaving, want)
+	for k := range c.pass.created {
+		if s := c.spec0(k); isService(s) {
+			c.checkSurge(k, s, broken)
+		} else if isStateful(s) {
+			c.checkIndexes(k, broken)
 		}
 	}
 }
 
-// createdNow says whether this pass made replicas of a workload: what was too much
-// before may take a while to go.
-func (c *Cluster) createdNow(k reconcile.Key) bool {
-	return slices.ContainsFunc(c.pass.bound, func(id string) bool {
-		a := c.allocs[id]
-		return a.GetTenant() == k.Tenant && a.GetWorkload() == k.Workload
-	})
+func (c *Cluster) checkSurge(k reconcile.Key, s *portolanv1.WorkloadSpec, broken report) {
+	active, leaving := 0, 0
+	for _, a := range c.pass.mine[k] {
+		switch {
+		case a.GetStop() || a.GetFinal() != nil || c.nodes[a.GetNode()].gone():
+		case a.GetDisrupted() && a.GetReplacedBy() != "":
+			leaving++
+		default:
+			active++
+		}
+	}
+	u := s.GetUpdate()
+	surge := int(u.GetMaxSurge())
+	switch {
+	case s.GetPlacement().GetExclusive():
+		surge = 0
+	case surge == 0 && u.GetMaxUnavailable() == 0:
+		surge = 1 // or none could ever be replaced
+	}
+	if most := c.wanted(k) + surge; active > most {
+		broken(1, "%s has %d replicas (%d more are leaving), %d are the most", k, active, leaving, most)
+	}
+}
+
+// checkIndexes: of stateful replicas there is at most one record for each index,
+// and none begins beyond those that are wanted.
+func (c *Cluster) checkIndexes(k reconcile.Key, broken report) {
+	seen := map[int32]string{}
+	for _, a := range c.pass.mine[k] {
+		if !isStateful(a.GetSpec()) {
+			continue
+		}
+		if other := seen[a.GetIndex()]; other != "" {
+			broken(2, "%s and %s are both %s-%d", a.GetAllocation(), other, k, a.GetIndex())
+		}
+		seen[a.GetIndex()] = a.GetAllocation()
+		if int(a.GetIndex()) >= c.wanted(k) && slices.Contains(c.pass.bound, a.GetAllocation()) {
+			broken(1, "%s begins, %d replicas are wanted", a.GetAllocation(), c.wanted(k))
+		}
+	}
 }
 
 // voluntary are the codes of stops that must leave enough replicas serving.
 var voluntary = map[string]bool{
-	reconcile.RevisionReplaced: true, reconcile.NodeDraining: true, reconcile.Rebalance: true, reconcile.Moved: true, reconcile.Displaced: true,
+	reconcile.RevisionReplaced: true, reconcile.NodeDraining: true, reconcile.Rebalance: true, reconcile.Moved: true, reconcile.Displaced: true, reconcile.StayOver: true,
 }
 
 // checkServing: what is stopped on purpose leaves as many serving as updates and
 // budgets ask for.
 func (c *Cluster) checkServing(broken report) {
+	if len(c.pass.stops) == 0 {
+		return
+	}
 	after := c.serving()
 	byKey := map[reconcile.Key]bool{}
 	for _, s := range c.pass.stops {
@@ -128,34 +159,31 @@ func (c *Cluster) checkServing(broken report) {
 		}
 	}
 	for k, onlyVoluntary := range byKey {
-		if _, wanted := c.intents[k]; !wanted || !onlyVoluntary || !longRunning(c.spec0(k)) || c.foreign(k) {
+		// What an earlier workload of the name leaves behind goes whatever serves.
+		if _, wanted := c.intents[k]; !wanted || !onlyVoluntary || c.pass.foreign[k] {
 			continue
 		}
-		s, total := c.spec0(k), int(c.intents[k].Intent.GetRevisions()[0].GetReplicas())
-		floor := min(total-int(s.GetUpdate().GetMaxUnavailable()), c.floor(s, total))
+		s, total := c.spec0(k), c.wanted(k)
+		if !isService(s) && !isStateful(s) {
+			continue
+		}
+		down := int(s.GetUpdate().GetMaxUnavailable())
+		if s.GetPlacement().GetExclusive() || isStateful(s) {
+			down = max(1, down) // the one before goes first
+		}
+		floor := min(total-down, c.floor(s, total))
 		if before := c.pass.before[k]; after[k] < min(before, floor) {
 			broken(1, "%s has %d replicas serving after voluntary stops, %d before, %d are the least", k, after[k], before, floor)
 		}
 	}
 }
 
-// foreign says that replicas of an earlier workload of the name are around: these
-// go whatever serves.
-func (c *Cluster) foreign(k reconcile.Key) bool {
-	for _, a := range c.allocs {
-		if a.GetTenant() == k.Tenant && a.GetWorkload() == k.Workload && a.GetUid() != c.intents[k].Intent.GetUid() {
-			return true
-		}
-	}
-	return false
-}
-
 // floor is how many must serve under the budget of a spec.
 func (c *Cluster) floor(s *portolanv1.WorkloadSpec, total int) int {
 	b := s.GetDisruption()
 	switch {
-	case b.GetMaxPerHour() > 0 || b != nil && b.MaxPerHour != nil:
-		return 0 // a rate only, checked by count
+	case b != nil && b.MaxPerHour != nil:
+		return 0 // a rate only: see checkRates
 	case b != nil && b.MaxUnavailable != nil:
 		return total - int(b.GetMaxUnavailable())
 	case b != nil && b.MaxUnavailablePercent != nil:
@@ -166,155 +194,144 @@ func (c *Cluster) floor(s *portolanv1.WorkloadSpec, total int) int {
 	return max(total-1, (total+1)/2)
 }
 
-// checkVolumes: no two processes in the world have one volume, cut-off nodes
-// included, and who has one is where it is.
-func (c *Cluster) checkVolumes(broken report) {
-	at := map[string]string{}
-	for _, id := range c.nodeIDs() {
-		for _, a := range slices.Sorted(maps.Keys(c.nodes[id].procs)) {
-			for _, v := range c.nodes[id].procs[a].volumes {
-				if other, taken := at[v]; taken {
-					broken(2, "%s has a process %s on %s, and %s", v, a, id, other)
-				}
-				at[v] = a + " on " + id
-			}
-		}
-	}
-	for _, a := range c.allocs {
-		for _, v := range a.GetVolumes() {
-			if vol := c.volumes[v]; vol != nil && vol.GetNode() != a.GetNode() && vol.GetUid() == a.GetUid() {
-				broken(2, "%s is on %s, its volume %s on %s", a.GetAllocation(), a.GetNode(), v, vol.GetNode())
-			}
-		}
-	}
-}
-
-// checkBound: what was bound now is where labels, taints, modes and other workloads
-// let it be.
-func (c *Cluster) checkBound(broken report) {
-	for _, id := range c.pass.bound {
-		a := c.allocs[id]
-		n := c.nodes[a.GetNode()]
-		daemon := a.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON
-		switch {
-		case n.gone():
-			broken(3, "%s was bound to the lost node %s", id, a.GetNode())
-			continue
-		case n.record.GetMode() != 0 && !daemon:
-			broken(3, "%s was bound to %s, which is %v", id, a.GetNode(), n.record.GetMode())
-		case !schedule.Admit(&clusterv1.Node{Node: a.GetNode(), Facts: n.record.GetFacts()}, a.GetSpec()).Begin:
-			broken(3, "%s was bound to %s, whose labels and taints refuse it", id, a.GetNode())
-		}
-		for _, o := range c.allocs {
-			if o != a && o.GetTenant() == a.GetTenant() && !o.GetStop() && o.GetFinal() == nil && !c.nodes[o.GetNode()].gone() && o.GetReplacedBy() == "" && (c.apart(a, o) || c.apart(o, a)) {
-				broken(3, "%s was bound to %s, and keeps apart from %s on %s", id, a.GetNode(), o.GetAllocation(), o.GetNode())
-			}
-		}
-	}
-}
-
-// apart says that a may not be in one domain with o, and is.
-func (c *Cluster) apart(a, o *clusterv1.Allocation) bool {
-	for _, f := range a.GetSpec().GetScheduling().GetAffinity() {
-		if !f.GetAnti() || f.GetPrefer() || f.GetWorkload() != o.GetWorkload() {
+// checkListed: no replica of a revision that is wanted makes way for another one.
+// Blue and green stay until the switch is done.
+func (c *Cluster) checkListed(broken report) {
+	for _, s := range c.pass.stops {
+		a, w := c.allocs[s.Allocation], c.intents[s.Key].Intent
+		if s.Code != reconcile.RevisionReplaced || a.GetUid() != w.GetUid() || isStateful(a.GetSpec()) {
 			continue
 		}
-		domain := func(x *clusterv1.Allocation) string {
-			if f.GetTopologyKey() == schedule.NodeKey {
-				return x.GetNode()
-			}
-			return c.nodes[x.GetNode()].record.GetFacts().GetLabels()[f.GetTopologyKey()]
-		}
-		if domain(a) == domain(o) {
-			return true
-		}
-	}
-	return false
-}
-
-// checkNodes: no node promises more than it has.
-func (c *Cluster) checkNodes(broken report) {
-	for _, id := range c.nodeIDs() {
-		f := c.nodes[id].record.GetFacts()
-		used, shares := c.used(id)
-		if used.CPUMilli > f.GetCpuMilli() || used.MemoryBytes > f.GetMemoryBytes() {
-			broken(4, "node %s has promised %v of %d and %d", id, used, f.GetCpuMilli(), f.GetMemoryBytes())
-		}
-		for d, milli := range shares {
-			if milli > 1000 {
-				broken(4, "device %d of node %s is promised %d thousandths", d, id, milli)
+		for _, r := range w.GetRevisions() {
+			if r.GetRevision() == a.GetRevision() && r.GetReplicas() > 0 && a.GetSpec().GetKind() == r.GetSpec().GetKind() {
+				broken(1, "%s makes way, although its revision %s is wanted", s.Allocation, a.GetRevision())
 			}
 		}
 	}
 }
 
-// checkOrphans: a process of a node that has just been told everything belongs to
-// a record, or is ending.
-func (c *Cluster) checkOrphans(broken report) {
-	for _, id := range c.nodeIDs() {
-		n := c.nodes[id]
-		for a, p := range n.procs {
-			if !n.cut && !p.stopping && n.known[a] == nil {
-				broken(5, "%s runs on %s and belongs to nothing", a, id)
+// forced are the codes of disruptions that no budget holds up.
+var forced = map[string]bool{reconcile.DrainDeadline: true}
+
+// checkRates: no more is disrupted within an hour than a budget says, and nothing
+// outside of its windows.
+func (c *Cluster) checkRates(broken report) {
+	for _, s := range c.pass.stops {
+		a := c.allocs[s.Allocation]
+		w, wanted := c.intents[s.Key]
+		if !s.Disrupt || !wanted || forced[s.Code] || a.GetUid() != w.Intent.GetUid() || !c.nodes[a.GetNode()].reported[s.Allocation].GetReady() {
+			continue
+		}
+		b := c.spec0(s.Key).GetDisruption()
+		if hour := c.Now.Hour(); len(b.GetWindows()) > 0 && hour != 2 {
+			broken(1, "%s is disrupted (%s) outside of the windows of its budget", s.Allocation, s.Code)
+		}
+		if b == nil || b.MaxPerHour == nil || slices.ContainsFunc(c.pass.stops, func(o reconcile.Step) bool { return o.Key == s.Key && forced[o.Code] }) {
+			continue
+		}
+		recent := 0
+		for _, at := range c.disrupted[s.Key.String()+" "+a.GetUid()] {
+			if at.Add(time.Hour).After(c.Now) {
+				recent++
 			}
+		}
+		if recent > int(b.GetMaxPerHour()) {
+			broken(1, "%s is the disruption %d of the hour, %d are allowed", s.Allocation, recent, b.GetMaxPerHour())
+		}
+	}
+}
+
+// checkRuns: a job keeps its parallelism; a run of a cron workload begins once, in
+// order, and not beside another one where that is forbidden.
+func (c *Cluster) checkRuns(broken report) {
+	for k := range c.pass.created {
+		s := c.spec0(k)
+		if s.GetJob() == nil {
+			continue
+		}
+		active, records := map[int64]int{}, map[int64][]*clusterv1.Allocation{}
+		for _, a := range c.pass.mine[k] {
+			if a.GetSpec().GetKind() != s.GetKind() {
+				continue
+			}
+			records[a.GetRun()] = append(records[a.GetRun()], a)
+			if a.GetFinal() == nil && !a.GetStop() && !c.nodes[a.GetNode()].gone() && (a.GetRun() != 0 || a.GetRevision() == c.intents[k].Intent.GetCurrentRevision()) {
+				active[a.GetRun()]++
+			}
+		}
+		for _, id := range c.pass.bound {
+			a := c.allocs[id]
+			if keyOf(a) != k {
+				continue
+			}
+			// A run goes on as it began, so any of its records says how. The intent does
+			// for what is one job.
+			p := s.GetJob().GetParallelism()
+			if a.GetRun() != 0 {
+				p = c.original(records[a.GetRun()][0].GetSpec()).GetJob().GetParallelism()
+			}
+			if active[a.GetRun()] > int(p) {
+				broken(1, "%s has %d replicas at a time in run %d, %d are allowed", k, active[a.GetRun()], a.GetRun(), p)
+			}
+			if a.GetRun() != 0 {
+				c.checkBegin(k, a, records[a.GetRun()], active, broken)
+			}
+		}
+	}
+}
+
+// checkBegin looks at a replica of a cron workload that has just been bound.
+func (c *Cluster) checkBegin(k reconcile.Key, a *clusterv1.Allocation, run []*clusterv1.Allocation, active map[int64]int, broken report) {
+	if slices.ContainsFunc(run, func(o *clusterv1.Allocation) bool { return !slices.Contains(c.pass.bound, o.GetAllocation()) }) {
+		return // it goes on
+	}
+	id := k.String() + " " + a.GetUid()
+	if a.GetRun() < c.began[id] || a.GetRun() == c.began[id] && len(run) == 1 {
+		broken(1, "run %d of %s begins after that of %d", a.GetRun(), k, c.began[id])
+	}
+	c.began[id] = a.GetRun()
+	how := c.spec0(k).GetCron().GetConcurrency()
+	if how == portolanv1.CronConcurrency_CRON_CONCURRENCY_ALLOW {
+		return
+	}
+	for _, other := range slices.Sorted(maps.Keys(active)) {
+		if other != a.GetRun() {
+			broken(1, "run %d of %s begins beside that of %d (%v)", a.GetRun(), k, other, how)
 		}
 	}
 }
 
 func (c *Cluster) checkEvictions(plan reconcile.Plan, broken report) {
-	dark := len(c.nodes) > 0
+	lost := 0
 	for _, n := range c.nodes {
-		dark = dark && n.gone()
-	}
-	if dark && len(plan.Steps) > 0 {
-		broken(6, "every node is silent, and still: %v", plan.Steps[0])
-	}
-	live, recent := 0, 0
-	for _, a := range c.allocs {
-		if b := c.allocs[a.GetReplacedBy()]; b != nil {
-			if !a.GetDisrupted() && b.GetBound().AsTime().Add(evictionWindow).After(c.Now) {
-				recent++
-			}
-		} else {
-			live++
+		if n.gone() {
+			lost++
 		}
 	}
-	if limit := max(evictionMin, (live+recent)/evictionShare); c.pass.evicted > 0 && recent > limit {
-		broken(6, "%d replicas of lost nodes were replaced within %v, %d are the most", recent, evictionWindow, limit)
+	if lost == len(c.nodes) && len(plan.Steps) > 0 {
+		broken(6, "every node is silent, and still: %v", plan.Steps[0])
+	}
+	if c.pass.evicted == 0 {
+		return
+	}
+	for len(c.evicted) > 0 && !c.evicted[0].Add(evictionWindow).After(c.Now) {
+		c.evicted = c.evicted[1:]
+	}
+	limit := max(evictionMin, len(c.allocs)/evictionShare)
+	if lost*2 > len(c.nodes) {
+		limit /= evictionDark
+	}
+	if n := len(c.evicted); n > limit {
+		broken(6, "%d replicas of lost nodes were replaced within %v, %d are the most", n, evictionWindow, limit)
 	}
 }
 
 func (c *Cluster) checkEpochs(broken report) {
 	for k, w := range c.intents {
-		for _, a := range c.mine(k) {
+		for _, a := range c.pass.mine[k] {
 			if a.GetEpoch() > w.Intent.GetEpoch() {
 				broken(12, "%s has epoch %d, its intent %d", a.GetAllocation(), a.GetEpoch(), w.Intent.GetEpoch())
 			}
-		}
-	}
-}
-
-// checkRuns: a job keeps its parallelism, and a cron workload that forbids it has
-// no two runs at a time.
-func (c *Cluster) checkRuns(broken report) {
-	for k := range c.intents {
-		s := c.spec0(k)
-		if s.GetJob() == nil || !c.createdNow(k) {
-			continue
-		}
-		runs := map[int64]int{}
-		for _, a := range c.mine(k) {
-			if a.GetFinal() == nil && !a.GetStop() && !c.nodes[a.GetNode()].gone() && a.GetRevision() == c.intents[k].Intent.GetCurrentRevision() {
-				runs[a.GetRun()]++
-			}
-		}
-		for run, n := range runs {
-			if n > int(s.GetJob().GetParallelism()) {
-				broken(1, "%s has %d replicas at a time in run %d, %d are allowed", k, n, run, s.GetJob().GetParallelism())
-			}
-		}
-		if s.GetCron().GetConcurrency() == portolanv1.CronConcurrency_CRON_CONCURRENCY_FORBID && len(runs) > 1 {
-			broken(1, "%s forbids it, and has runs %v at a time", k, slices.Sorted(maps.Keys(runs)))
 		}
 	}
 }

@@ -10,12 +10,9 @@ package sim
 
 import (
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"slices"
 	"time"
-
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/portolan-io/portolan/cluster/reconcile"
 	"github.com/portolan-io/portolan/cluster/schedule"
@@ -38,6 +35,7 @@ const (
 
 // process is what runs on a node, whatever its cluster knows of it.
 type process struct {
+	key     reconcile.Key
 	spec    *portolanv1.WorkloadSpec
 	volumes []string
 	began   time.Time
@@ -65,6 +63,7 @@ type Cluster struct {
 	rand *rand.Rand
 	Now  time.Time
 	log  []string
+	tell int // how many lines of it are kept
 
 	intents  map[reconcile.Key]reconcile.Workload
 	nodes    map[string]*node
@@ -75,11 +74,25 @@ type Cluster struct {
 	pending  map[reconcile.Key][]*portolanv1.Reason
 	gen      int64
 	epoch    int64
-	named    int
-	swept    time.Time
-	moves    []reconcile.Move
+	// revisions counts those of all workloads.
+	revisions int64
+	named     int
+	swept     time.Time
+	moves     []reconcile.Move
 	// nominated are the groups for which room is kept.
 	nominated map[string]bool
+	// load is how much CPU a workload that scales needs on the whole, in thousandths
+	// of a core; scaled is when its metrics were last looked at.
+	load   map[reconcile.Key]int64
+	scaled time.Time
+	pools  []*portolanv1.NodePool
+	// began is the newest run of each cron workload that has begun, disrupted when
+	// replicas of a workload were disrupted: both by key and uid.
+	began     map[string]int64
+	disrupted map[string][]time.Time
+	evicted   []time.Time
+	requests  map[*portolanv1.WorkloadSpec]api.Resources
+	faults    faults
 
 	table   *schedule.Table
 	classes map[*portolanv1.WorkloadSpec]*schedule.Class
@@ -93,32 +106,55 @@ type Cluster struct {
 
 // trace is what one pass did.
 type trace struct {
-	stops    []reconcile.Step
-	evicted  int
-	bound    []string
-	held     bool
-	before   map[reconcile.Key]int // replicas that serve, before
-	disrupts map[reconcile.Key]int
+	stops   []reconcile.Step
+	evicted int
+	bound   []string
+	created map[reconcile.Key]bool
+	before  map[reconcile.Key]int // replicas that serve, before
+	// mine are the records of the present workload of each key, sorted; foreign says
+	// that there are others of the name.
+	mine    map[reconcile.Key][]*clusterv1.Allocation
+	foreign map[reconcile.Key]bool
 }
 
 // New makes an empty cluster with a few nodes.
-func New(seed uint64) *Cluster {
+func New(seed uint64) *Cluster { return newCluster(seed, faults{}) }
+
+func newCluster(seed uint64, f faults) *Cluster {
 	c := &Cluster{
+		faults: f, tell: 100,
 		rand: rand.New(rand.NewPCG(seed, 0x706f72746f6c616e)), Now: time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC),
 		intents: map[reconcile.Key]reconcile.Workload{}, nodes: map[string]*node{}, allocs: map[string]*clusterv1.Allocation{}, modified: map[string]int64{},
 		volumes: map[string]*clusterv1.Volume{}, states: map[reconcile.Key]*clusterv1.WorkloadState{}, pending: map[reconcile.Key][]*portolanv1.Reason{},
+		load: map[reconcile.Key]int64{}, began: map[string]int64{}, disrupted: map[string][]time.Time{}, requests: map[*portolanv1.WorkloadSpec]api.Resources{},
 		table: schedule.NewTable(seed), classes: map[*portolanv1.WorkloadSpec]*schedule.Class{}, bad: map[string]bool{}, nominated: map[string]bool{}, Reached: map[string]int{},
 	}
+	c.setPools()
 	for range 4 {
 		c.addNode()
 	}
 	return c
 }
 
+func keyOf(a *clusterv1.Allocation) reconcile.Key {
+	return reconcile.Key{Tenant: a.GetTenant(), Workload: a.GetWorkload()}
+}
+
+// setPools draws how nodes are used: some keep a part for the system, some promise
+// more CPU than there is.
+func (c *Cluster) setPools() {
+	c.pools = []*portolanv1.NodePool{
+		{Name: schedule.DefaultPool, Scoring: portolanv1.Scoring(c.rand.IntN(5)), Reserved: &portolanv1.ResourceList{Cpu: "250m", Memory: "256Mi"}},
+		{Name: "dense", Scoring: portolanv1.Scoring(c.rand.IntN(5)), CpuOvercommitPercent: 100 + 25*int32(c.rand.IntN(4))},
+	}
+	c.table.SetPools(schedule.Pools{Pools: c.pools, CPUCoreHourMicros: 30_000, MemGiBHourMicros: 4_000})
+	c.say("pools: %v", c.pools)
+}
+
 func (c *Cluster) say(format string, args ...any) {
 	c.log = append(c.log, c.Now.Format("15:04:05.000 ")+fmt.Sprintf(format, args...))
-	if len(c.log) > 200 {
-		c.log = slices.Delete(c.log, 0, 100)
+	if len(c.log) > 2*c.tell {
+		c.log = slices.Delete(c.log, 0, c.tell)
 	}
 }
 
@@ -136,91 +172,15 @@ func (c *Cluster) addNode() {
 		heard: c.Now, procs: map[string]*process{}, known: map[string]*clusterv1.Allocation{}, reported: map[string]*nodev1.AllocationStatus{},
 	}
 	if c.rand.IntN(3) == 0 {
+		n.record.Facts.Labels[schedule.PoolKey] = "dense"
+	}
+	if c.rand.IntN(3) == 0 {
 		for i := range int32(2) {
 			n.record.Facts.Devices = append(n.record.Facts.Devices, &nodev1.Device{Kind: "gpu", Model: []string{"small", "big"}[c.rand.IntN(2)], Index: i})
 		}
 	}
 	c.nodes[id] = n
 	c.say("node %s: %v", id, n.record.GetFacts().GetLabels())
-}
-
-// sync has every reachable node do what it is told and report.
-func (c *Cluster) sync() {
-	for _, id := range slices.Sorted(maps.Keys(c.nodes)) {
-		n := c.nodes[id]
-		n.live(c)
-		if n.cut {
-			continue
-		}
-		n.heard, n.applied = c.Now, c.gen
-		n.known = map[string]*clusterv1.Allocation{}
-		for a, rec := range c.allocs {
-			if rec.GetNode() == id {
-				n.known[a] = rec
-			}
-		}
-		n.obey(c)
-		n.reported = map[string]*nodev1.AllocationStatus{}
-		for a, p := range n.procs {
-			n.reported[a] = p.status
-		}
-	}
-}
-
-// obey starts and stops processes as the node was last told.
-func (n *node) obey(c *Cluster) {
-	for _, a := range slices.Sorted(maps.Keys(n.known)) {
-		rec, p := n.known[a], n.procs[a]
-		switch {
-		case p == nil && !rec.GetStop() && rec.GetFinal() == nil:
-			p = &process{spec: rec.GetSpec(), volumes: rec.GetVolumes(), began: c.Now, status: &nodev1.AllocationStatus{Allocation: a, State: portolanv1.ReplicaState_REPLICA_STATE_STARTING}}
-			if k := rec.GetSpec().GetKind(); k == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB || k == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON {
-				p.until = c.Now.Add(time.Duration(1+c.rand.IntN(20)) * time.Second)
-			}
-			n.procs[a] = p
-		case p != nil && rec.GetStop() && !p.stopping:
-			p.stopping, p.until = true, c.Now.Add(time.Duration(c.rand.IntN(3000))*time.Millisecond)
-		}
-	}
-	for a, p := range n.procs {
-		if n.known[a] == nil {
-			p.stopping, p.until = true, c.Now // nobody wants it any more
-		}
-	}
-	n.end(c)
-}
-
-// live lets processes get on: ready after two seconds, done when their time is up.
-func (n *node) live(c *Cluster) {
-	for _, a := range slices.Sorted(maps.Keys(n.procs)) {
-		p := n.procs[a]
-		finite := p.spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_JOB || p.spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON
-		rev := n.known[a].GetRevision()
-		switch {
-		case p.stopping || p.status.GetState() == portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED || p.status.GetState() == portolanv1.ReplicaState_REPLICA_STATE_FAILED:
-		case finite && !c.Now.Before(p.until):
-			p.status = &nodev1.AllocationStatus{Allocation: a, State: portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED}
-			if c.bad[rev] || c.rand.IntN(5) == 0 {
-				p.status.State = portolanv1.ReplicaState_REPLICA_STATE_FAILED
-			}
-		case finite:
-		case c.bad[rev] && c.Now.Sub(p.began) > 2*time.Second:
-			p.status = &nodev1.AllocationStatus{Allocation: a, State: portolanv1.ReplicaState_REPLICA_STATE_BACKOFF, Containers: []*portolanv1.ContainerState{{
-				Restarts: int32(c.Now.Sub(p.began) / (10 * time.Second)), LastExitReason: "Error", LastExitTime: timestamppb.New(c.Now),
-			}}}
-		case !p.status.GetReady() && c.Now.Sub(p.began) > 2*time.Second:
-			p.status = &nodev1.AllocationStatus{Allocation: a, State: portolanv1.ReplicaState_REPLICA_STATE_RUNNING, Ready: true, Timeline: &portolanv1.Timeline{Ready: timestamppb.New(c.Now)}}
-		}
-	}
-	n.end(c)
-}
-
-func (n *node) end(c *Cluster) {
-	for a, p := range n.procs {
-		if p.stopping && !c.Now.Before(p.until) {
-			delete(n.procs, a)
-		}
-	}
 }
 
 // input is what reconcile reads.
@@ -232,6 +192,7 @@ func (c *Cluster) input() reconcile.Input {
 	for id, n := range c.nodes {
 		in.Nodes[id] = reconcile.Node{Record: n.record, Observed: true, Applied: n.applied, Allocations: n.reported}
 	}
+	c.faults.input(&in, c.gen)
 	return in
 }
 
@@ -251,7 +212,7 @@ func (c *Cluster) class(k reconcile.Key, revision string, spec *portolanv1.Workl
 	if cl := c.classes[spec]; cl != nil {
 		return cl
 	}
-	cl, err := schedule.Compile(spec, schedule.Options{Owner: schedule.Owner{Tenant: k.Tenant, Workload: k.Workload, Revision: revision}})
+	cl, err := schedule.Compile(c.faults.compiled(spec), schedule.Options{Owner: schedule.Owner{Tenant: k.Tenant, Workload: k.Workload, Revision: revision}})
 	if err != nil {
 		panic(err) // the model writes its specs itself
 	}
@@ -259,7 +220,20 @@ func (c *Cluster) class(k reconcile.Key, revision string, spec *portolanv1.Workl
 	return cl
 }
 
-// free is what a node has left by its records, for the check against the table.
+// requestsOf is what a replica takes of a node.
+func (c *Cluster) requestsOf(spec *portolanv1.WorkloadSpec) api.Resources {
+	r, known := c.requests[spec]
+	if !known {
+		var err error
+		if r, err = schedule.Requests(spec, api.Resources{}); err != nil {
+			panic(err) // the model writes its specs itself
+		}
+		c.requests[spec] = r
+	}
+	return r
+}
+
+// used is what a node has promised by the records.
 func (c *Cluster) used(id string) (api.Resources, map[int32]int32) {
 	var sum api.Resources
 	shares := map[int32]int32{}
@@ -267,14 +241,33 @@ func (c *Cluster) used(id string) (api.Resources, map[int32]int32) {
 		if a.GetNode() != id || a.GetFinal() != nil {
 			continue
 		}
-		r, err := schedule.Requests(a.GetSpec(), api.Resources{})
-		if err != nil {
-			panic(err)
-		}
-		sum = sum.Add(r)
+		sum = sum.Add(c.requestsOf(a.GetSpec()))
 		for _, d := range a.GetDevices() {
 			shares[d.GetIndex()] += d.GetMilli()
 		}
 	}
 	return sum, shares
+}
+
+// capacity is what a node may promise: what it has, less what its pool keeps for
+// the system, as much of that as the pool says.
+func (c *Cluster) capacity(n *node) api.Resources {
+	f := n.record.GetFacts()
+	cpu, memory := f.GetCpuMilli(), f.GetMemoryBytes()
+	for _, p := range c.pools {
+		name := f.GetLabels()[schedule.PoolKey]
+		if name == "" {
+			name = schedule.DefaultPool
+		}
+		if p.GetName() != name {
+			continue
+		}
+		if p.GetReserved() != nil {
+			cpu, memory = cpu-250, memory-256<<20
+		}
+		if o := int64(p.GetCpuOvercommitPercent()); o > 0 {
+			cpu = cpu * o / 100
+		}
+	}
+	return api.Resources{CPUMilli: cpu, MemoryBytes: memory}
 }

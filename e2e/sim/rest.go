@@ -8,7 +8,18 @@ import (
 	"time"
 
 	"github.com/portolan-io/portolan/cluster/reconcile"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
+
+// live is one cluster's life.
+func (c *Cluster) live(events int) error {
+	for range events {
+		if err := c.Step(); err != nil {
+			return err
+		}
+	}
+	return c.Rest()
+}
 
 // Rest ends all faults and lets half an hour pass: then desired is actual, or there
 // is a reason why not.
@@ -25,17 +36,69 @@ func (c *Cluster) Rest() error {
 			return err
 		}
 	}
-	serving := c.serving()
 	var errs []error
 	for _, k := range slices.SortedFunc(maps.Keys(c.intents), compareKeys) {
-		if want := int(c.intents[k].Intent.GetRevisions()[0].GetReplicas()); longRunning(c.spec0(k)) && serving[k] != want && len(c.pending[k]) == 0 && !c.excused(k) {
-			errs = append(errs, fmt.Errorf("after half an hour without faults %s has %d of %d replicas, and nothing says why", k, serving[k], want))
+		if what := c.unlike(k); what != "" && len(c.pending[k]) == 0 && !c.excused(k) {
+			errs = append(errs, fmt.Errorf("after half an hour without faults %s %s, and nothing says why", k, what))
 		}
 	}
+	return errors.Join(append(errs, c.leftovers())...)
+}
+
+// unlike says in what a workload is not as declared.
+func (c *Cluster) unlike(k reconcile.Key) string {
+	s, serving := c.spec0(k), c.serving()[k]
+	switch s.GetKind() {
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE, portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL:
+		if want := c.wanted(k); serving != want {
+			return fmt.Sprintf("has %d of %d replicas", serving, want)
+		}
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON:
+		nodes := 0
+		for _, n := range c.nodes {
+			if !n.gone() && admit(n.record, s) == reconcile.Admitted {
+				nodes++
+			}
+		}
+		if serving != nodes {
+			return fmt.Sprintf("has replicas on %d of %d nodes", serving, nodes)
+		}
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
+		for _, r := range reconcile.Summarize(c.input()) {
+			ended := func(x *portolanv1.Condition) bool {
+				return (x.GetType() == reconcile.Complete || x.GetType() == reconcile.Failed) && x.GetState() == portolanv1.ConditionState_CONDITION_STATE_TRUE
+			}
+			if r.GetTenant() == k.Tenant && r.GetWorkload() == k.Workload && !slices.ContainsFunc(r.GetConditions(), ended) {
+				return "has not come to its end"
+			}
+		}
+	default: // a cron workload goes on
+	}
+	return ""
+}
+
+// leftovers are records that should be gone.
+func (c *Cluster) leftovers() error {
+	var errs []error
 	for id, a := range c.allocs {
 		// A job's record of its end stays when its node has cleared it away.
 		if a.GetStop() && a.GetFinal() == nil && c.Now.Sub(a.GetStopTime().AsTime()) > time.Minute {
 			errs = append(errs, fmt.Errorf("%s was stopped %v ago, and its record is still there", id, c.Now.Sub(a.GetStopTime().AsTime())))
+		}
+		// An earlier workload of the name makes way as the present one gets ready.
+		k := keyOf(a)
+		if w, wanted := c.intents[k]; !wanted || (w.Intent.GetUid() != a.GetUid() && len(c.pending[k]) == 0 && !c.excused(k)) {
+			errs = append(errs, fmt.Errorf("%s belongs to no workload any more", id))
+		}
+	}
+	for id, v := range c.volumes {
+		if w := c.intents[reconcile.Key{Tenant: v.GetTenant(), Workload: v.GetWorkload()}]; w.Intent.GetUid() != v.GetUid() {
+			errs = append(errs, fmt.Errorf("volume %s belongs to no workload any more", id))
+		}
+	}
+	for k := range c.states {
+		if _, wanted := c.intents[k]; !wanted {
+			errs = append(errs, fmt.Errorf("the state of %s belongs to no workload any more", k))
 		}
 	}
 	return errors.Join(errs...)

@@ -37,7 +37,9 @@ func TestEvents(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := live(n)
+		c := New(n)
+		c.tell = 1 << 20
+		err = c.live(eventsPerSeed)
 		t.Logf("%s", strings.Join(c.Log(), "\n"))
 		if err != nil {
 			t.Fatal(err)
@@ -52,7 +54,8 @@ func TestEvents(t *testing.T) {
 	for range runtime.GOMAXPROCS(0) {
 		wg.Go(func() {
 			for seed := range next {
-				c, err := live(seed)
+				c := New(seed)
+				err := c.live(eventsPerSeed)
 				mu.Lock()
 				for k, n := range c.Reached {
 					reached[k] += n
@@ -83,17 +86,6 @@ func TestEvents(t *testing.T) {
 			t.Errorf("no run came to %q", k)
 		}
 	}
-}
-
-// live is one cluster's life.
-func live(seed uint64) (*Cluster, error) {
-	c := New(seed)
-	for range eventsPerSeed {
-		if err := c.Step(); err != nil {
-			return c, err
-		}
-	}
-	return c, c.Rest()
 }
 
 // TestSame: one seed is one story.

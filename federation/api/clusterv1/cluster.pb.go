@@ -240,7 +240,10 @@ type Allocation struct {
 	Volumes []string              `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	Devices []*nodev1.DeviceShare `protobuf:"bytes,22,rep,name=devices,proto3" json:"devices,omitempty"`
 	// Disrupted on purpose (a drain, a move, displacement): counts against budgets.
-	Disrupted     bool `protobuf:"varint,23,opt,name=disrupted,proto3" json:"disrupted,omitempty"`
+	Disrupted bool `protobuf:"varint,23,opt,name=disrupted,proto3" json:"disrupted,omitempty"`
+	// When replaced_by was written: the rate of evictions holds also when what came
+	// in its place is gone already.
+	ReplacedTime  *timestamppb.Timestamp `protobuf:"bytes,24,opt,name=replaced_time,json=replacedTime,proto3" json:"replaced_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -434,6 +437,13 @@ func (x *Allocation) GetDisrupted() bool {
 		return x.Disrupted
 	}
 	return false
+}
+
+func (x *Allocation) GetReplacedTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReplacedTime
+	}
+	return nil
 }
 
 // Volume is a directory on one node. It stays with its workload and index; the
@@ -1000,7 +1010,7 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\aNodeKey\x12\x12\n" +
 	"\x04hash\x18\x01 \x01(\fR\x04hash\x12;\n" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"expireTime\"\xb8\x06\n" +
+	"expireTime\"\xf9\x06\n" +
 	"\n" +
 	"Allocation\x12\x1e\n" +
 	"\n" +
@@ -1031,7 +1041,8 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x03run\x18\x14 \x01(\x03R\x03run\x12\x18\n" +
 	"\avolumes\x18\x15 \x03(\tR\avolumes\x127\n" +
 	"\adevices\x18\x16 \x03(\v2\x1d.portolan.node.v1.DeviceShareR\adevices\x12\x1c\n" +
-	"\tdisrupted\x18\x17 \x01(\bR\tdisrupted\"\x98\x02\n" +
+	"\tdisrupted\x18\x17 \x01(\bR\tdisrupted\x12?\n" +
+	"\rreplaced_time\x18\x18 \x01(\v2\x1a.google.protobuf.TimestampR\freplacedTime\"\x98\x02\n" +
 	"\x06Volume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12\x1a\n" +
@@ -1133,24 +1144,25 @@ var file_portolan_cluster_v1_cluster_proto_depIdxs = []int32{
 	16, // 12: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
 	13, // 13: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
 	17, // 14: portolan.cluster.v1.Allocation.devices:type_name -> portolan.node.v1.DeviceShare
-	13, // 15: portolan.cluster.v1.Volume.create_time:type_name -> google.protobuf.Timestamp
-	5,  // 16: portolan.cluster.v1.WorkloadState.scale:type_name -> portolan.cluster.v1.Scale
-	13, // 17: portolan.cluster.v1.WorkloadState.disruptions:type_name -> google.protobuf.Timestamp
-	13, // 18: portolan.cluster.v1.Scale.time:type_name -> google.protobuf.Timestamp
-	18, // 19: portolan.cluster.v1.Scale.reason:type_name -> portolan.v1.Reason
-	6,  // 20: portolan.cluster.v1.Scale.history:type_name -> portolan.cluster.v1.ScaleSample
-	13, // 21: portolan.cluster.v1.ScaleSample.time:type_name -> google.protobuf.Timestamp
-	2,  // 22: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
-	11, // 23: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
-	13, // 24: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
-	13, // 25: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
-	13, // 26: portolan.cluster.v1.Node.TaintTimesEntry.value:type_name -> google.protobuf.Timestamp
-	19, // 27: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
-	28, // [28:28] is the sub-list for method output_type
-	28, // [28:28] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	13, // 15: portolan.cluster.v1.Allocation.replaced_time:type_name -> google.protobuf.Timestamp
+	13, // 16: portolan.cluster.v1.Volume.create_time:type_name -> google.protobuf.Timestamp
+	5,  // 17: portolan.cluster.v1.WorkloadState.scale:type_name -> portolan.cluster.v1.Scale
+	13, // 18: portolan.cluster.v1.WorkloadState.disruptions:type_name -> google.protobuf.Timestamp
+	13, // 19: portolan.cluster.v1.Scale.time:type_name -> google.protobuf.Timestamp
+	18, // 20: portolan.cluster.v1.Scale.reason:type_name -> portolan.v1.Reason
+	6,  // 21: portolan.cluster.v1.Scale.history:type_name -> portolan.cluster.v1.ScaleSample
+	13, // 22: portolan.cluster.v1.ScaleSample.time:type_name -> google.protobuf.Timestamp
+	2,  // 23: portolan.cluster.v1.NodeAllocations.allocations:type_name -> portolan.cluster.v1.Allocation
+	11, // 24: portolan.cluster.v1.IntentGeneration.intents:type_name -> portolan.cluster.v1.IntentGeneration.IntentsEntry
+	13, // 25: portolan.cluster.v1.IntentGeneration.commit_time:type_name -> google.protobuf.Timestamp
+	13, // 26: portolan.cluster.v1.NodeToken.expire_time:type_name -> google.protobuf.Timestamp
+	13, // 27: portolan.cluster.v1.Node.TaintTimesEntry.value:type_name -> google.protobuf.Timestamp
+	19, // 28: portolan.cluster.v1.IntentGeneration.IntentsEntry.value:type_name -> portolan.link.v1.Intent
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_portolan_cluster_v1_cluster_proto_init() }

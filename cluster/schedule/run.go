@@ -249,6 +249,7 @@ func (u *run) keep(i int32) {
 		siftUp(u.t, *own, len(*own)-1)
 	case SpreadSkew:
 		u.held = append(u.held, i)
+	default:
 	}
 }
 

@@ -41,8 +41,6 @@ var sideways = map[string]string{
 	"identity/ca -> identity/attest":          "tokens are minted over the authority's root",
 	"identity/source -> identity/trust":       "a source gives the certificate that trust puts into TLS",
 	"policy/opa -> policy/bundle":             "the engine digests what it compiles",
-	"policy/policytest -> policy/opa":         "reports run the engine",
-	"policy/policytest -> policy/bundle":      "reports load folders",
 	"nodeagent/proxy -> xds/distribute":       "what the version of a resource is",
 	"xds/translate -> xds/model":              "translation reads the resolved graph",
 	"federation/cli -> federation/localfleet": "up, down and local are verbs of the CLI",

@@ -80,8 +80,8 @@ type Admitter interface {
 	Admit(ctx context.Context, in Admission) Decision
 }
 
-// Authorizer decides network calls. Allowed means: every guardrail bundle allows
-// and every bundle of the callee's tenant allows; with no bundle at all: deny.
+// Authorizer decides network calls. Allowed means: every guardrail bundle allows,
+// the callee's tenant has a bundle, and every one that it has allows.
 type Authorizer interface {
 	Authorize(ctx context.Context, in Network) Decision
 }

@@ -1,8 +1,11 @@
 package live
 
 import (
+	"encoding/json"
+	"fmt"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -103,14 +106,25 @@ func Test11BadInput(t *testing.T) {
 	}
 }
 
-// stored is a digest of all that users may write: names and etags.
+// stored is all that users may write, as names and etags.
 func stored(t *testing.T) string {
 	t.Helper()
-	out := ""
+	var b strings.Builder
 	for _, k := range []string{"tenants", "rolebindings", "clusters", "policybundles", "workloads", "services", "routes", "revisions"} {
-		out += cli(t, "get", k, "-o", "name")
+		var list struct {
+			Items []struct{ Name, Etag string }
+		}
+		if err := json.Unmarshal([]byte(cli(t, "get", k, "-o", "json")), &list); err != nil {
+			t.Fatalf("get %s: %v", k, err)
+		}
+		for _, o := range list.Items {
+			if o.Name == "" || o.Etag == "" && k != "revisions" { // which never change
+				t.Fatalf("get %s: an object without name or etag: %+v", k, o)
+			}
+			fmt.Fprintf(&b, "%s@%s\n", o.Name, o.Etag)
+		}
 	}
-	return out
+	return b.String()
 }
 
 func refusedRow(t *testing.T, cc *grpc.ClientConn, row badspec.Row) {

@@ -1,19 +1,25 @@
 package live
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
@@ -31,17 +37,18 @@ func pids(t *testing.T) map[string]int32 {
 	return out
 }
 
-// unchanged says which containers of before have another pid now.
+// unchanged says which containers of before have another pid now, or are gone;
+// but for those under a prefix in except.
 func unchanged(t *testing.T, before map[string]int32, except ...string) {
 	t.Helper()
 	now := pids(t)
 	for name, pid := range before {
 		skip := false
 		for _, e := range except {
-			skip = skip || strings.Contains(name, e)
+			skip = skip || strings.HasPrefix(name, e)
 		}
 		if !skip && now[name] != pid {
-			t.Errorf("%s had pid %d, has %d: a healthy container was restarted", name, pid, now[name])
+			t.Errorf("%s had pid %d, has %d: a healthy container was restarted or replaced", name, pid, now[name])
 		}
 	}
 }
@@ -102,6 +109,7 @@ func Test06SelfHealing(t *testing.T) {
 		if took < 9*time.Second {
 			t.Errorf("restarted after %s: backoff begins with 10s", took)
 		}
+		hasEvents(t, r.GetName(), "Error", "Started")
 		if out := cli(t, "describe", "replica", last(r.GetName()), "-t", "shop"); !strings.Contains(out, "code 137") {
 			t.Errorf("describe does not show the exit:\n%s", out)
 		}
@@ -198,7 +206,9 @@ spec:
 // Envoy from disk. All back: converged, no healthy container was restarted.
 func Test09StaticStability(t *testing.T) {
 	settle(t)
+	occupy(t, "eu-west-2")
 	before := pids(t)
+	shop := replicas(t, "-")
 	payments := ready(in(replicas(t, "payments"), "us-east"))[0]
 	l := startLoad(t, ingressOf["us-east"][0], "/api/items", 50)
 	all := []string{"federation-1", "federation-2", "database"}
@@ -218,8 +228,7 @@ func Test09StaticStability(t *testing.T) {
 	if n, failed := l.sample(); failed > 0 {
 		t.Errorf("federation dead: %d of %d requests failed: %s", failed, n, l.first)
 	}
-	moved := nodeLossHeals(t)
-	t.Logf("federation dead, eu-west-2 cut: its replicas elsewhere after %s", moved.Round(time.Millisecond))
+	nodeLossHeals(t, shop)
 	clusterDies(t, l, payments)
 	total, failed := l.Stop()
 	t.Logf("%d requests, %d failed", total, failed)
@@ -233,34 +242,106 @@ func Test09StaticStability(t *testing.T) {
 		return err
 	})
 	settle(t)
-	// Replicas of the node that was cut off may have moved; what still exists is the
-	// same process, but for the victim.
-	for name, pid := range pids(t) {
-		if old, ok := before[name]; ok && old != pid && !strings.HasPrefix(name, payments.GetName()+"/") {
-			t.Errorf("%s had pid %d, has %d: a healthy container was restarted", name, old, pid)
+	// What was not on the node that was cut off is the same process, but for the
+	// victim.
+	lost := []string{payments.GetName() + "/"}
+	for _, r := range shop {
+		if r.GetNode() == "eu-west-2" {
+			lost = append(lost, r.GetName()+"/")
 		}
 	}
+	unchanged(t, before, lost...)
 }
 
-// nodeLossHeals asks the cluster itself through the node's own containers: the
-// federation is dead and cannot be asked.
-func nodeLossHeals(t *testing.T) time.Duration {
-	local(t, "cut", "eu-west-2")
-	hc := hop(ingressOf["eu-west"][0], false)
-	began := time.Now()
-	good := 0
-	eventually(t, 60*time.Second, "a row of good answers after the node's loss", func() error {
-		a, err := call(always(t), hc, http.MethodGet, "/api/items")
-		if err != nil || a.code != http.StatusOK {
-			good = 0
-			return fmt.Errorf("%v %d", err, a.code)
+// nodeLossHeals cuts eu-west-2 and asks eu-west and eu-west-1 themselves, through
+// their local sockets: the federation is dead and cannot be asked. Every replica
+// of the lost node gets a ready successor on the other, and callers in the region
+// fail at most until the loss is noticed.
+func nodeLossHeals(t *testing.T, shop []*portolanv1.Replica) {
+	t.Helper()
+	want := map[string]int{}
+	for _, r := range shop {
+		if w := workloadOf(r); r.GetCluster() == "eu-west" && w != "restock" {
+			want[w]++
 		}
-		if good++; good < 100 {
-			return errors.New("not yet a row")
+	}
+	l := startLoad(t, ingressOf["eu-west"][0], "/api/items", 50)
+	eventually(t, 10*time.Second, "load in eu-west", func() error {
+		if n, _ := l.sample(); n < 50 {
+			return fmt.Errorf("%d", n)
 		}
 		return nil
 	})
-	return time.Since(began)
+	began := time.Now()
+	local(t, "cut", "eu-west-2")
+	admin := linkv1.NewClusterAdminServiceClient(socketConn(t, runDir(t, "eu-west.sock")))
+	eventually(t, 20*time.Second, "the loss is noticed", func() error {
+		r, err := admin.ListNodes(always(t), &linkv1.ListNodesRequest{})
+		if err != nil {
+			return err
+		}
+		for _, n := range r.GetNodes() {
+			if last(n.GetName()) == "eu-west-2" && n.GetReady() {
+				return errors.New("the node still counts as ready")
+			}
+		}
+		return nil
+	})
+	noticed := time.Now()
+	node := portolanv1.NewRuntimeServiceClient(socketConn(t, runDir(t, "eu-west-1", "agent.sock")))
+	eventually(t, 60*time.Second, "the lost node's replicas are ready on the other", func() error {
+		r, err := node.ListReplicas(always(t), &portolanv1.ListReplicasRequest{Parent: "tenants/shop/workloads/-"})
+		if err != nil {
+			return err
+		}
+		have := map[string]int{}
+		for _, p := range ready(r.GetReplicas()) {
+			have[workloadOf(p)]++
+		}
+		for w, n := range want {
+			if have[w] < n {
+				return fmt.Errorf("%s: %d of %d ready on eu-west-1", w, have[w], n)
+			}
+		}
+		return nil
+	})
+	moved := time.Now()
+	n0, _ := l.sample()
+	eventually(t, 20*time.Second, "requests after the move", func() error {
+		if n, _ := l.sample(); n < n0+200 {
+			return fmt.Errorf("%d", n-n0)
+		}
+		return nil
+	})
+	total, failed := l.Stop()
+	t.Logf("federation dead, eu-west-2 cut: noticed after %s, its %d replicas ready on eu-west-1 after %s; eu-west: %d requests, %d failed%s",
+		noticed.Sub(began).Round(time.Millisecond), len(onNode(shop, "eu-west-2")), moved.Sub(began).Round(time.Millisecond), total, failed, l.lastFailure(began))
+	if l.failedSince(noticed) {
+		t.Errorf("a request failed that began after the loss was noticed: %s", l.first)
+	}
+}
+
+func workloadOf(r *portolanv1.Replica) string { return strings.Split(r.GetName(), "/")[3] }
+
+func onNode(rs []*portolanv1.Replica, node string) []*portolanv1.Replica {
+	var out []*portolanv1.Replica
+	for _, r := range rs {
+		if r.GetNode() == node {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// socketConn is a connection to a part's local socket.
+func socketConn(t *testing.T, path string) *grpc.ClientConn {
+	t.Helper()
+	cc, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cc.Close() })
+	return cc
 }
 
 func clusterDies(t *testing.T, l *load, payments *portolanv1.Replica) {
@@ -338,6 +419,13 @@ func Test10AgentCrash(t *testing.T) {
 	}{{"agent", 0}, {"containerd", 0}, {"warden", 64}} {
 		t.Run(c.part, func(t *testing.T) {
 			before := pids(t)
+			all := onNode(ready(replicas(t, "catalog")), "eu-west-1")
+			if len(all) == 0 {
+				t.Fatal("no replica of catalog on eu-west-1")
+			}
+			subject := all[0]
+			follower := follow(t, subject)
+			logsGoOn(t, follower, subject, "before-"+c.part)
 			l := startLoad(t, ingressOf["eu-west"][0], "/api/items", 100)
 			eventually(t, 20*time.Second, "load", func() error {
 				if n, _ := l.sample(); n < 100 {
@@ -368,10 +456,70 @@ func Test10AgentCrash(t *testing.T) {
 			}
 			settle(t)
 			unchanged(t, before)
-			web := ready(in(replicas(t, "web"), "eu-west"))[0]
-			if out := cli(t, "logs", last(web.GetName()), "-t", "shop"); !strings.Contains(out, "serving") {
-				t.Errorf("logs of %s:\n%s", web.GetName(), out)
+			logsGoOn(t, follower, subject, "after-"+c.part)
+			if n := follower.opened.Load(); c.part != "agent" && n != 1 {
+				t.Errorf("logs -f was opened %d times: only the agent's own death may end it", n)
 			}
 		})
 	}
+}
+
+// followed is an open `logs -f`.
+type followed struct {
+	opened atomic.Int32 // how often
+
+	mu  sync.Mutex
+	out strings.Builder
+}
+
+func (f *followed) Write(b []byte) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.out.Write(b)
+}
+
+func (f *followed) has(s string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return strings.Contains(f.out.String(), s)
+}
+
+// follow opens `logs -f` of a replica. An agent's death ends it, as it does for a
+// person, who runs it again: so does this, until the test ends.
+func follow(t *testing.T, r *portolanv1.Replica) *followed {
+	t.Helper()
+	f := &followed{}
+	ctx, cancel := context.WithCancel(always(t))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			cmd := exec.CommandContext(ctx, fleet.cli, "--config", fleet.config, "logs", "-f", last(r.GetName()), "-t", "shop")
+			cmd.Stdout = f
+			f.opened.Add(1)
+			if err := cmd.Run(); err != nil && ctx.Err() == nil {
+				<-time.After(100 * time.Millisecond)
+			}
+		}
+	}()
+	t.Cleanup(func() { cancel(); <-done })
+	return f
+}
+
+// logsGoOn makes the replica write a line that nobody wrote before, and finds it
+// in its log and in the one that is followed.
+func logsGoOn(t *testing.T, f *followed, r *portolanv1.Replica, mark string) {
+	t.Helper()
+	mark = fmt.Sprintf("%s-%d", mark, time.Now().UnixNano())
+	inReplica(t, r, "POST", "/log/"+mark)
+	eventually(t, 10*time.Second, "the line "+mark+" in logs and logs -f of "+last(r.GetName()), func() error {
+		out, errOut, err := run(t, "", "logs", last(r.GetName()), "-t", "shop")
+		if err != nil || !strings.Contains(out, mark) {
+			return fmt.Errorf("logs lacks it (%v %s)", err, errOut)
+		}
+		if !f.has(mark) {
+			return errors.New("logs -f lacks it")
+		}
+		return nil
+	})
 }

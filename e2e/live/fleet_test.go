@@ -1,6 +1,7 @@
 // Package live holds the tests on a real local fleet: real processes, containers,
-// Envoys, database and network namespaces. One fleet serves all tests, which run
-// in order of their number; each leaves it as it found it.
+// Envoys, database and network namespaces. One fleet serves all tests; each leaves
+// it as it found it, so that their order does not matter, but for the last, which
+// takes it away (its file sorts last).
 package live
 
 import (
@@ -26,6 +27,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/client"
+	"github.com/portolan-io/portolan/federation/localfleet"
 )
 
 var (
@@ -40,7 +42,10 @@ var fleet struct {
 	config  string
 	before  machine // as it looked before `up`
 	own     bool
-	conn    *grpc.ClientConn
+	gone    bool // a test took it away
+	// endCrasher deletes the workload that crashes all the time, once.
+	endCrasher func()
+	conn       *grpc.ClientConn
 }
 
 func TestMain(m *testing.M) {
@@ -100,7 +105,11 @@ func runAll(m *testing.M) int {
 	if fleet.conn, err = client.Dial(c); err != nil {
 		return fail("dial", err)
 	}
+	fleet.endCrasher = startCrasher()
 	code := m.Run()
+	if !fleet.gone {
+		fleet.endCrasher()
+	}
 	_ = fleet.conn.Close()
 	if code != 0 && fleet.own {
 		dumpLogs()
@@ -275,8 +284,10 @@ type load struct {
 	first   string // the first failure
 	firstAt time.Time
 	lastAt  time.Time
-	stop    context.CancelFunc
-	done    chan struct{}
+	// lastBegan is when the last request began of those that failed.
+	lastBegan time.Time
+	stop      context.CancelFunc
+	done      chan struct{}
 }
 
 // startLoad sends rate requests per second until Stop, from several workers with
@@ -308,8 +319,9 @@ func startLoad(t *testing.T, addr, path string, rate int) *load {
 					// A request that began is awaited: stopping is not its failure.
 					rctx, rcancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 					defer rcancel()
+					began := time.Now()
 					a, err := call(rctx, hc, http.MethodGet, path)
-					l.count(a, err)
+					l.count(began, a, err)
 				})
 			}
 		}
@@ -318,7 +330,7 @@ func startLoad(t *testing.T, addr, path string, rate int) *load {
 	return l
 }
 
-func (l *load) count(a answer, err error) {
+func (l *load) count(began time.Time, a answer, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.total++
@@ -328,6 +340,9 @@ func (l *load) count(a answer, err error) {
 	}
 	l.failed++
 	l.lastAt = time.Now()
+	if began.After(l.lastBegan) {
+		l.lastBegan = began
+	}
 	if l.first == "" {
 		l.firstAt = l.lastAt
 		l.first = fmt.Sprintf("%d %v %s", a.code, err, firstLine(a.body))
@@ -351,6 +366,13 @@ func (l *load) lastFailure(from time.Time) string {
 		return ""
 	}
 	return fmt.Sprintf("; last failure %s after: %s", l.lastAt.Sub(from).Round(time.Millisecond), l.first)
+}
+
+// failedSince says whether a request failed that began after a moment.
+func (l *load) failedSince(at time.Time) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lastBegan.After(at)
 }
 
 // sample gives the counts so far.
@@ -449,26 +471,44 @@ func lookAtMachine() (machine, error) {
 	for l := range strings.Lines(string(b)) {
 		m.Mounts = append(m.Mounts, strings.TrimSpace(l))
 	}
-	m.Cgroups, err = filepath.Glob("/sys/fs/cgroup/*/portolan*")
-	errs = append(errs, err)
-	procs, err := filepath.Glob("/proc/[0-9]*")
-	errs = append(errs, err)
-	for _, p := range procs {
-		cmd, err := os.ReadFile(filepath.Join(p, "cmdline"))
-		if err != nil {
-			continue
-		}
-		s := strings.ReplaceAll(string(cmd), "\x00", " ")
-		for _, ours := range []string{"portolan", "containerd", "envoy", "redis-server", "nginx"} {
-			// The test itself and its command line speak of the product too.
-			if strings.Contains(s, ours) && !strings.Contains(s, "go test") && !strings.Contains(s, "live.test") && !strings.Contains(s, "e2e/live") && !strings.HasPrefix(s, "make") {
-				m.Processes = append(m.Processes, filepath.Base(p)+" "+s)
-				break
-			}
-		}
+	// Version 2 has one tree, version 1 one for each controller.
+	for _, pattern := range []string{"/sys/fs/cgroup/portolan*", "/sys/fs/cgroup/*/portolan*"} {
+		found, err := filepath.Glob(pattern)
+		errs = append(errs, err)
+		m.Cgroups = append(m.Cgroups, found...)
 	}
+	ps, err := fleetProcesses()
+	m.Processes = ps
+	errs = append(errs, err)
 	sort.Strings(m.Processes)
 	return m, errors.Join(errs...)
+}
+
+// fleetProcesses finds what belongs to this fleet by its folders on the command
+// line or its cgroup: others on the machine may run the same programs.
+func fleetProcesses() ([]string, error) {
+	if fleet.dataDir == "" {
+		return nil, nil // none yet
+	}
+	d, err := localfleet.NewDirs(fleet.dataDir)
+	if err != nil {
+		return nil, err
+	}
+	procs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, p := range procs {
+		// A process that ends meanwhile reads as empty.
+		cmd, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+		cgroup, _ := os.ReadFile(filepath.Join(p, "cgroup"))
+		s := strings.ReplaceAll(string(cmd), "\x00", " ")
+		if strings.Contains(s, d.Data+"/") || strings.Contains(s, d.Run+"/") || strings.Contains(string(cgroup), "/portolan-"+d.ID+"/") {
+			out = append(out, filepath.Base(p)+" "+s)
+		}
+	}
+	return out, nil
 }
 
 // always is a context that also serves clean-ups, which run when the test's own

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -234,9 +235,9 @@ func Test04Canary(t *testing.T) {
 	})
 	changed := time.Now()
 	apply(t, canary(50, 50))
-	cli(t, "wait")
+	cli(t, "wait", "--revision", routeRevision(t))
 	t.Logf("50/50 live everywhere after %s", time.Since(changed).Round(time.Millisecond))
-	proxiesServe(t, 50)
+	proxiesServe(t, []int{90, 10}, 50)
 	got, bad = share(2000)
 	total, failed := l.Stop()
 	t.Logf("at 50/50: %.2f %% reached v2; during the change %d requests, %d failed", got, total, failed)
@@ -246,24 +247,72 @@ func Test04Canary(t *testing.T) {
 	frozenProxyIsNamed(t)
 }
 
-// proxiesServe asks every caller's proxy itself which weights it serves.
-func proxiesServe(t *testing.T, weight int) {
+// routeRevision is the revision at which the canary's route was last written.
+func routeRevision(t *testing.T) string {
 	t.Helper()
-	asked := 0
-	for _, r := range ready(replicas(t, "web")) {
-		dump := admin(t, r.GetNode(), last(r.GetName()), "/config_dump?resource=dynamic_route_configs")
-		var flat strings.Builder
-		for f := range strings.FieldsSeq(dump) {
-			flat.WriteString(f)
+	r, err := portolanv1.NewMeshServiceClient(fleet.conn).GetRoute(always(t), &portolanv1.GetRouteRequest{Name: "tenants/shop/routes/catalog"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strconv.FormatInt(r.GetRevision(), 10)
+}
+
+// occupy makes sure that a node of eu-west has replicas to lose: one that was lost
+// by an earlier test came back empty, and nothing moves what runs well. New
+// replicas go to the emptier node, so a revision of catalog goes round.
+func occupy(t *testing.T, node string) {
+	t.Helper()
+	if len(onNode(ready(replicas(t, "-")), node)) > 0 {
+		return
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command(fleet.cli, "apply", "-f", "../storefront/manifests/30-catalog.yaml", "--config", fleet.config).CombinedOutput(); err != nil {
+			t.Errorf("back to v1: %v %s", err, out)
 		}
-		if n := strings.Count(flat.String(), fmt.Sprintf(`"weight":%d`, weight)); n < 2 {
-			t.Errorf("wait returned, but %s serves %d back ends of weight %d", r.GetName(), n, weight)
+		settle(t)
+	})
+	apply(t, catalogV2)
+	cli(t, "wait", "workload", "catalog", "-t", "shop", "--timeout", "90s")
+	settle(t)
+	if len(onNode(ready(replicas(t, "catalog")), node)) == 0 {
+		t.Fatalf("no replica of the shop on %s: there is nothing to lose", node)
+	}
+}
+
+// proxiesServe asks every proxy of the fleet itself which weights it serves: each
+// replica's Envoy and each gateway. All that have the route have the new weights
+// alone, and every caller has it.
+func proxiesServe(t *testing.T, was []int, weight int) {
+	t.Helper()
+	all := replicas(t, "-")
+	sys, err := portolanv1.NewRuntimeServiceClient(fleet.conn).ListReplicas(always(t), &portolanv1.ListReplicasRequest{Parent: "tenants/system/workloads/-"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	holders, asked := map[string]int{}, 0
+	for _, r := range append(all, sys.GetReplicas()...) {
+		if workloadOf(r) == "restock" {
+			continue // a job that has ended has no proxy
 		}
 		asked++
+		dump := admin(t, r.GetNode(), last(r.GetName()), "/config_dump?resource=dynamic_route_configs")
+		flat := strings.Join(strings.Fields(dump), "")
+		fresh := strings.Count(flat, fmt.Sprintf(`"weight":%d,`, weight)) + strings.Count(flat, fmt.Sprintf(`"weight":%d}`, weight))
+		for _, w := range was {
+			if strings.Contains(flat, fmt.Sprintf(`"weight":%d,`, w)) || strings.Contains(flat, fmt.Sprintf(`"weight":%d}`, w)) {
+				t.Errorf("wait returned, but %s still serves weight %d", r.GetName(), w)
+			}
+		}
+		if fresh >= 2 {
+			holders[workloadOf(r)]++
+		} else if workloadOf(r) == "web" {
+			t.Errorf("wait returned, but %s serves %d back ends of weight %d", r.GetName(), fresh, weight)
+		}
 	}
-	if asked == 0 {
-		t.Error("no proxy was asked")
+	if holders["web"] != len(ready(replicas(t, "web"))) {
+		t.Errorf("web's proxies with the new weights: %d", holders["web"])
 	}
+	t.Logf("%d proxies asked; with the route: %v", asked, holders)
 }
 
 func frozenProxyIsNamed(t *testing.T) {
@@ -285,6 +334,7 @@ func frozenProxyIsNamed(t *testing.T) {
 // stop; it returns: no doubles remain.
 func Test07NodeLost(t *testing.T) {
 	settle(t)
+	occupy(t, "eu-west-2")
 	before := replicas(t, "-")
 	l := startLoad(t, ingressOf["eu-west"][0], "/api/items", 50)
 	cut := time.Now()
@@ -318,7 +368,7 @@ func Test07NodeLost(t *testing.T) {
 		}
 		return nil
 	})
-	t.Logf("node cut → its replicas ready elsewhere: %s", moved.Round(time.Millisecond))
+	t.Logf("node cut → its %d replicas ready elsewhere: %s", len(onNode(before, "eu-west-2")), moved.Round(time.Millisecond))
 	// After the loss was noticed nothing fails any more.
 	total0, failed0 := l.sample()
 	eventually(t, 30*time.Second, "enough requests after the loss", func() error {

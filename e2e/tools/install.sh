@@ -37,6 +37,8 @@ install_base() {
   need nsenter util-linux
   need setpriv util-linux
   need tcpdump tcpdump
+  # What `make up` gives to paste.
+  need curl curl
   if ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null && ! command -v postgres >/dev/null && ! command -v cockroach >/dev/null && [ -z "${COCKROACH_BINARY:-}" ]; then
     missing+=(postgresql)
   fi

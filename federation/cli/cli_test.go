@@ -3,8 +3,13 @@ package cli
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +21,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/cli/manifest"
+	"github.com/portolan-io/portolan/federation/localfleet"
 )
 
 // Every verb explains itself: a sentence and an example that begins with the
@@ -32,11 +38,35 @@ func TestEveryVerbHasHelp(t *testing.T) {
 		if !strings.Contains(c.Example, "portolan "+strings.TrimPrefix(strings.TrimPrefix(c.CommandPath(), "portolan"), " ")) {
 			t.Errorf("%s: no example of itself:\n%s", c.CommandPath(), c.Example)
 		}
+		for line := range strings.Lines(strings.ReplaceAll(c.Example, "\\\n", " ")) {
+			if rest, ok := strings.CutPrefix(strings.TrimSpace(line), "portolan "); ok {
+				documentedCommand(t, "help of "+c.CommandPath(), rest)
+			}
+		}
 		for _, sub := range c.Commands() {
 			walk(sub)
 		}
 	}
 	walk(New(strings.NewReader(""), &bytes.Buffer{}, &bytes.Buffer{}))
+}
+
+// A line that is longer than what is kept comes out once, whole, with one prefix.
+func TestLongLinesOfLogs(t *testing.T) {
+	long := strings.Repeat("0123456789", maxLogLine/4)
+	var out strings.Builder
+	printf := func(f string, args ...any) { fmt.Fprintf(&out, f, args...) }
+	l := &lines{prefix: "web-1 | "}
+	for chunk := range slices.Chunk([]byte("short\n"+long+"\nafter\n"+long), 10_000) {
+		l.take(chunk, printf)
+		if len(l.rest) > maxLogLine {
+			t.Fatalf("%d bytes are kept", len(l.rest))
+		}
+	}
+	l.end(printf)
+	want := "web-1 | short\nweb-1 | " + long + "\nweb-1 | after\nweb-1 | " + long + "\n"
+	if out.String() != want {
+		t.Errorf("%d bytes were printed, want %d", out.Len(), len(want))
+	}
 }
 
 func run1(t *testing.T, args ...string) (string, string, int) {
@@ -45,6 +75,39 @@ func run1(t *testing.T, args ...string) (string, string, int) {
 	var out, errOut bytes.Buffer
 	code := Main(t.Context(), args, strings.NewReader(""), &out, &errOut)
 	return out.String(), errOut.String(), code
+}
+
+// up beside a fleet that runs says so: its ports are busy because of itself, and
+// to end what listens there would be bad advice.
+func TestUpBesideARunningFleet(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("missing: root, to serve a fleet's control socket")
+	}
+	data := t.TempDir()
+	dirs, err := localfleet.NewDirs(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(dirs.Run, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = os.RemoveAll(dirs.Run)
+		_ = os.Remove(filepath.Dir(dirs.Run)) // unless others have a fleet
+	})
+	l, err := net.Listen("unix", filepath.Join(dirs.Run, "supervisor.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{ReadHeaderTimeout: time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"ready": true, "fleet": "test"}`)
+	})}
+	go func() { _ = srv.Serve(l) }()
+	defer srv.Close()
+	_, errOut, code := run1(t, "up", "--data-dir", data)
+	if code == 0 || !strings.Contains(errOut, "a fleet runs on "+data+" already") || !strings.Contains(errOut, "portolan down") {
+		t.Errorf("code %d, %s", code, errOut)
+	}
 }
 
 // Errors say what to do next.

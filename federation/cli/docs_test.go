@@ -57,6 +57,7 @@ func documentedCommand(t *testing.T, file, line string) {
 	line, _, _ = strings.Cut(line, "#")
 	line, _, _ = strings.Cut(line, "|")
 	line, _, _ = strings.Cut(line, "&&")
+	line, _, _ = strings.Cut(line, " >")
 	cmd, args, err := New(strings.NewReader(""), io.Discard, io.Discard).Find(strings.Fields(line))
 	if err != nil || !cmd.Runnable() {
 		t.Errorf("%s: portolan %s: no such command (%v)", file, line, err)

@@ -72,7 +72,10 @@ func (a *app) up(ctx context.Context, o upOptions) error {
 		return err
 	}
 	remote := localfleet.NewRemote(dirs)
-	if o.detach && remote.Running(ctx) {
+	if !o.supervise && remote.Running(ctx) {
+		if !o.detach {
+			return api.E(api.Precondition, "start the fleet", "a fleet runs on %s already: see `portolan status`, or stop it with `portolan down`", dirs.Data)
+		}
 		a.notef("a fleet runs on %s already\n", dirs.Data)
 		return a.watchStart(ctx, remote, o.timeout, nil)
 	}
@@ -84,13 +87,18 @@ func (a *app) up(ctx context.Context, o upOptions) error {
 				return err
 			}
 		}
-		if err := localfleet.Check(ctx, &fleet, dirs); err != nil {
-			return err
-		}
 	}
 	tools, err := localfleet.FindTools()
 	if err != nil {
 		return err
+	}
+	if !o.supervise {
+		if err := localfleet.Check(ctx, &fleet, dirs, tools); err != nil {
+			return err
+		}
+		if err := localfleet.Claim(dirs); err != nil {
+			return err
+		}
 	}
 	if o.detach {
 		return a.detach(ctx, dirs, remote, o)
@@ -289,7 +297,8 @@ func (a *app) downCommand() *cobra.Command {
 		Use: "down", Short: "Stop the local fleet", GroupID: "local", Args: cobra.NoArgs,
 		Long: `Stops every process and container of the local fleet and removes its network
 namespaces, mounts and links, whatever state it is in; may be run twice. Data
-stays for the next up, unless --purge.`,
+stays for the next up, unless --purge. A folder that up did not make its own is
+left alone.`,
 		Example: "  portolan down\n  portolan down --purge",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if os.Geteuid() != 0 {

@@ -91,43 +91,74 @@ func (a *app) targets(ctx context.Context, cc grpc.ClientConnInterface, word str
 	return of, nil
 }
 
-// streamLogs prints whole lines, each with the prefix.
+// maxLogLine is how much of a line is kept until its end comes.
+const maxLogLine = 64 << 10
+
+// lines prints whole lines, each with the prefix; of one that is longer than it
+// keeps, a part as it comes.
+type lines struct {
+	prefix string
+	rest   []byte
+	inside bool // the beginning of rest's line is printed
+}
+
+func (l *lines) take(b []byte, printf func(string, ...any)) {
+	l.rest = append(l.rest, b...)
+	for {
+		i := bytes.IndexByte(l.rest, '\n')
+		if i < 0 {
+			break
+		}
+		l.print(l.rest[:i], "\n", printf)
+		l.rest, l.inside = l.rest[i+1:], false
+	}
+	if len(l.rest) > maxLogLine {
+		l.print(l.rest, "", printf)
+		l.rest, l.inside = nil, true
+	}
+}
+
+// end prints what no line end followed.
+func (l *lines) end(printf func(string, ...any)) {
+	if len(l.rest) > 0 || l.inside {
+		l.print(l.rest, "\n", printf)
+	}
+	l.rest, l.inside = nil, false
+}
+
+func (l *lines) print(b []byte, end string, printf func(string, ...any)) {
+	prefix := l.prefix
+	if l.inside {
+		prefix = ""
+	}
+	printf("%s%s%s", prefix, b, end)
+}
+
+// streamLogs prints what comes until the stream ends.
 func (a *app) streamLogs(ctx context.Context, cc grpc.ClientConnInterface, req *portolanv1.LogsRequest, prefix string, mu *sync.Mutex) error {
 	stream, err := portolanv1.NewRuntimeServiceClient(cc).Logs(ctx, req)
 	if err != nil {
 		return err
 	}
-	var rest []byte
-	flush := func(all bool) {
-		mu.Lock()
-		defer mu.Unlock()
-		for {
-			i := bytes.IndexByte(rest, '\n')
-			if i < 0 {
-				break
-			}
-			a.printf("%s%s\n", prefix, rest[:i])
-			rest = rest[i+1:]
-		}
-		if all && len(rest) > 0 {
-			a.printf("%s%s\n", prefix, rest)
-		}
-	}
+	l := &lines{prefix: prefix}
 	for {
 		m, err := stream.Recv()
+		mu.Lock()
+		if err == nil {
+			l.take(m.GetData(), a.printf)
+		} else {
+			l.end(a.printf)
+		}
+		mu.Unlock()
 		if errors.Is(err, io.EOF) {
-			flush(true)
 			return nil
 		}
 		if err != nil {
-			flush(true)
 			if ctx.Err() != nil {
 				return nil //nolint:nilerr // the user ended it
 			}
 			return err
 		}
-		rest = append(rest, m.GetData()...)
-		flush(len(rest) > 64<<10)
 	}
 }
 
@@ -137,7 +168,7 @@ func (a *app) execCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use: "exec (WORKLOAD | REPLICA) -- COMMAND…", Short: "Run a command beside a container's own", GroupID: "runtime", Args: cobra.MinimumNArgs(2),
 		Example: `  portolan exec redis -t shop -- redis-cli dbsize
-  portolan exec -it web-x7k2p -t shop -- /bin/sh`,
+  portolan exec -i --tty web-x7k2p -t shop -- /bin/sh`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cc, err := a.dial()
 			if err != nil {

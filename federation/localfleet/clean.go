@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/portolan-io/portolan/federation/api"
 )
 
 // Dirs are the folders of one local fleet.
@@ -34,14 +36,57 @@ func NewDirs(data string) (Dirs, error) {
 	return Dirs{Data: abs, Run: filepath.Join("/run/portolan", id), ID: id}, nil
 }
 
+func (d Dirs) markerFile() string    { return filepath.Join(d.Data, ".portolan-fleet") }
 func (d Dirs) ledgerFile() string    { return filepath.Join(d.Data, "processes.json") }
 func (d Dirs) controlSocket() string { return filepath.Join(d.Run, "supervisor.sock") }
 func (d Dirs) cgroup() string        { return "/portolan-" + d.ID }
 
+// Claim makes the data folder this fleet's own. A folder that holds something
+// and is no fleet's, or another path's fleet, is refused: what is in it would be
+// unmounted and deleted one day.
+func Claim(d Dirs) error {
+	if err := d.owned(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(d.Data, 0o711); err != nil {
+		return fmt.Errorf("data folder: %w", err)
+	}
+	return os.WriteFile(d.markerFile(), []byte(d.ID+"\n"), 0o600)
+}
+
+// owned says why the data folder may not be touched. Absent or empty, there is
+// nothing to lose in it.
+func (d Dirs) owned() error {
+	marker, err := os.ReadFile(d.markerFile())
+	if err == nil {
+		if id := strings.TrimSpace(string(marker)); id != d.ID {
+			return api.E(api.Precondition, "look at the data folder", "%s holds a fleet that was made under another path: use that path (its ID is %s, here it would be %s)", d.Data, id, d.ID)
+		}
+		return nil
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("data folder: %w", err)
+	}
+	inside, err := os.ReadDir(d.Data)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("data folder: %w", err)
+	case len(inside) > 0:
+		return api.E(api.Precondition, "look at the data folder", "%s is not empty and no fleet's (it has no %s): give a folder of its own with --data-dir", d.Data, filepath.Base(d.markerFile()))
+	}
+	return nil
+}
+
 // Clean ends everything that a fleet left on this machine, the supervisor
 // itself included, whatever state it is in, and may be repeated. With purge it
-// deletes the data too. It touches only what carries the fleet's ID.
+// deletes the data too. It touches only what carries the fleet's ID, and of the
+// data folder only what a fleet makes there.
 func Clean(ctx context.Context, d Dirs, purge bool) error {
+	if err := d.owned(); err != nil {
+		return err
+	}
 	n := names{d.ID}
 	var errs []error
 	// Supervised children first and gently, so that databases close well.
@@ -62,15 +107,53 @@ func Clean(ctx context.Context, d Dirs, purge bool) error {
 			return err
 		}
 	}
-	errs = append(errs, unmountUnder(d.Run), unmountUnder(d.Data), n.removeNetwork(ctx), removeCgroups(ctx, d.cgroup()))
+	errs = append(errs, unmountUnder(d.Run), unmountUnder(filepath.Join(d.Data, nodesDir)), n.removeNetwork(ctx), removeCgroups(ctx, d.cgroup()))
 	errs = append(errs, os.RemoveAll(d.Run))
 	// The parent goes with the last fleet.
 	_ = os.Remove(filepath.Dir(d.Run))
 	_ = os.Remove(d.ledgerFile())
 	if purge {
-		errs = append(errs, os.RemoveAll(d.Data))
+		errs = append(errs, d.purge())
 	}
 	return errors.Join(errs...)
+}
+
+// nodesDir is the one part of the data folder with mounts in it.
+const nodesDir = "nodes"
+
+// contents are what a fleet makes in its data folder.
+var contents = []string{
+	"clusters", "config", "db", "logs", nodesDir, "pki", "registry", "tokens", "federation-[0-9]*",
+	"lock", "once.json*", "processes.json*",
+}
+
+// purge deletes the data; the marker last, so that an interrupted one can be
+// repeated. What others put there stays, and the folder with it.
+func (d Dirs) purge() error {
+	var errs []error
+	for _, c := range contents {
+		found, err := filepath.Glob(filepath.Join(escapeGlob(d.Data), c))
+		errs = append(errs, err)
+		for _, f := range found {
+			errs = append(errs, os.RemoveAll(f))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	inside, err := os.ReadDir(d.Data)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil || len(inside) > 1 || len(inside) == 1 && inside[0].Name() != filepath.Base(d.markerFile()) {
+		return err
+	}
+	return os.RemoveAll(d.Data)
+}
+
+// escapeGlob makes a path match itself alone.
+func escapeGlob(path string) string {
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
 }
 
 // Leftovers says whether processes of a fleet still run whose supervisor is gone.

@@ -181,11 +181,13 @@ func (s *Supervisor) signalProxy(node, replica, verb string, sig syscall.Signal)
 	if err != nil {
 		return api.E(api.NotFound, verb+" a proxy", "node %s has no proxy of replica %s", node, replica)
 	}
-	var rec struct {
-		Pid int `json:"pid"`
-	}
+	var rec ledgerEntry
 	if err := json.Unmarshal(b, &rec); err != nil || rec.Pid <= 1 {
 		return fmt.Errorf("read %s: no pid in it (%w)", file, err)
+	}
+	// The file outlives its process, whose number another may have by now.
+	if start, err := startTime(rec.Pid); err != nil || start != rec.Start {
+		return api.E(api.Precondition, verb+" a proxy", "the proxy of %s on %s does not run", replica, node)
 	}
 	return syscall.Kill(rec.Pid, sig)
 }

@@ -59,13 +59,14 @@ func (l *ledger) write() {
 	}
 }
 
-// live gives the entries that still are the same process.
+// live gives the entries that still are the same process. One that has ended is
+// not, although nobody may have asked how: an orphan's new parent may never do.
 func (l *ledger) live() map[string]int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	out := map[string]int{}
 	for name, e := range l.data {
-		if start, err := startTime(e.Pid); err == nil && start == e.Start {
+		if start, err := startTime(e.Pid); err == nil && start == e.Start && !zombie(e.Pid) {
 			out[name] = e.Pid
 		}
 	}

@@ -2,8 +2,10 @@ package localfleet
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -51,22 +53,28 @@ func writeYAML(path string, v any) error {
 
 type m = map[string]any
 
-// databaseURL is a Unix socket for PostgreSQL, loopback for CockroachDB.
+// databaseURL is a Unix socket for PostgreSQL; for CockroachDB loopback, where
+// only root's certificate gets in.
 func (p *parts) databaseURL() string {
 	if p.tools.Cockroach != "" {
-		return fmt.Sprintf("postgresql://root@127.0.0.1:%d/portolan?sslmode=disable", p.cockroachPort())
+		certs := p.cockroachCerts()
+		return fmt.Sprintf("postgresql://root@127.0.0.1:%d/portolan?%s", p.fleet.cockroachPort(), url.Values{
+			"sslmode": {"verify-full"}, "sslrootcert": {filepath.Join(certs, "ca.crt")},
+			"sslcert": {filepath.Join(certs, "client.root.crt")}, "sslkey": {filepath.Join(certs, "client.root.key")},
+		}.Encode())
 	}
 	return "postgres://portolan@/portolan?host=" + p.run("db")
 }
 
-func (p *parts) cockroachPort() int { return p.fleet.FederationPort + 50 }
+// cockroachPort is CockroachDB's; its console has the next.
+func (f *Fleet) cockroachPort() int { return f.FederationPort + 50 }
 
 func (p *parts) database() Command {
 	c := Command{Name: "database", LogFile: p.logFile("database"), Health: p.databaseHealth}
 	if p.tools.Cockroach != "" {
-		addr := fmt.Sprintf("127.0.0.1:%d", p.cockroachPort())
+		addr := fmt.Sprintf("127.0.0.1:%d", p.fleet.cockroachPort())
 		c.Path, c.Address = p.tools.Cockroach, addr
-		c.Args = []string{"start-single-node", "--insecure", "--store=" + p.data("db"), "--listen-addr=" + addr, fmt.Sprintf("--http-addr=127.0.0.1:%d", p.cockroachPort()+1)}
+		c.Args = []string{"start-single-node", "--certs-dir=" + p.cockroachCerts(), "--store=" + p.data("db"), "--listen-addr=" + addr, fmt.Sprintf("--http-addr=127.0.0.1:%d", p.fleet.cockroachPort()+1)}
 		return c
 	}
 	c.Path, c.UID, c.GID, c.StopSignal = p.tools.Postgres, p.tools.UID, p.tools.GID, syscall.SIGINT
@@ -78,7 +86,7 @@ func (p *parts) database() Command {
 func (p *parts) databaseHealth(ctx context.Context) error {
 	network, addr := "unix", p.run("db", ".s.PGSQL.5432")
 	if p.tools.Cockroach != "" {
-		network, addr = "tcp", fmt.Sprintf("127.0.0.1:%d", p.cockroachPort())
+		network, addr = "tcp", fmt.Sprintf("127.0.0.1:%d", p.fleet.cockroachPort())
 	}
 	conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
 	if err != nil {
@@ -93,7 +101,10 @@ func (p *parts) initDatabase(ctx context.Context) error {
 		return err
 	}
 	if p.tools.Cockroach != "" {
-		return os.MkdirAll(p.data("db"), 0o700)
+		if err := os.MkdirAll(p.data("db"), 0o700); err != nil {
+			return err
+		}
+		return p.makeCockroachCerts(ctx)
 	}
 	if _, err := os.Stat(p.data("db", "PG_VERSION")); err == nil {
 		return nil
@@ -118,6 +129,31 @@ func (p *parts) initDatabase(ctx context.Context) error {
 	return p.once(ctx, c)
 }
 
+func (p *parts) cockroachCerts() string { return p.data("pki", "database") }
+
+// makeCockroachCerts makes an authority, the server's certificate and root's, once:
+// half of them from an interrupted first start are made anew.
+func (p *parts) makeCockroachCerts(ctx context.Context) error {
+	dir := p.cockroachCerts()
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	half := dir + ".new"
+	if err := errors.Join(os.RemoveAll(half), os.MkdirAll(half, 0o700)); err != nil {
+		return err
+	}
+	for _, args := range [][]string{{"create-ca"}, {"create-node", "127.0.0.1", "localhost"}, {"create-client", "root"}} {
+		err := p.once(ctx, Command{
+			Name: "database certificates", Path: p.tools.Cockroach, LogFile: p.logFile("database-certificates"),
+			Args: append(append([]string{"cert"}, args...), "--certs-dir="+half, "--ca-key="+filepath.Join(half, "ca.key")),
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return os.Rename(half, dir)
+}
+
 // createDatabase makes CockroachDB's database, which is part of no initialisation.
 func (p *parts) createDatabase(ctx context.Context) error {
 	if p.tools.Cockroach == "" {
@@ -125,7 +161,7 @@ func (p *parts) createDatabase(ctx context.Context) error {
 	}
 	return p.once(ctx, Command{
 		Name: "createdb", Path: p.tools.Cockroach, LogFile: p.logFile("createdb"),
-		Args: []string{"sql", "--insecure", fmt.Sprintf("--host=127.0.0.1:%d", p.cockroachPort()), "-e", "CREATE DATABASE IF NOT EXISTS portolan"},
+		Args: []string{"sql", "--certs-dir=" + p.cockroachCerts(), fmt.Sprintf("--host=127.0.0.1:%d", p.fleet.cockroachPort()), "-e", "CREATE DATABASE IF NOT EXISTS portolan"},
 	})
 }
 
@@ -254,7 +290,7 @@ func (p *parts) tokenFile(name string) string { return p.data("tokens", name) }
 // node gives containerd, warden and agent of a node, in the order of their start.
 func (p *parts) node(i, j int) ([]Command, error) {
 	c, n := p.fleet.Clusters[i], p.fleet.Clusters[i].Nodes[j]
-	ns, runDir, dataDir := p.names.nodeNS(i, j), p.run(n.Name), p.data("nodes", n.Name)
+	ns, runDir, dataDir := p.names.nodeNS(i, j), p.run(n.Name), p.data(nodesDir, n.Name)
 	ctrSock := filepath.Join(runDir, "containerd.sock")
 	group := p.dirs.cgroup() + "/" + n.Name
 	if err := p.containerdConfig(n.Name, group); err != nil {
@@ -268,7 +304,7 @@ func (p *parts) node(i, j int) ([]Command, error) {
 	err := writeYAML(file, m{
 		"node": n.Name, "dataDir": dataDir, "runDir": runDir, "address": p.fleet.NodeAddr(i, j).String(),
 		"cluster":    m{"serverName": "cluster." + c.Name + "." + p.fleet.Name, "addresses": []string{fmt.Sprintf("%s:7450", p.fleet.ClusterAddr(i))}, "tokenFile": p.tokenFile(n.Name)},
-		"containerd": m{"address": ctrSock, "namespace": "portolan", "runcRoot": filepath.Join(runDir, "runc"), "cgroupParent": group + "/replicas"},
+		"containerd": m{"address": ctrSock, "namespace": "portolan", "runc": p.tools.Runc, "runcRoot": filepath.Join(runDir, "runc"), "cgroupParent": group + "/replicas"},
 		"envoy":      p.tools.Envoy, "registries": m{"hosts": p.registryHost(i)}, "labels": labels,
 		"capacity": m{"cpu": n.CPU, "memory": n.Memory}, "logLevel": "info",
 	})
@@ -279,12 +315,21 @@ func (p *parts) node(i, j int) ([]Command, error) {
 		name := n.Name + "/" + part
 		return Command{Name: name, NS: ns, Path: path, Args: args, LogFile: p.logFile(name), Address: p.fleet.NodeAddr(i, j).String(), Health: health}
 	}
+	ctr := mk("containerd", p.tools.Containerd, socketHealth(ctrSock), "--config", p.data("config", n.Name+"-containerd.toml"))
+	// Its shim comes from the same place as itself, whatever else PATH has.
+	ctr.Env = []string{"PATH=" + strings.Join([]string{filepath.Dir(p.tools.Containerd), filepath.Dir(p.tools.Runc), os.Getenv("PATH")}, ":")}
 	return []Command{
-		mk("containerd", p.tools.Containerd, unixHealth(ctrSock), "--config", p.data("config", n.Name+"-containerd.toml")),
-		mk("warden", p.tools.Node, unixHealth(filepath.Join(runDir, "warden.sock")), "warden", "--config", file),
-		mk("agent", p.tools.Node, nil, "agent", "--config", file),
+		ctr,
+		mk("warden", "setpriv", socketHealth(filepath.Join(runDir, "warden.sock")),
+			"--bounding-set=-all,+"+strings.Join(wardenCapabilities, ",+"), "--inh-caps=-all", "--", p.tools.Node, "warden", "--config", file),
+		mk("agent", p.tools.Node, socketHealth(filepath.Join(runDir, "agent.sock")), "agent", "--config", file),
 	}, nil
 }
+
+// wardenCapabilities are all that a warden needs of root's: sockets that belong to
+// other users, DNS's port, and replicas' network namespaces. The chart gives the
+// same; here it is seen to be enough.
+var wardenCapabilities = []string{"chown", "dac_override", "fowner", "net_admin", "net_bind_service", "sys_admin"}
 
 func (p *parts) containerdConfig(node, group string) error {
 	toml := fmt.Sprintf(`version = 2
@@ -298,7 +343,7 @@ required_plugins = ["io.containerd.grpc.v1.tasks", "io.containerd.snapshotter.v1
   address = %q
 [cgroup]
   path = %q
-`, p.data("nodes", node, "containerd"), p.run(node, "containerd"), p.run(node, "containerd.sock"), p.run(node, "containerd.sock.ttrpc"), group+"/containerd")
+`, p.data(nodesDir, node, "containerd"), p.run(node, "containerd"), p.run(node, "containerd.sock"), p.run(node, "containerd.sock.ttrpc"), group+"/containerd")
 	if err := os.MkdirAll(p.run(node), 0o700); err != nil {
 		return err
 	}
@@ -324,12 +369,9 @@ func socketHealth(sock string) func(context.Context) error {
 	}
 }
 
-func unixHealth(sock string) func(context.Context) error { return dialHealth("unix", sock) }
-func tcpHealth(addr string) func(context.Context) error  { return dialHealth("tcp", addr) }
-
-func dialHealth(network, addr string) func(context.Context) error {
+func tcpHealth(addr string) func(context.Context) error {
 	return func(ctx context.Context) error {
-		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, network, addr)
+		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", addr)
 		if err != nil {
 			return err
 		}

@@ -119,7 +119,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 
 // lock makes sure that one supervisor has the data folder.
 func (s *Supervisor) lock() (func(), error) {
-	if err := os.MkdirAll(s.cfg.Dirs.Data, 0o711); err != nil {
+	if err := Claim(s.cfg.Dirs); err != nil {
 		return nil, err
 	}
 	f, err := os.OpenFile(filepath.Join(s.cfg.Dirs.Data, "lock"), os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o600)

@@ -37,7 +37,12 @@ func FindTools() (Tools, error) {
 			if _, err := os.Stat(p); err != nil {
 				errs = append(errs, fmt.Errorf("%s=%s: no such file", env, p))
 			}
-			*dst = p
+			// Others use it from a folder of theirs.
+			abs, err := filepath.Abs(p)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s=%s: %w", env, p, err))
+			}
+			*dst = abs
 			return
 		}
 		// Beside the binary, or where `make tools` of the same checkout puts things.
@@ -114,7 +119,7 @@ func (t *Tools) findDatabase() error {
 
 // Check says everything that stands in the way of starting, before anything is
 // touched.
-func Check(ctx context.Context, f *Fleet, d Dirs) error {
+func Check(ctx context.Context, f *Fleet, d Dirs, t Tools) error {
 	if os.Geteuid() != 0 {
 		return errors.New("a local fleet makes network namespaces and containers: run it as root (sudo)")
 	}
@@ -122,6 +127,9 @@ func Check(ctx context.Context, f *Fleet, d Dirs) error {
 	ports := map[int]string{f.RegistryPort: "registryPort", f.IngressPort: "ingressPort"}
 	for r := range f.Replicas {
 		ports[f.FederationPort+r] = "federationPort"
+	}
+	if t.Cockroach != "" {
+		ports[f.cockroachPort()], ports[f.cockroachPort()+1] = "federationPort (CockroachDB listens 50 above it)", "federationPort (CockroachDB's console is 51 above it)"
 	}
 	for port, field := range ports {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))

@@ -215,17 +215,8 @@ func (s *Supervisor) startNodes(ctx context.Context, cc grpc.ClientConnInterface
 			if err != nil {
 				return err
 			}
-			if _, err := os.Stat(s.parts.data("nodes", n.Name, "agent", "chain.pem")); err != nil {
-				err := retry(ctx, 30*time.Second, "a join token for node "+n.Name, func(ctx context.Context) error {
-					t, err := clusters.CreateNodeJoinToken(ctx, &portolanv1.CreateNodeJoinTokenRequest{Cluster: api.ClusterName(c.Name), Node: n.Name})
-					if err != nil {
-						return err
-					}
-					return os.WriteFile(s.parts.tokenFile(n.Name), []byte(t.GetToken()), 0o600)
-				})
-				if err != nil {
-					return err
-				}
+			if err := s.nodeToken(ctx, clusters, c.Name, n.Name); err != nil {
+				return err
 			}
 			for _, cmd := range cmds {
 				s.launch(ctx, cmd)
@@ -254,6 +245,19 @@ func (s *Supervisor) startNodes(ctx context.Context, cc grpc.ClientConnInterface
 		}
 	}
 	return nil
+}
+
+// nodeToken writes a fresh join token, also for a node that has joined: its
+// certificate lives for two days, and a fleet may lie still for longer. A node
+// that has a valid one does not look at the token.
+func (s *Supervisor) nodeToken(ctx context.Context, clusters portolanv1.ClusterServiceClient, cluster, node string) error {
+	return retry(ctx, 30*time.Second, "a join token for node "+node, func(ctx context.Context) error {
+		t, err := clusters.CreateNodeJoinToken(ctx, &portolanv1.CreateNodeJoinTokenRequest{Cluster: api.ClusterName(cluster), Node: node})
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(s.parts.tokenFile(node), []byte(t.GetToken()), 0o600)
+	})
 }
 
 func (s *Supervisor) apply(ctx context.Context) error {

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -242,9 +243,36 @@ func TestReopenAndMisuse(t *testing.T) {
 		t.Fatal(err)
 	}
 	try("a renamed blob", Config{TrustDomain: "us-east.portolan.internal", Storage: moved, SealKey: key}, "does not open")
-	info, err := os.Stat(filepath.Join(dir, "authority%2F"+domain+".sealed"))
+	info, err := os.Stat(filepath.Join(dir, "authority_2F"+domain+".sealed"))
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v %v", info, err)
+	}
+}
+
+// A folder can become a Secret whose keys are its files' names; one from before
+// that still opens, and is not made anew beside.
+func TestFileNamesAreKeysOfASecret(t *testing.T) {
+	dir := t.TempDir()
+	st := DirStorage(dir)
+	a := open(t, domain, st, time.Now)
+	legal := regexp.MustCompile(`^[-._a-zA-Z0-9]+$`)
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) != 1 || !legal.MatchString(files[0].Name()) {
+		t.Fatalf("files %v, %v", files, err)
+	}
+	for _, key := range []string{"a/b", "a_2Fb", "a.b", "ä%"} {
+		if err := st.SaveBlob(t.Context(), key, []byte(key), true); err != nil {
+			t.Errorf("%q collides: %v", key, err)
+		}
+	}
+	if err := os.Rename(filepath.Join(dir, files[0].Name()), filepath.Join(dir, "authority%2F"+domain+".sealed")); err != nil {
+		t.Fatal(err)
+	}
+	if b := open(t, domain, st, time.Now); !bytes.Equal(a.Bundle(), b.Bundle()) {
+		t.Error("the authority under its old name was not taken")
+	}
+	if err := st.SaveBlob(t.Context(), "authority/"+domain, []byte("x"), true); api.KindOf(err) != api.Exists {
+		t.Errorf("made beside the old one: %v", err)
 	}
 }
 
@@ -286,6 +314,24 @@ func TestSealKeyFile(t *testing.T) {
 	}
 	if _, err := LoadOrCreateSealKey(file); err == nil || !strings.Contains(err.Error(), "chmod 600") {
 		t.Errorf("a readable key file: %v", err)
+	}
+	// What a kubelet makes of a Secret's file of mode 0400 in a pod with an fsGroup.
+	if err := os.Chmod(file, 0o440); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := LoadOrCreateSealKey(file); err != nil || !bytes.Equal(a, b) {
+		t.Errorf("a key file for our group: %v", err)
+	}
+	if os.Getuid() == 0 {
+		if err := os.Chown(file, 0, 54321); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := LoadOrCreateSealKey(file); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+			t.Errorf("a key file for a foreign group: %v", err)
+		}
+	}
+	if err := os.Chmod(file, 0o600); err != nil {
+		t.Fatal(err)
 	}
 	if err := os.WriteFile(file, []byte("short"), 0o600); err != nil {
 		t.Fatal(err)

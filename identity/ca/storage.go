@@ -5,11 +5,14 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/portolan-io/portolan/federation/api"
 )
@@ -23,17 +26,46 @@ type Storage interface {
 }
 
 // DirStorage keeps each blob as a file of mode 0600 in dir, which is made with
-// mode 0700 at the first write. Files appear whole or not at all.
+// mode 0700 at the first write. Files appear whole or not at all. Their names are
+// legal keys of a Kubernetes Secret (letters, digits, "-", "_", "."), so that a
+// Secret made of the folder can be mounted as the folder.
 func DirStorage(dir string) Storage { return dirStorage(dir) }
 
 type dirStorage string
 
 func (d dirStorage) path(key string) string {
-	return filepath.Join(string(d), url.PathEscape(key)+".sealed")
+	return filepath.Join(string(d), fileName(key)+".sealed")
+}
+
+// oldPath is what files were called before names had to be a Secret's keys: with
+// a "%", which no name of today has; empty for a key that was always legal.
+func (d dirStorage) oldPath(key string) string {
+	name := url.PathEscape(key)
+	if !strings.Contains(name, "%") {
+		return ""
+	}
+	return filepath.Join(string(d), name+".sealed")
+}
+
+// fileName escapes all but letters, digits, "-" and "." as "_" and two hex digits.
+func fileName(key string) string {
+	var b strings.Builder
+	for _, c := range []byte(key) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '-', c == '.':
+			b.WriteByte(c)
+		default:
+			fmt.Fprintf(&b, "_%02X", c)
+		}
+	}
+	return b.String()
 }
 
 func (d dirStorage) LoadBlob(_ context.Context, key string) ([]byte, error) {
 	b, err := os.ReadFile(d.path(key))
+	if old := d.oldPath(key); old != "" && errors.Is(err, fs.ErrNotExist) {
+		b, err = os.ReadFile(old)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, api.E(api.NotFound, "load "+key, "no such file in %s", string(d))
 	}
@@ -47,6 +79,11 @@ func (d dirStorage) SaveBlob(_ context.Context, key string, data []byte, create 
 	if err := os.MkdirAll(string(d), 0o700); err != nil {
 		return api.E(api.Internal, "save "+key, "%w", err)
 	}
+	if old := d.oldPath(key); old != "" && create {
+		if _, err := os.Lstat(old); err == nil {
+			return api.E(api.Exists, "save "+key, "already in %s", string(d))
+		}
+	}
 	if err := writeFile(d.path(key), data, create); err != nil {
 		if errors.Is(err, fs.ErrExist) {
 			return api.E(api.Exists, "save "+key, "already in %s", string(d))
@@ -57,8 +94,9 @@ func (d dirStorage) SaveBlob(_ context.Context, key string, data []byte, create 
 }
 
 // LoadOrCreateSealKey reads a sealing key (32 bytes in hex), or makes one. The
-// file must be readable by its owner alone; it belongs outside the store that
-// holds what it seals.
+// file must be readable by its owner alone, or, as Kubernetes mounts a Secret for
+// a pod with an fsGroup, have mode 0440 and a group of this process's. It belongs
+// outside the store that holds what it seals.
 func LoadOrCreateSealKey(file string) ([]byte, error) {
 	doing := "read sealing key " + file
 	for {
@@ -80,7 +118,7 @@ func LoadOrCreateSealKey(file string) ([]byte, error) {
 			return key, nil
 		case err != nil:
 			return nil, api.E(api.Internal, doing, "%w", err)
-		case info.Mode().Perm()&0o077 != 0:
+		case info.Mode().Perm()&0o077 != 0 && !ownGroupReads(info):
 			return nil, api.E(api.Precondition, doing, "mode %#o lets others read it: chmod 600 it, and consider the key known", info.Mode().Perm())
 		}
 		text, err := os.ReadFile(file)
@@ -93,6 +131,20 @@ func LoadOrCreateSealKey(file string) ([]byte, error) {
 		}
 		return key, nil
 	}
+}
+
+// ownGroupReads: nobody may write the file, and of others only a group reads it in
+// which this process is.
+func ownGroupReads(info fs.FileInfo) bool {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || info.Mode().Perm() != 0o440 {
+		return false
+	}
+	if int(st.Gid) == os.Getegid() {
+		return true
+	}
+	groups, err := os.Getgroups()
+	return err == nil && slices.Contains(groups, int(st.Gid))
 }
 
 // writeFile makes the file appear whole, with mode 0600; with create it fails

@@ -129,6 +129,12 @@ var errMismatch = api.E(api.Invalid, "take an identity", "the certificate is not
 // NotAfter is when it expires.
 func (i *Identity) NotAfter() time.Time { return i.Chain[0].NotAfter }
 
+// After is the moment when a share of the certificate's life is over.
+func (i *Identity) After(share float64) time.Time {
+	leaf := i.Chain[0]
+	return leaf.NotBefore.Add(time.Duration(float64(leaf.NotAfter.Sub(leaf.NotBefore)) * share))
+}
+
 // TLS gives the form that crypto/tls takes.
 func (i *Identity) TLS() *tls.Certificate { return i.tls }
 
@@ -230,13 +236,11 @@ func (s *Source) Install(id *Identity) error {
 }
 
 func (s *Source) set(id *Identity) {
-	leaf := id.Chain[0]
-	life := leaf.NotAfter.Sub(leaf.NotBefore)
 	share := s.cfg.RenewAt - s.cfg.Jitter*s.cfg.Rand()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.cur = id
-	s.renewAt = leaf.NotBefore.Add(time.Duration(float64(life) * share))
+	s.renewAt = id.After(share)
 	close(s.changed)
 	s.changed = make(chan struct{})
 }

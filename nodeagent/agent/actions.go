@@ -221,6 +221,7 @@ func (r *runner) spec(as *nodev1.Assignment, c *portolanv1.Container, attempt in
 		NetNS: at.NetNS, Mounts: r.mounts(at), Tmpfs: c.GetTmpfs(), TmpfsBytes: tmpfsBytes,
 		CPUMilli: l.cpu, CPURequest: l.request, MemoryBytes: l.memory, Pids: l.pids,
 		CgroupParent: r.a.cfg.CgroupParent, LogPath: r.a.logPath(r.id, name, attempt), Group: r.id,
+		AddCapabilities: capabilities(c),
 	}
 	if u := c.GetRunAsUser(); u != 0 {
 		uid, gid := uint32(u), uint32(c.GetRunAsGroup())
@@ -229,10 +230,16 @@ func (r *runner) spec(as *nodev1.Assignment, c *portolanv1.Container, attempt in
 		}
 		spec.UID, spec.GID = &uid, &gid
 	}
-	for _, cp := range c.GetAddCapabilities() {
-		spec.AddCapabilities = append(spec.AddCapabilities, "CAP_"+strings.TrimPrefix(cp, "CAP_"))
-	}
 	return spec, nil
+}
+
+// capabilities in the kernel's names.
+func capabilities(c *portolanv1.Container) []string {
+	var out []string
+	for _, name := range c.GetAddCapabilities() {
+		out = append(out, "CAP_"+strings.TrimPrefix(name, "CAP_"))
+	}
+	return out
 }
 
 // env is the user's, and before it what every replica is told of itself.

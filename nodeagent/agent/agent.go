@@ -14,7 +14,9 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/portolan-io/portolan/federation/api/nodev1"
+	"github.com/portolan-io/portolan/identity/source"
 	"github.com/portolan-io/portolan/nodeagent/engine"
+	"github.com/portolan-io/portolan/nodeagent/proxy/socket"
 	"github.com/portolan-io/portolan/nodeagent/task"
 	"github.com/portolan-io/portolan/xds/distribute"
 )
@@ -27,8 +29,8 @@ type Agent struct {
 	log     *slog.Logger
 	session int64 // start time in ns; fences older senders
 	board   *board
-	self    *self
-	wake    chan struct{} // wakes the warden; capacity 1
+	self    *source.Source // the node's own identity, in memory and on disk
+	wake    chan struct{}  // wakes the warden; capacity 1
 
 	mu      sync.Mutex
 	ctx     context.Context //nolint:containedctx // Run's; runners made later live as long
@@ -62,8 +64,11 @@ func New(cfg Config) (*Agent, error) {
 		serving: map[string]*nodev1.WardenProxy{},
 	}
 	a.board = newBoard(cfg.Facts)
-	a.self = newSelf(cfg.Node, filepath.Join(cfg.DataDir, "agent"))
-	return a, nil
+	var err error
+	a.self, err = source.New(source.Config{
+		Dir: a.path("agent"), Fetch: a.renewal, RenewAt: renewAt, Jitter: renewJitter, Rand: cfg.Rand, Log: cfg.Log,
+	})
+	return a, err
 }
 
 func (a *Agent) path(parts ...string) string {
@@ -78,8 +83,14 @@ func (a *Agent) runPath(parts ...string) string {
 // returns nil and leaves containers and proxies running.
 func (a *Agent) Run(ctx context.Context) error {
 	a.session = time.Now().UnixNano()
-	for _, d := range []string{a.path("agent", "tasks"), a.path("logs"), a.runPath("identity"), a.runPath("workload"), a.runPath("proxies")} {
+	for _, d := range []string{a.path("agent", "tasks"), a.path("logs"), a.runPath("proxies")} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
+			return err
+		}
+	}
+	// Keys, and sockets that give keys away to whoever opens them.
+	for _, d := range []string{a.runPath("identity"), a.runPath("workload")} {
+		if err := socket.PrivateDir(d); err != nil {
 			return err
 		}
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api/nodev1"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/identity/source"
 	"github.com/portolan-io/portolan/nodeagent/engine/enginetest"
 )
 
@@ -44,6 +45,12 @@ func TestStartToReady(t *testing.T) {
 			info, err := os.Stat(filepath.Join(w.dir, f))
 			if err != nil || info.Mode().Perm() != 0o600 {
 				t.Errorf("%s: %v, %v", f, info, err)
+			}
+		}
+		for _, d := range []string{"run/identity", "run/workload"} {
+			info, err := os.Stat(filepath.Join(w.dir, d))
+			if err != nil || info.Mode().Perm() != 0o700 {
+				t.Errorf("%s: %v, %v; others may reach keys", d, info, err)
 			}
 		}
 		w.until("routes to the peer", time.Second, func() bool { return len(w.network.RoutesNow()) == 1 })
@@ -420,6 +427,7 @@ func TestRefusedAndStale(t *testing.T) {
 			func(a *nodev1.Assignment) { a.Allocation = "../../etc" },
 			func(a *nodev1.Assignment) { a.Spec.Containers[0].ResolvedImage = "registry.test/app:latest" },
 			func(a *nodev1.Assignment) { a.Spec.Containers[0].RunAsUser = 14010 },
+			func(a *nodev1.Assignment) { a.Spec.Containers[0].AddCapabilities = []string{"SETUID"} },
 			func(a *nodev1.Assignment) { a.Address = "here" },
 			func(a *nodev1.Assignment) { a.Spec = nil },
 			func(a *nodev1.Assignment) { a.Spec.Gateway = portolanv1.GatewayKind_GATEWAY_KIND_INGRESS },
@@ -438,8 +446,8 @@ func TestRefusedAndStale(t *testing.T) {
 		}
 		w.cluster.mu.Unlock()
 		st, ok := w.cluster.cache.Status("n1")
-		if !ok || len(st.Nacks) != 6 {
-			t.Errorf("%d of 6 bad resources are named as refused: %+v", len(st.Nacks), st.Nacks)
+		if !ok || len(st.Nacks) != 7 {
+			t.Errorf("%d of 7 bad resources are named as refused: %+v", len(st.Nacks), st.Nacks)
 		}
 		stale := assignment("w-aaaaa", "sleep")
 		stale.Epoch, stale.Stop = 4, true
@@ -449,6 +457,79 @@ func TestRefusedAndStale(t *testing.T) {
 		if s := w.status("w-aaaaa"); !s.GetReady() || s.GetEpoch() != 5 {
 			t.Errorf("status %v", s)
 		}
+	})
+}
+
+// An agent killed between the renames of a renewal has an identity when it comes
+// back: its token is spent, so it could get no other.
+func TestRenewalCutShort(t *testing.T) {
+	inWorld(t, func(w *world) {
+		_, kill := w.agent()
+		w.assign(assignment("w-aaaaa", "sleep"))
+		w.ready("w-aaaaa")
+		kill()
+		for _, c := range []struct{ dir, path string }{{"data/agent", "/node/n1"}, {"run/identity/w-aaaaa", "/tenant/t/workload/w-aaaaa"}} {
+			dir := filepath.Join(w.dir, c.dir)
+			old, err := os.ReadFile(filepath.Join(dir, "key.pem"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			key, csr, err := source.NewCSR()
+			if err != nil {
+				t.Fatal(err)
+			}
+			chain, err := w.cluster.issue(csr, c.path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			id, err := source.NewIdentity(key, chain, w.cluster.bundle())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := source.WriteDir(dir, id); err != nil {
+				t.Fatal(err)
+			}
+			// As before the last rename: the chain is new, its key still the next one.
+			if err := os.Rename(filepath.Join(dir, "key.pem"), filepath.Join(dir, "next-key.pem")); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(dir, "key.pem"), old, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.tune = func(c *Config) { c.Token = func() (string, error) { return "", errors.New("the token is spent") } }
+		w.agent()
+		w.cluster.mu.Lock()
+		before := len(w.cluster.reports)
+		w.cluster.mu.Unlock()
+		w.until("the node is back", 10*time.Second, func() bool {
+			w.cluster.mu.Lock()
+			defer w.cluster.mu.Unlock()
+			return len(w.cluster.reports) > before
+		})
+		w.ready("w-aaaaa")
+		if w.cluster.joins != 1 || len(w.cluster.signed) != 1 {
+			t.Errorf("joins %d, signed %v: an identity was lost", w.cluster.joins, w.cluster.signed)
+		}
+	})
+}
+
+// After days of rest the certificate has ended: the node joins anew with the token
+// that it is given then.
+func TestJoinsAnewWhenTheCertificateEnded(t *testing.T) {
+	inWorld(t, func(w *world) {
+		_, kill := w.agent()
+		w.assign(assignment("w-aaaaa", "sleep"))
+		w.ready("w-aaaaa")
+		kill()
+		<-time.After(3 * 24 * time.Hour)
+		w.agent()
+		w.until("it joined again", time.Minute, func() bool {
+			w.cluster.mu.Lock()
+			defer w.cluster.mu.Unlock()
+			return w.cluster.joins == 2
+		})
+		w.ready("w-aaaaa")
 	})
 }
 

@@ -313,7 +313,7 @@ func newCluster(t testing.TB) *cluster {
 	}
 	tmpl := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
+		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 	if err != nil {
@@ -385,7 +385,7 @@ func (c *cluster) issue(csrDER []byte, path string) ([][]byte, error) {
 	defer c.mu.Unlock()
 	c.serial++
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber: big.NewInt(c.serial), NotBefore: time.Now(), NotAfter: time.Now().Add(c.life),
+		SerialNumber: big.NewInt(c.serial), NotBefore: time.Now(), NotAfter: time.Now().Add(c.life), KeyUsage: x509.KeyUsageDigitalSignature,
 		URIs: []*url.URL{{Scheme: "spiffe", Host: "eu.portolan.internal", Path: path}},
 	}, c.root, csr.PublicKey, c.key)
 	return [][]byte{der}, err

@@ -37,7 +37,7 @@ func (a *Agent) linkLoop(ctx context.Context) {
 }
 
 func (a *Agent) linkOnce(ctx context.Context) error {
-	conn, err := a.cfg.Upstream.Dial(ctx, a.self.credentials())
+	conn, err := a.cfg.Upstream.Dial(ctx, a.credentials())
 	if err != nil {
 		return fmt.Errorf("dial: %w", err)
 	}

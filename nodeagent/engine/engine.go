@@ -9,8 +9,29 @@ package engine
 import (
 	"context"
 	"io"
+	"slices"
+	"strings"
 	"time"
+
+	"github.com/portolan-io/portolan/federation/api"
 )
+
+// addable are the capabilities that a container may have, on top of none.
+// SETUID and SETGID are not among them: with either, a workload could take the
+// proxy's reserved user, whose traffic is not captured, and so leave the mesh.
+var addable = []string{"CAP_CHOWN", "CAP_NET_BIND_SERVICE"}
+
+// CheckCapabilities refuses, as api.Invalid, what Spec.AddCapabilities may not
+// name. Every engine asks it in Create, whatever was admitted above: what was
+// allowed once may be running from disk.
+func CheckCapabilities(names []string) error {
+	for _, name := range names {
+		if !slices.Contains(addable, name) {
+			return api.E(api.Invalid, "check capabilities", "%q may not be added; only %s may", name, strings.Join(addable, ", "))
+		}
+	}
+	return nil
+}
 
 // Image is a pulled and unpacked image.
 type Image struct {
@@ -40,8 +61,9 @@ type Spec struct {
 	WorkingDir string
 	Hostname   string
 	// UID and GID; both nil mean the image's user.
-	UID, GID        *uint32
-	AddCapabilities []string // "CAP_NET_BIND_SERVICE"
+	UID, GID *uint32
+	// AddCapabilities, as "CAP_NET_BIND_SERVICE"; see CheckCapabilities.
+	AddCapabilities []string
 	// NetNS is the path of the replica's network namespace.
 	NetNS string
 	// Mounts are binds from the node, e.g. resolv.conf's directory.

@@ -140,10 +140,14 @@ func (w *Warden) ensureWorkloadAPI(ctx context.Context, r *replica) error {
 		r.workload.end()
 		r.workload = nil
 	}
+	// Whoever opens the socket gets the replica's key. Only its own containers have
+	// the directory bound, and nobody else but root gets past the one above.
+	if err := w.cfg.privateDir(filepath.Join(w.cfg.RunDir, "workload")); err != nil {
+		return err
+	}
 	if err := w.cfg.mkdir(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	// Only the replica's own containers have the directory bound.
 	l, err := w.cfg.Listen(path, 0, 0, 0o666)
 	if err != nil {
 		return err

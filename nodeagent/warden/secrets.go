@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -16,6 +15,7 @@ import (
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 
 	"github.com/portolan-io/portolan/federation/api/linkv1"
+	"github.com/portolan-io/portolan/identity/source"
 	"github.com/portolan-io/portolan/identity/workloadapi"
 	"github.com/portolan-io/portolan/nodeagent/proxy/socket"
 	"github.com/portolan-io/portolan/xds/distribute"
@@ -32,40 +32,34 @@ type keypair struct {
 	stamp string
 }
 
-// identityStamp is cheap to ask for often; empty when a file is missing.
+// identityStamp is cheap to ask for often; empty when there is no certificate.
+// Every rotation replaces the chain once, when its key is there already.
 func identityStamp(dir string) string {
-	var s strings.Builder
-	for _, name := range []string{"key.pem", "chain.pem"} {
-		st, err := os.Stat(filepath.Join(dir, name))
-		if err != nil {
-			return ""
-		}
-		fmt.Fprintf(&s, "%d/%d/%d ", st.ModTime().UnixNano(), st.Size(), socket.InodeOf(st))
+	st, err := os.Stat(filepath.Join(dir, "chain.pem"))
+	if err != nil {
+		return ""
 	}
-	return s.String()
+	return fmt.Sprintf("%d/%d/%d", st.ModTime().UnixNano(), st.Size(), socket.InodeOf(st))
 }
 
-// readIdentity reads key and chain and makes sure that they belong together:
-// the two files are renamed one after the other.
+// readIdentity reads key and chain as the agent stored them, a rotation that it
+// did not live to finish included.
 func readIdentity(dir, want string) (*keypair, error) {
-	k := &keypair{stamp: identityStamp(dir)}
-	var err error
-	if k.keyPEM, err = os.ReadFile(filepath.Join(dir, "key.pem")); err != nil {
-		return nil, fmt.Errorf("read identity: %w", err)
+	stamp := identityStamp(dir)
+	id, err := source.ReadDir(dir)
+	if err != nil {
+		return nil, err
 	}
-	if k.chainPEM, err = os.ReadFile(filepath.Join(dir, "chain.pem")); err != nil {
-		return nil, fmt.Errorf("read identity: %w", err)
+	if id.ID.String() != want {
+		return nil, fmt.Errorf("read identity: it is %s, not %s", id.ID, want)
 	}
-	cert, err := tls.X509KeyPair(k.chainPEM, k.keyPEM)
+	der, err := x509.MarshalPKCS8PrivateKey(id.Key)
 	if err != nil {
 		return nil, fmt.Errorf("read identity: %w", err)
 	}
-	if cert.Leaf == nil || len(cert.Leaf.URIs) != 1 {
-		return nil, fmt.Errorf("read identity: the certificate does not have exactly one URI")
-	}
-	k.cert, k.id = &cert, cert.Leaf.URIs[0].String()
-	if k.id != want {
-		return nil, fmt.Errorf("read identity: it is %s, not %s", k.id, want)
+	k := &keypair{cert: id.TLS(), id: want, stamp: stamp, keyPEM: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})}
+	for _, c := range id.RawChain() {
+		k.chainPEM = append(k.chainPEM, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c})...)
 	}
 	return k, nil
 }

@@ -119,6 +119,13 @@ func (c *Config) mkdir(dir string, mode os.FileMode) error {
 	return os.MkdirAll(dir, mode)
 }
 
+func (c *Config) privateDir(dir string) error {
+	if !c.onDisk {
+		return nil
+	}
+	return socket.PrivateDir(dir)
+}
+
 // cleanup removes a socket's file, and its directory when nothing else is in it.
 func (c *Config) cleanup(path string) {
 	if !c.onDisk {

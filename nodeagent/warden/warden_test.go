@@ -4,6 +4,8 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -26,6 +28,50 @@ import (
 func TestReservedNumbersAgree(t *testing.T) {
 	if proxy.UID != network.ProxyUID || proxy.GID != network.ProxyGID {
 		t.Error("the proxies' user differs between proxy and network")
+	}
+}
+
+// A replica's Workload API hands its key to whoever connects: another user of the
+// machine must not get as far as the socket, the container's user must.
+func TestWorkloadSocketIsOutOfReach(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("missing: root, to look as another user")
+	}
+	dir := t.TempDir()
+	for d := dir; d != os.TempDir(); d = filepath.Dir(d) {
+		if err := os.Chmod(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// As an earlier version left it.
+	if err := os.MkdirAll(filepath.Join(dir, "run", "workload"), 0o711); err != nil {
+		t.Fatal(err)
+	}
+	w, err := New(Config{
+		Node: "n1", DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run"), Compile: compileLines,
+		Active: func(context.Context, string) (map[string]map[string]string, error) { return nil, nil },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &replica{allocation: "api-1", assignment: &nodev1.Assignment{Allocation: "api-1"}}
+	if err := w.ensureWorkloadAPI(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	defer r.workload.end()
+	sees := func(path string) bool {
+		return exec.CommandContext(t.Context(), "setpriv", "--reuid=1234", "--regid=1234", "--clear-groups", "test", "-w", path).Run() == nil
+	}
+	if path := filepath.Join(dir, "run", "workload", "api-1", "workload.sock"); sees(path) {
+		t.Errorf("another user can write to %s", path)
+	}
+	// What a bind mount shows of it, the way above left out.
+	bound := filepath.Join(dir, "bound")
+	if err := os.Rename(filepath.Join(dir, "run", "workload", "api-1"), bound); err != nil {
+		t.Fatal(err)
+	}
+	if !sees(filepath.Join(bound, "workload.sock")) {
+		t.Error("the container's user cannot write to its own socket")
 	}
 }
 

@@ -20,8 +20,9 @@ const (
 )
 
 // Authorize asks every guardrail bundle and every bundle of the callee's tenant;
-// all must allow, and without any bundle the answer is no. The first that refuses
-// says with what status, headers and body.
+// all must allow. A guardrail only takes away: where the callee's tenant has no
+// bundle the answer is no. The first that refuses says with what status, headers
+// and body.
 func (s *Set) Authorize(ctx context.Context, in policy.Network) policy.Decision {
 	guardrails, own := s.network[""], s.network[in.Destination.Tenant]
 	if in.Destination.Tenant == "" {
@@ -49,6 +50,9 @@ func (s *Set) Authorize(ctx context.Context, in policy.Network) policy.Decision 
 					return d
 				}
 			}
+		}
+		if len(own) == 0 {
+			return policy.Decision{Denials: []policy.Denial{{Rule: networkRule, Message: "no network policy of the callee's tenant applies"}}}
 		}
 		return policy.Decision{Allowed: true}
 	})

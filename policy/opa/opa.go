@@ -170,8 +170,8 @@ func compileBundle(b policy.Bundle, l Limits) (*program, []api.Violation) {
 	return compile(b, m)
 }
 
-// broken is a program that denies. One of an unknown kind denies both kinds of
-// decisions nothing: it is asked by none.
+// broken is a program that denies whatever it is asked. One of an unknown kind is
+// asked nothing.
 func broken(b policy.Bundle, vs []api.Violation) *program {
 	return &program{name: b.Name, kind: b.Kind, broken: fmt.Sprintf("the bundle is broken: %s", vs[0])}
 }

@@ -254,20 +254,21 @@ func TestLateIsDenied(t *testing.T) {
 }
 
 func TestTooManyEvaluationsAreDenied(t *testing.T) {
-	s := mustCompile(t, Limits{Concurrent: 2}, network("policyBundles/g", "allow := true"))
+	s := mustCompile(t, Limits{Concurrent: 2}, network("tenants/shop/policyBundles/g", "allow := true"))
+	in := policy.Network{Destination: policy.Peer{Tenant: "shop"}}
 	s.slots <- struct{}{}
 	s.slots <- struct{}{}
-	if d := s.Authorize(t.Context(), policy.Network{}); d.Allowed || !strings.Contains(d.Denials[0].Message, "too many") {
+	if d := s.Authorize(t.Context(), in); d.Allowed || !strings.Contains(d.Denials[0].Message, "too many") {
 		t.Errorf("%+v", d)
 	}
 	<-s.slots
-	if d := s.Authorize(t.Context(), policy.Network{}); !d.Allowed {
+	if d := s.Authorize(t.Context(), in); !d.Allowed {
 		t.Errorf("%+v", d)
 	}
 }
 
 func TestUpdateKeepsTheLastGood(t *testing.T) {
-	good, bad := network("policyBundles/g", "allow := true"), network("policyBundles/g", "allow := nonsense(")
+	good, bad := network("tenants/shop/policyBundles/g", "allow := true"), network("tenants/shop/policyBundles/g", "allow := nonsense(")
 	in := policy.Network{Destination: policy.Peer{Tenant: "shop"}}
 	s, faults := Update(nil, []policy.Bundle{good}, Limits{})
 	if len(faults) > 0 || !s.Authorize(t.Context(), in).Allowed {
@@ -319,13 +320,13 @@ func TestHeadersOfADenial(t *testing.T) {
 
 func TestConcurrentDecisions(t *testing.T) {
 	s := mustCompile(t, Limits{Deadline: 10 * time.Second, Concurrent: 1000}, admission("policyBundles/limits", "limits.rego", limitsRego),
-		network("policyBundles/n", `allow if input.source.workload == "web"`))
+		network("tenants/shop/policyBundles/n", `allow if input.source.workload == "web"`))
 	var wg sync.WaitGroup
 	for i := range 16 {
 		wg.Go(func() {
 			for range 20 {
 				from := []string{"web", "spy"}[i%2]
-				if d := s.Authorize(t.Context(), policy.Network{Source: policy.Peer{Workload: from}}); d.Allowed != (from == "web") {
+				if d := s.Authorize(t.Context(), policy.Network{Source: policy.Peer{Workload: from}, Destination: policy.Peer{Tenant: "shop"}}); d.Allowed != (from == "web") {
 					t.Errorf("%s: %+v", from, d)
 				}
 				if d := s.Admit(t.Context(), workload("tenants/a/workloads/b", map[string]any{"name": "x", "image": "i"})); len(d.Denials) != 1 {

@@ -8,7 +8,13 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/portolan-io/portolan/policy"
+	"github.com/portolan-io/portolan/policy/opa"
 )
+
+func runTests(t *testing.T, b policy.Bundle) opa.TestReport {
+	t.Helper()
+	return opa.RunTests(t.Context(), b, opa.Limits{})
+}
 
 // regoBlocks gives the Rego of a guide, in order.
 func regoBlocks(t *testing.T, file string) []string {
@@ -31,7 +37,7 @@ func TestTheGuideIsRight(t *testing.T) {
 	if len(blocks) != 4 {
 		t.Fatalf("%d blocks of Rego in the guide", len(blocks))
 	}
-	r := RunTests(t.Context(), policy.Bundle{Name: "tenants/shop/policyBundles/calls", Kind: "network", Files: map[string]string{"calls.rego": blocks[0], "calls_test.rego": blocks[1]}})
+	r := runTests(t, policy.Bundle{Name: "tenants/shop/policyBundles/calls", Kind: "network", Files: map[string]string{"calls.rego": blocks[0], "calls_test.rego": blocks[1]}})
 	if !r.OK() || len(r.Results) != 3 {
 		t.Fatalf("%+v", r)
 	}
@@ -40,10 +46,10 @@ func TestTheGuideIsRight(t *testing.T) {
 		t.Error(diff)
 	}
 	answer := "package portolan.network\n\n" + blocks[2] + "\ntoo_many if input.port == 1\n"
-	if r := RunTests(t.Context(), policy.Bundle{Name: "policyBundles/a", Kind: "network", Files: map[string]string{"a.rego": answer}}); !r.OK() {
+	if r := runTests(t, policy.Bundle{Name: "policyBundles/a", Kind: "network", Files: map[string]string{"a.rego": answer}}); !r.OK() {
 		t.Errorf("%+v", r)
 	}
-	if r := RunTests(t.Context(), policy.Bundle{Name: "policyBundles/memory", Kind: "admission", Files: map[string]string{"memory.rego": blocks[3]}}); !r.OK() {
+	if r := runTests(t, policy.Bundle{Name: "policyBundles/memory", Kind: "admission", Files: map[string]string{"memory.rego": blocks[3]}}); !r.OK() {
 		t.Errorf("%+v", r)
 	}
 }

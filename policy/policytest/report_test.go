@@ -7,8 +7,9 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/policy"
+	"github.com/portolan-io/portolan/policy/bundle"
+	"github.com/portolan-io/portolan/policy/opa"
 )
 
 func writeBundle(t *testing.T, files map[string]string) string {
@@ -28,21 +29,22 @@ func TestReportOfAFolder(t *testing.T) {
 		"policy_test.rego": "package portolan.network_test\n\nimport data.portolan.network\n\ntest_web if network.allow with input.source.workload as \"web\"\n\ntest_other if not network.allow with input.source.workload as \"spy\"\n",
 		"README.md":        "not a policy",
 	})
-	b, err := LoadDir(dir, "")
+	files, err := bundle.LoadDir(dir, bundle.Limits{})
+	b := policy.Bundle{Name: "policyBundles/local", Kind: opa.KindOf(files), Files: files}
 	if err != nil || b.Kind != "network" || len(b.Files) != 2 {
 		t.Fatalf("%+v %v", b, err)
 	}
-	r := RunTests(t.Context(), b)
+	r := runTests(t, b)
 	if !r.OK() || len(r.Results) != 2 || len(r.Files) != 1 {
 		t.Fatalf("%+v", r)
 	}
 	if !slices.Contains(r.Files[0].UncoveredLines, 9) || r.Percent >= 100 || slices.Contains(r.Files[0].UncoveredLines, 6) {
 		t.Errorf("%+v", r.Files[0])
 	}
-	if _, err := LoadDir(writeBundle(t, map[string]string{"a.rego": "package x"}), ""); api.KindOf(err) != api.Invalid {
-		t.Errorf("a folder without a decision: %v", err)
+	if files, err := bundle.LoadDir(writeBundle(t, map[string]string{"a.rego": "package x"}), bundle.Limits{}); err != nil || opa.KindOf(files) != "" {
+		t.Errorf("a folder without a decision is of kind %q, %v", opa.KindOf(files), err)
 	}
-	if r := RunTests(t.Context(), policy.Bundle{Name: "policyBundles/x", Kind: "network", Files: map[string]string{"a.rego": "package portolan.network\n\nallow if nope("}}); r.OK() || len(r.Violations) == 0 || r.Violations[0].Line != 3 {
+	if r := runTests(t, policy.Bundle{Name: "policyBundles/x", Kind: "network", Files: map[string]string{"a.rego": "package portolan.network\n\nallow if nope("}}); r.OK() || len(r.Violations) == 0 || r.Violations[0].Line != 3 {
 		t.Errorf("%+v", r)
 	}
 }
@@ -54,7 +56,7 @@ func (c constant) Authorize(context.Context, policy.Network) policy.Decision {
 }
 
 func TestDiffer(t *testing.T) {
-	a := openOPA(t, []policy.Bundle{network("policyBundles/g", "allow if input.source.workload == \"web\"")})
+	a := openOPA(t, []policy.Bundle{network("tenants/shop/policyBundles/n", "allow if input.source.workload == \"web\"")})
 	web, spy := Peer("eu-west", "shop", "web"), Peer("eu-west", "shop", "spy")
 	in := []policy.Network{Call(web, spy, "GET", "/a/b"), Call(spy, web, "GET", "/")}
 	Differ(t.Context(), t, a, a, in)

@@ -1,3 +1,8 @@
+// Package policytest holds the suite that every policy.Authorizer must pass, and a
+// differential check of two of them on the same inputs. It owns no engine and
+// never prints.
+//
+// Concurrency: functions only, safe for concurrent use.
 package policytest
 
 import (
@@ -67,7 +72,9 @@ func authorizerCases() []authorizerCase {
 	)
 	return []authorizerCase{
 		{name: "no bundle denies", in: call, status: 403},
-		{name: "guardrail alone allows", bundles: []policy.Bundle{network("policyBundles/g", all)}, in: call, allowed: true},
+		{name: "guardrail alone does not allow", bundles: []policy.Bundle{network("policyBundles/g", all)}, in: call, status: 403},
+		{name: "guardrail and another tenant's bundle do not allow", bundles: []policy.Bundle{network("policyBundles/g", all), network("tenants/other/policyBundles/n", all)}, in: call, status: 403},
+		{name: "guardrail and tenant allow", bundles: []policy.Bundle{network("policyBundles/g", all), network("tenants/shop/policyBundles/n", fromW)}, in: call, allowed: true},
 		{name: "tenant alone allows", bundles: []policy.Bundle{network("tenants/shop/policyBundles/n", fromW)}, in: call, allowed: true},
 		{name: "undefined denies", bundles: []policy.Bundle{network("policyBundles/g", fromW)}, in: Call(cart, web, "GET", "/"), status: 403, bundle: "policyBundles/g"},
 		{name: "guardrail denies over tenant", bundles: []policy.Bundle{network("policyBundles/g", none), network("tenants/shop/policyBundles/n", all)}, in: call, status: 403, bundle: "policyBundles/g"},
@@ -77,7 +84,7 @@ func authorizerCases() []authorizerCase {
 		{name: "another tenant's bundle does not allow", bundles: []policy.Bundle{network("tenants/other/policyBundles/n", all)}, in: call, status: 403},
 		{
 			name: "object allows", in: call, allowed: true,
-			bundles: []policy.Bundle{network("policyBundles/g", "allow := {\"allowed\": true}")},
+			bundles: []policy.Bundle{network("tenants/shop/policyBundles/n", "allow := {\"allowed\": true}")},
 		},
 		{
 			name: "object denies with its status", in: call, status: 429, bundle: "policyBundles/g",
@@ -86,10 +93,10 @@ func authorizerCases() []authorizerCase {
 		{name: "a string is no decision", bundles: []policy.Bundle{network("policyBundles/g", "allow := \"true\"")}, in: call, status: 403, bundle: "policyBundles/g"},
 		{
 			name: "attributes as in opa-envoy-plugin", in: call, allowed: true,
-			bundles: []policy.Bundle{network("policyBundles/g", "import input.attributes.request.http as http_request\nallow if {\n\thttp_request.method == \"GET\"\n\tinput.parsed_path[0] == \"items\"\n}")},
+			bundles: []policy.Bundle{network("tenants/shop/policyBundles/n", "import input.attributes.request.http as http_request\nallow if {\n\thttp_request.method == \"GET\"\n\tinput.parsed_path[0] == \"items\"\n}")},
 		},
 		{name: "tcp has no request", bundles: []policy.Bundle{network("policyBundles/g", "allow if input.attributes.request.http.method == \"GET\"")}, in: policy.Network{Source: web, Destination: cart, Protocol: "tcp", Port: 6379}, status: 403, bundle: "policyBundles/g"},
-		{name: "tcp by port", bundles: []policy.Bundle{network("policyBundles/g", "allow if {\n\tinput.protocol == \"tcp\"\n\tinput.port == 6379\n}")}, in: policy.Network{Source: web, Destination: cart, Protocol: "tcp", Port: 6379}, allowed: true},
+		{name: "tcp by port", bundles: []policy.Bundle{network("tenants/shop/policyBundles/n", "allow if {\n\tinput.protocol == \"tcp\"\n\tinput.port == 6379\n}")}, in: policy.Network{Source: web, Destination: cart, Protocol: "tcp", Port: 6379}, allowed: true},
 	}
 }
 

@@ -119,6 +119,7 @@ func (s *shop) serve(ctx context.Context) error {
 	mux.HandleFunc("GET /metrics", s.metrics)
 	mux.HandleFunc("POST /fail/liveness", s.failLiveness)
 	mux.HandleFunc("POST /eat", eat)
+	mux.HandleFunc("POST /log/{line}", s.say)
 	switch s.part {
 	case "web":
 		s.web(mux)
@@ -199,6 +200,11 @@ func eat(w http.ResponseWriter, _ *http.Request) {
 			}
 		}
 	}()
+}
+
+// say writes a line to the log, so that it can be looked for there.
+func (s *shop) say(_ http.ResponseWriter, r *http.Request) {
+	s.log.Info("said", "line", r.PathValue("line"))
 }
 
 type sightCount struct {

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 
@@ -21,8 +23,10 @@ import (
 // config is node.yaml. Unknown fields are refused, and ${NAME} in a value
 // comes from the environment.
 type config struct {
-	// Node is this machine's ID in its cluster.
-	Node string `json:"node"`
+	// Node is this machine's ID in its cluster. Where it is absent it is made of
+	// HostName, the machine's name in whatever form it has one.
+	Node     string `json:"node"`
+	HostName string `json:"hostName"`
 	// DataDir is durable; RunDir is a root-only tmpfs.
 	DataDir string `json:"dataDir"`
 	RunDir  string `json:"runDir"`
@@ -54,8 +58,10 @@ type clusterConfig struct {
 }
 
 type containerdConfig struct {
-	Address      string `json:"address"`
-	Namespace    string `json:"namespace"`
+	Address   string `json:"address"`
+	Namespace string `json:"namespace"`
+	// Runc is the runtime's binary; runc on containerd's PATH when absent.
+	Runc         string `json:"runc"`
 	RuncRoot     string `json:"runcRoot"`
 	CgroupParent string `json:"cgroupParent"`
 }
@@ -106,10 +112,31 @@ func (c *config) setDefaults() {
 			*s = v
 		}
 	}
+	set(&c.Node, nodeID(c.HostName))
 	set(&c.Containerd.Address, "/run/containerd/containerd.sock")
 	set(&c.Containerd.Namespace, "portolan")
+	set(&c.Containerd.CgroupParent, "/portolan")
 	set(&c.Envoy, "envoy")
 	set(&c.LogLevel, "info")
+}
+
+// nodeID makes an ID of a machine's name: what an ID may not hold becomes a dash.
+// One that is too long keeps its beginning and gets a hash of the whole, so that
+// two machines do not become one.
+func nodeID(host string) string {
+	const most, sum = 40, 8
+	id := strings.Trim(regexp.MustCompile(`[^a-z0-9]+`).ReplaceAllString(strings.ToLower(host), "-"), "-")
+	if id == "" {
+		return ""
+	}
+	if id[0] < 'a' {
+		id = "n-" + id
+	}
+	if len(id) > most {
+		whole := fmt.Sprintf("%x", sha256.Sum256([]byte(host)))
+		id = strings.TrimRight(id[:most-sum-1], "-") + "-" + whole[:sum]
+	}
+	return id
 }
 
 func (c *config) validate() error {

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"os"
 	"strings"
 	"testing"
 
+	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/configfile/configtest"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
@@ -94,5 +96,52 @@ func TestChartConfig(t *testing.T) {
 	}
 	if c.Node != "worker-1" || c.Address != "10.0.0.7" || c.Cluster.TokenFile != "/etc/portolan/tokens/worker-1" {
 		t.Errorf("config %+v", c)
+	}
+}
+
+// A Kubernetes node's name is a DNS name, which an ID is not.
+func TestNodeIDOfAHostName(t *testing.T) {
+	long := strings.Repeat("a-very-long-name.", 5)
+	for host, want := range map[string]string{
+		"eu-west-1": "eu-west-1", "ip-10-0-1-2.ec2.internal": "ip-10-0-1-2-ec2-internal", "10.0.1.2": "n-10-0-1-2", "Worker_7.": "worker-7", "": "",
+	} {
+		if got := nodeID(host); got != want {
+			t.Errorf("%q becomes %q, want %q", host, got, want)
+		}
+	}
+	a, b := nodeID(long+"a"), nodeID(long+"b")
+	if a == b {
+		t.Errorf("two machines become %q", a)
+	}
+	for _, id := range []string{a, b, nodeID("10.0.1.2"), nodeID("ip-10-0-1-2.ec2.internal")} {
+		if _, err := api.ParseID(id); err != nil {
+			t.Error(err)
+		}
+	}
+	c, err := parse([]byte("{hostName: Worker.1, dataDir: /d, runDir: /r, address: 10.0.0.1, cluster: {serverName: c, addresses: ['a:1']}}"))
+	if err != nil || c.Node != "worker-1" {
+		t.Errorf("node %+v, %v", c, err)
+	}
+}
+
+// What the chart renders is a configuration.
+func TestTheChartsConfigurationIsRead(t *testing.T) {
+	b, err := os.ReadFile("../../../charts/golden/node.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, ok := strings.Cut(string(b), "  node.yaml: |\n")
+	text, _, found := strings.Cut(text, "\n---")
+	if !ok || !found {
+		t.Fatal("no configuration in the chart")
+	}
+	t.Setenv("NODE_NAME", "ip-10-0-1-2.ec2.internal")
+	t.Setenv("HOST_IP", "10.0.1.2")
+	c, err := parse([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Node != "ip-10-0-1-2-ec2-internal" || len(c.Taints) != 1 || c.Capacity.CPU != "6" || c.Labels["zone"] == "" || c.Registries.Hosts["registry.example:443"].CAFile == "" {
+		t.Errorf("%+v", c)
 	}
 }

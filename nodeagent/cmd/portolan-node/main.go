@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -29,6 +30,9 @@ func root() *cobra.Command {
 	c.AddCommand(
 		verb("agent", "Run what the cluster assigned to this node", runAgent),
 		verb("warden", "Serve the replicas of this node from disk: proxies, names, authorization, identities", runWarden),
+		verb("decisions", "Show the warden's newest authorization decisions, one JSON object a line, newest first", func(ctx context.Context, c *config, _ *slog.Logger) error {
+			return showDecisions(ctx, filepath.Join(c.RunDir, "warden.sock"), os.Stdout)
+		}),
 	)
 	return c
 }

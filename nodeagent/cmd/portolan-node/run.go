@@ -35,13 +35,17 @@ func newEngine(c *config, log *slog.Logger) (*containerd.Engine, error) {
 		hosts[name] = containerd.Host{Address: h.Address, CAFile: h.CAFile}
 	}
 	return containerd.New(containerd.Config{
-		Address: c.Containerd.Address, Namespace: c.Containerd.Namespace, RuncRoot: c.Containerd.RuncRoot,
+		Address: c.Containerd.Address, Namespace: c.Containerd.Namespace, Runc: c.Containerd.Runc, RuncRoot: c.Containerd.RuncRoot,
 		CgroupParent: c.Containerd.CgroupParent, Hosts: hosts, ReservedUIDs: []uint32{network.ProxyUID}, Log: log,
 	})
 }
 
+// Proxies are no part of the agent's own group: what bounds the agent does not
+// bound them, and what ends it leaves them.
 func newProxies(c *config, log *slog.Logger) (*envoy.Envoy, error) {
-	return envoy.New(envoy.Config{Binary: c.Envoy, Root: filepath.Join(c.RunDir, "proxies"), Log: log})
+	return envoy.New(envoy.Config{
+		Binary: c.Envoy, Root: filepath.Join(c.RunDir, "proxies"), CgroupParent: filepath.Join(c.Containerd.CgroupParent, "proxies"), Log: log,
+	})
 }
 
 func newNetwork(c *config, log *slog.Logger) (*network.Linux, error) {

@@ -56,6 +56,8 @@ type Config struct {
 	// RuncRoot is runc's state directory. Two nodes of one machine must not share
 	// it: runc would kill the other's containers. Empty: runc's default.
 	RuncRoot string
+	// Runc is the runtime's binary; empty: "runc" on the PATH of containerd.
+	Runc string
 	// CgroupParent under which containers are made; default "/portolan".
 	CgroupParent string
 	// Snapshotter; default overlayfs.
@@ -149,6 +151,9 @@ func (e *Engine) Ping(ctx context.Context) error {
 func (e *Engine) Create(ctx context.Context, spec engine.Spec) error {
 	ctx = e.in(ctx)
 	doing := "create container " + spec.ID
+	if err := engine.CheckCapabilities(spec.AddCapabilities); err != nil {
+		return failed(doing, err)
+	}
 	img, err := e.client.GetImage(ctx, spec.Image)
 	if err != nil {
 		return failed(doing, err)

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -47,8 +49,13 @@ func start(t testing.TB) *daemon.Daemon {
 
 func open(t testing.TB, d *daemon.Daemon) *containerd.Engine {
 	t.Helper()
+	return openWith(t, d, "")
+}
+
+func openWith(t testing.TB, d *daemon.Daemon, runc string) *containerd.Engine {
+	t.Helper()
 	e, err := containerd.New(containerd.Config{
-		Address: d.Socket, Namespace: "suite", RuncRoot: filepath.Join(d.Dir, "runc"), CgroupParent: d.Cgroup + "/replicas",
+		Address: d.Socket, Namespace: "suite", Runc: runc, RuncRoot: filepath.Join(d.Dir, "runc"), CgroupParent: d.Cgroup + "/replicas",
 		ReservedUIDs: []uint32{14010}, Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
@@ -86,6 +93,28 @@ func TestContainerd(t *testing.T) {
 
 // A pull that was killed leaves a lease and an ingest that is complete but not
 // committed; this registry answers 416 to the Range of the next try.
+// The runtime that was configured is the one that runs.
+func TestRuncIsTheConfiguredOne(t *testing.T) {
+	d := start(t)
+	image := daemon.Image(t)
+	// It is needed until the last container is gone.
+	used, runc := filepath.Join(d.Dir, "used"), filepath.Join(d.Dir, "my-runc")
+	if err := os.WriteFile(runc, []byte("#!/bin/sh\necho \"$@\" >>"+used+"\nexec runc \"$@\"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	e := openWith(t, d, runc)
+	answers(t, e)
+	if _, err := e.Pull(t.Context(), image); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Create(t.Context(), engine.Spec{ID: "a.main.1", Image: image, Args: []string{"sleep"}, MemoryBytes: 64 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(used); err != nil || !strings.Contains(string(b), "create") {
+		t.Errorf("the configured runtime was not used: %q, %v", b, err)
+	}
+}
+
 func TestPullAfterAKilledPull(t *testing.T) {
 	d := start(t)
 	image := daemon.Image(t)

@@ -29,7 +29,7 @@ const (
 )
 
 func (e *Engine) runcOptions() *options.Options {
-	return &options.Options{Root: e.cfg.RuncRoot}
+	return &options.Options{Root: e.cfg.RuncRoot, BinaryName: e.cfg.Runc}
 }
 
 func imageConfig(ctx context.Context, img client.Image) (ocispec.ImageConfig, error) {

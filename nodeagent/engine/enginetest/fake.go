@@ -198,6 +198,9 @@ func (f *Fake) Pull(ctx context.Context, ref string) (engine.Image, error) {
 // Create implements engine.Engine.
 func (f *Fake) Create(_ context.Context, spec engine.Spec) error {
 	doing := "create container " + spec.ID
+	if err := engine.CheckCapabilities(spec.AddCapabilities); err != nil {
+		return err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {

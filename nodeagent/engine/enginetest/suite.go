@@ -58,6 +58,7 @@ func Run(t *testing.T, open func(t *testing.T) Kit) {
 		{"Exec", execCase},
 		{"ExecTerminal", terminalCase},
 		{"Usage", usageCase},
+		{"Capabilities", capabilitiesCase},
 		{"Hardened", hardenedCase},
 		{"MountsAndUser", mountsCase},
 	} {
@@ -414,6 +415,37 @@ func usageCase(t *testing.T, s *suite) {
 		u, err := s.Engine.Usage(s.ctx(t), spec.ID)
 		return err == nil && u.MemoryBytes > 0 && u.MemoryLimit == spec.MemoryBytes && u.Pids > 0
 	})
+}
+
+// capabilitiesCase: nothing is made of a spec that asks for more than an engine
+// may give, and with all that it may give no process becomes another user.
+func capabilitiesCase(t *testing.T, s *suite) {
+	ctx := s.ctx(t)
+	if _, err := s.Engine.Pull(ctx, s.Image); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"CAP_SETUID", "CAP_SETGID", "CAP_NET_ADMIN", "CAP_SYS_ADMIN", "NET_BIND_SERVICE"} {
+		spec := s.spec(t, "sleep")
+		spec.AddCapabilities = []string{"CAP_CHOWN", name}
+		if err := s.Engine.Create(ctx, spec); api.KindOf(err) != api.Invalid {
+			t.Errorf("create with %s: %v, want invalid", name, err)
+		}
+		if _, err := s.Engine.Get(ctx, spec.ID); api.KindOf(err) != api.NotFound {
+			t.Errorf("after the refusal of %s: %v, want nothing made", name, err)
+		}
+	}
+	spec := s.spec(t, "sleep")
+	spec.AddCapabilities = []string{"CAP_CHOWN", "CAP_NET_BIND_SERVICE"}
+	s.start(t, spec)
+	if !s.Isolated {
+		return
+	}
+	for _, id := range []string{"setuid", "setgid"} {
+		code, err := s.Engine.Exec(ctx, spec.ID, engine.ExecSpec{ID: id, Command: s.command("try", id, "14010")})
+		if err != nil || code == 0 {
+			t.Errorf("%s to the proxy's user: code %d, %v; it must not work", id, code, err)
+		}
+	}
 }
 
 func hardenedCase(t *testing.T, s *suite) {

@@ -41,6 +41,11 @@ type Config struct {
 	// begin inside theirs and use relative paths, so what is above may be closed to
 	// them; only the binary's path must be open (o+x).
 	Root string
+	// CgroupParent is the group under which each proxy gets one of its own, outside
+	// this process's; empty: proxies stay in this process's.
+	CgroupParent string
+	// MemoryBytes bounds each proxy's group; 512 MiB when 0.
+	MemoryBytes int64
 	// Concurrency is the number of worker threads; 1 when 0.
 	Concurrency int
 	// MinBackoff and MaxBackoff between restarts; 100 ms and 10 s when 0.
@@ -82,6 +87,9 @@ func New(cfg Config) (*Envoy, error) {
 	}
 	if cfg.StopGrace <= 0 {
 		cfg.StopGrace = 2 * time.Second
+	}
+	if cfg.MemoryBytes <= 0 {
+		cfg.MemoryBytes = defaultMemory
 	}
 	if cfg.MaxLogBytes <= 0 {
 		cfg.MaxLogBytes = 1 << 20
@@ -341,6 +349,7 @@ func (e *Envoy) Stop(_ context.Context, id string) error {
 			return api.E(api.Internal, doing, "%w", err)
 		}
 	}
+	e.cfg.leaveGroup(id)
 	// The warden's socket may still be there; then the directory stays for it.
 	var errs []error
 	for _, name := range ownFiles {

@@ -23,7 +23,7 @@ import (
 
 // rig is a root directory in which real Envoys run.
 type rig struct {
-	binary, root string
+	binary, root, cgroup string
 }
 
 func newRig(t *testing.T) *rig {
@@ -59,7 +59,7 @@ func newRig(t *testing.T) *rig {
 
 func (r *rig) open(t *testing.T) *envoy.Envoy {
 	t.Helper()
-	e, err := envoy.New(envoy.Config{Binary: r.binary, Root: r.root, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	e, err := envoy.New(envoy.Config{Binary: r.binary, Root: r.root, CgroupParent: r.cgroup, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,6 +183,55 @@ func TestRunsAsTheReservedUser(t *testing.T) {
 		if !strings.Contains(status, w) {
 			t.Errorf("status lacks %q:\n%s", w, status)
 		}
+	}
+}
+
+// A proxy is in a group of its own with bounds, also after a restart, and takes
+// the group along when it stops.
+func TestProxiesHaveTheirOwnGroup(t *testing.T) {
+	r := newRig(t)
+	parent := "/" + filepath.Base(filepath.Dir(filepath.Dir(r.root)))
+	r.cgroup = parent
+	dirs := func(group string) []string {
+		found, err := filepath.Glob("/sys/fs/cgroup/*" + group)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat("/sys/fs/cgroup" + group); err == nil {
+			found = append(found, "/sys/fs/cgroup"+group)
+		}
+		return found
+	}
+	t.Cleanup(func() {
+		for _, d := range dirs(parent) {
+			ok(t, os.Remove(d))
+		}
+	})
+	e := r.open(t)
+	t.Cleanup(func() { ok(t, e.Stop(context.Background(), "web-1")) })
+	ok(t, e.Start(t.Context(), r.spec("web-1")))
+	inGroup := func(p int) bool {
+		b, err := os.ReadFile("/proc/" + strconv.Itoa(p) + "/cgroup")
+		return err == nil && strings.Count(string(b), parent+"/web-1\n") == strings.Count(string(b), "\n")
+	}
+	first := pid(t, e, "web-1")
+	eventually(t, "it is in its group in every tree", func() bool { return inGroup(first) })
+	bounded := false
+	for _, f := range []string{"/sys/fs/cgroup/memory" + parent + "/web-1/memory.limit_in_bytes", "/sys/fs/cgroup" + parent + "/web-1/memory.max"} {
+		b, err := os.ReadFile(f)
+		bounded = bounded || err == nil && strings.TrimSpace(string(b)) == strconv.Itoa(512<<20)
+	}
+	if !bounded {
+		t.Error("its memory has no bound")
+	}
+	ok(t, syscall.Kill(first, syscall.SIGKILL))
+	eventually(t, "the next one is in the group too", func() bool {
+		st, err := e.Status(t.Context(), "web-1")
+		return err == nil && st.Running && st.Pid != first && inGroup(st.Pid)
+	})
+	ok(t, e.Stop(t.Context(), "web-1"))
+	if left := dirs(parent + "/web-1"); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
 	}
 }
 

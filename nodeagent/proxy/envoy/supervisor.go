@@ -89,7 +89,15 @@ func (s *supervisor) start() (*process, error) {
 	if err := os.Remove(s.plan.file(proxy.AdminSocketFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale admin socket: %w", err)
 	}
-	return spawn(s.plan.argv, s.plan.dir, s.plan.file("pid"), s.plan.file("envoy.log"), s.plan.digest)
+	p, err := spawn(s.plan.argv, s.plan.dir, s.plan.file("pid"), s.plan.file("envoy.log"), s.plan.digest)
+	if err != nil || s.cfg.CgroupParent == "" {
+		return p, err
+	}
+	// Without its bounds a proxy still serves: better than none.
+	if err := join(s.cfg.group(s.plan.id), s.cfg.MemoryBytes, p.PID); err != nil {
+		s.cfg.Log.Error("proxy runs without bounds of its own", "proxy", s.plan.id, "error", err)
+	}
+	return p, nil
 }
 
 func (s *supervisor) loop() {

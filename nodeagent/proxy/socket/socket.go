@@ -48,6 +48,18 @@ func Listen(path string, uid, gid int, mode os.FileMode) (net.Listener, error) {
 	return l, nil
 }
 
+// PrivateDir makes a directory that its owner alone may walk, one that is there
+// already included: what lies below is reached by bind mounts only.
+func PrivateDir(dir string) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o711); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return os.Chmod(dir, 0o700)
+}
+
 // Dial connects to the socket at path.
 func Dial(ctx context.Context, path string) (net.Conn, error) {
 	dir, short, err := open(path)

@@ -115,7 +115,7 @@ func show() {
 }
 
 // try answers 0 when something can be done: write PATH, read PATH (non-empty),
-// fork N (that many threads at a time).
+// unshare, setuid ID, setgid ID.
 func try(rest []string) int {
 	var err error
 	switch rest[0] {
@@ -128,12 +128,24 @@ func try(rest []string) int {
 		}
 	case "unshare":
 		err = syscall.Unshare(syscall.CLONE_NEWUSER)
+	case "setuid":
+		err = become(syscall.Setuid, rest[1])
+	case "setgid":
+		err = become(syscall.Setgid, rest[1])
 	}
 	if err != nil {
 		fmt.Println(err)
 		return 1
 	}
 	return 0
+}
+
+func become(set func(int) error, id string) error {
+	n, err := strconv.Atoi(id)
+	if err != nil {
+		return err
+	}
+	return set(n)
 }
 
 func serve(port string) int {

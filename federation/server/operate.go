@@ -150,7 +150,11 @@ func (x *clusterService) DeleteNode(ctx context.Context, req *portolanv1.DeleteN
 		return nil, err
 	}
 	// Audited first, as with tokens.
-	if err := x.s.auditAlone(ctx, newEntry(c, time.Now(), req.GetName(), "")); err != nil {
+	e := newEntry(c, time.Now(), req.GetName(), "")
+	if req.GetForce() {
+		e.Detail = "force"
+	}
+	if err := x.s.auditAlone(ctx, e); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, clusterCallTimeout)

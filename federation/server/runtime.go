@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -332,9 +333,9 @@ func (rs *runtimeService) ListEvents(ctx context.Context, req *portolanv1.ListEv
 	return &portolanv1.ListEventsResponse{Events: out[max(len(out)-limit, 0):], SilentClusters: silent}, nil
 }
 
-// find locates a replica: it answers which cluster has it. The access is audited
-// before anything is read.
-func (rs *runtimeService) find(ctx context.Context, doing, replica string) (grpc.ClientConnInterface, error) {
+// find locates a replica: it answers which cluster has it. The access is audited,
+// with what is to be done there, before anything is read.
+func (rs *runtimeService) find(ctx context.Context, doing, replica, detail string) (grpc.ClientConnInterface, error) {
 	c, err := callerOf(ctx)
 	if err != nil {
 		return nil, err
@@ -363,7 +364,9 @@ func (rs *runtimeService) find(ctx context.Context, doing, replica string) (grpc
 		if !ok {
 			return nil, api.E(api.Unavailable, doing, "cluster %s has no tunnel to this replica any more", got[0].GetCluster())
 		}
-		return cc, rs.s.auditAlone(ctx, newEntry(c, time.Now(), replica, api.TenantOf(replica)))
+		e := newEntry(c, time.Now(), replica, api.TenantOf(replica))
+		e.Detail = detail
+		return cc, rs.s.auditAlone(ctx, e)
 	case len(silent) > 0:
 		return nil, api.E(api.Unavailable, doing, "the replica was not found, and clusters %v do not answer", silent)
 	}
@@ -378,7 +381,7 @@ func (rs *runtimeService) Logs(req *portolanv1.LogsRequest, out grpc.ServerStrea
 	if err != nil {
 		return rs.refuse(ctx, req, err)
 	}
-	cc, err := rs.find(ctx, doing, req.GetReplica())
+	cc, err := rs.find(ctx, doing, req.GetReplica(), "")
 	if err != nil {
 		return rs.refuse(ctx, req, err)
 	}
@@ -415,7 +418,7 @@ func (rs *runtimeService) Exec(out grpc.BidiStreamingServer[portolanv1.ExecReque
 	if err := rs.s.checkRequest(doing, first); err != nil {
 		return rs.refuse(ctx, about, err)
 	}
-	cc, err := rs.find(ctx, doing+" in "+clip(start.GetReplica()), start.GetReplica())
+	cc, err := rs.find(ctx, doing+" in "+clip(start.GetReplica()), start.GetReplica(), clip(fmt.Sprintf("%q", start.GetCommand())))
 	if err != nil {
 		return rs.refuse(ctx, about, err)
 	}

@@ -404,14 +404,18 @@ func TestRuntime(t *testing.T) {
 		_, err := admin.DeleteNode(e.as(bad.user), &portolanv1.DeleteNodeRequest{Name: bad.name, Force: bad.force})
 		wantCode(t, err, bad.code)
 	}
-	var said []string
+	var said, details []string
 	for _, entry := range e.audit() {
 		if m := entry.GetMethod(); strings.Contains(m, "Runtime") || strings.Contains(m, "NodeJoin") || strings.Contains(m, "DeleteNode") {
 			said = append(said, lastID(entry.GetMethod())+":"+entry.GetDecision().String()[len("AUDIT_DECISION_"):])
+			details = append(details, entry.GetDetail())
 		}
 	}
 	if strings.Join(said, " ") != "Logs:ALLOWED Logs:REFUSED Exec:ALLOWED CreateNodeJoinToken:ALLOWED DeleteNode:ALLOWED DeleteNode:REFUSED DeleteNode:REFUSED DeleteNode:REFUSED DeleteNode:ALLOWED" {
 		t.Fatal(said)
+	}
+	if strings.Join(details, ",") != `,,["sh"],,,,,,force` {
+		t.Errorf("details %q", details)
 	}
 	e.progress("control/place", e.revision())
 	s := must[grpc.ServerStreamingClient[portolanv1.WaitConvergedResponse]](t)(portolanv1.NewConvergenceServiceClient(e.conn).WaitConverged(e.root(), &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(100 * time.Millisecond)}))

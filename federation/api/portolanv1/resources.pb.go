@@ -2304,9 +2304,12 @@ type AuditEntry struct {
 	Revision  int64  `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
 	RequestId string `protobuf:"bytes,9,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Hex SHA-256 of the entry before, and of this entry with its previous_hash.
-	PreviousHash  string `protobuf:"bytes,10,opt,name=previous_hash,json=previousHash,proto3" json:"previous_hash,omitempty"`
-	Hash          string `protobuf:"bytes,11,opt,name=hash,proto3" json:"hash,omitempty"`
-	Tenant        string `protobuf:"bytes,12,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	PreviousHash string `protobuf:"bytes,10,opt,name=previous_hash,json=previousHash,proto3" json:"previous_hash,omitempty"`
+	Hash         string `protobuf:"bytes,11,opt,name=hash,proto3" json:"hash,omitempty"`
+	Tenant       string `protobuf:"bytes,12,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	// What was asked for where method and resource do not say it: the command of an
+	// Exec, cut to 256 bytes; "force" of a DeleteNode.
+	Detail        string `protobuf:"bytes,13,opt,name=detail,proto3" json:"detail,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2421,6 +2424,13 @@ func (x *AuditEntry) GetHash() string {
 func (x *AuditEntry) GetTenant() string {
 	if x != nil {
 		return x.Tenant
+	}
+	return ""
+}
+
+func (x *AuditEntry) GetDetail() string {
+	if x != nil {
+		return x.Detail
 	}
 	return ""
 }
@@ -2697,7 +2707,7 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x06Reason\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x14\n" +
-	"\x05count\x18\x03 \x01(\x05R\x05count\"\xfc\x02\n" +
+	"\x05count\x18\x03 \x01(\x05R\x05count\"\x94\x03\n" +
 	"\n" +
 	"AuditEntry\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12.\n" +
@@ -2713,7 +2723,8 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\rprevious_hash\x18\n" +
 	" \x01(\tR\fpreviousHash\x12\x12\n" +
 	"\x04hash\x18\v \x01(\tR\x04hash\x12\x16\n" +
-	"\x06tenant\x18\f \x01(\tR\x06tenant*y\n" +
+	"\x06tenant\x18\f \x01(\tR\x06tenant\x12\x16\n" +
+	"\x06detail\x18\r \x01(\tR\x06detail*y\n" +
 	"\fClusterState\x12\x1d\n" +
 	"\x19CLUSTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CLUSTER_STATE_PENDING\x10\x01\x12\x17\n" +

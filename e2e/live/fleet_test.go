@@ -500,6 +500,9 @@ func fleetProcesses() ([]string, error) {
 	}
 	var out []string
 	for _, p := range procs {
+		if ended(p) {
+			continue
+		}
 		// A process that ends meanwhile reads as empty.
 		cmd, _ := os.ReadFile(filepath.Join(p, "cmdline"))
 		cgroup, _ := os.ReadFile(filepath.Join(p, "cgroup"))
@@ -509,6 +512,17 @@ func fleetProcesses() ([]string, error) {
 		}
 	}
 	return out, nil
+}
+
+// ended says that nothing of a process is left but its entry in the table, which
+// waits for its parent: init, where the supervisor was killed.
+func ended(proc string) bool {
+	stat, err := os.ReadFile(filepath.Join(proc, "stat"))
+	if err != nil {
+		return true
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return strings.HasPrefix(rest, "Z") || strings.HasPrefix(rest, "X")
 }
 
 // always is a context that also serves clean-ups, which run when the test's own

@@ -38,7 +38,10 @@ type cronRun struct {
 
 // runsOf groups the replicas by run, oldest first.
 func (in Input) runsOf(d desired, rs []*replica) []*cronRun {
-	byTime := map[int64]*cronRun{}
+	byTime, replacements := map[int64]*cronRun{}, map[string]bool{}
+	for _, r := range rs {
+		replacements[r.GetReplacedBy()] = true
+	}
 	for _, r := range rs {
 		if !r.mine {
 			continue
@@ -46,6 +49,7 @@ func (in Input) runsOf(d desired, rs []*replica) []*cronRun {
 		if byTime[r.GetRun()] == nil {
 			byTime[r.GetRun()] = &cronRun{at: r.GetRun()}
 		}
+		r.replacement = replacements[r.GetAllocation()]
 		byTime[r.GetRun()].replicas = append(byTime[r.GetRun()].replicas, r)
 	}
 	var out []*cronRun
@@ -90,9 +94,19 @@ func (r *cronRun) alive() bool {
 	return slices.ContainsFunc(r.replicas, func(x *replica) bool { return x.live() })
 }
 
-// dropped says that the run was taken down whole, and is not to go on.
+// dropped says that the run was taken down whole, and is not to go on. Where some
+// of it was disrupted, which alone would have it go on, another stop tells: one of
+// a finished replica, or of a running one that is no double of another.
 func (r *cronRun) dropped() bool {
-	return !slices.ContainsFunc(r.replicas, func(x *replica) bool { return !x.Stop || x.GetDisrupted() })
+	disrupted, marked := false, false
+	for _, x := range r.replicas {
+		if !x.Stop {
+			return false
+		}
+		disrupted = disrupted || x.GetDisrupted()
+		marked = marked || x.Final != nil || (!x.GetDisrupted() && x.GetReplacedBy() == "" && !x.replacement)
+	}
+	return marked || !disrupted
 }
 
 // cron begins runs when they are due, and brings those that have begun to their
@@ -127,15 +141,28 @@ func (p *planner) cron(k Key, w Workload, d desired, rs []*replica) {
 
 // removeGone removes the records of replicas that were stopped. The last one of a
 // run that is not over stays until another one is there: nothing else says that
-// the run has begun.
+// the run has begun. Finished ones go last: nothing else says that it is over.
 func (p *planner) removeGone(k Key, run *cronRun) {
+	remove := func(r *replica) {
+		p.step(Step{Kind: Remove, Key: k, Code: StopConfirmed, Reason: "its node has stopped it", Allocation: r.GetAllocation()})
+	}
 	last := slices.ContainsFunc(run.replicas, func(r *replica) bool { return !r.gone })
-	ended := run.over || run.dropped()
+	ended, unfinished := run.over || run.dropped(), false
 	for _, r := range slices.Backward(run.replicas) {
+		if r.Final != nil {
+			continue
+		}
 		if r.gone && (last || ended) {
-			p.step(Step{Kind: Remove, Key: k, Code: StopConfirmed, Reason: "its node has stopped it", Allocation: r.GetAllocation()})
+			remove(r)
+		} else {
+			unfinished = true
 		}
 		last = last || r.gone
+	}
+	for _, r := range run.replicas {
+		if r.Final != nil && r.gone && !unfinished {
+			remove(r)
+		}
 	}
 }
 

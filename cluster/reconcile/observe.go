@@ -19,8 +19,9 @@ type replica struct {
 	status *nodev1.AllocationStatus
 	// lost: its node is silent. gone: stopped, and the node knows it no more.
 	lost, gone bool
-	// replaced: another one took its place, and is there.
-	replaced bool
+	// replaced: another one took its place, and is there. replacement: it took the
+	// place of another one.
+	replaced, replacement bool
 	// mine: of the present workload, not of an earlier one of the same name.
 	mine      bool
 	mute      bool // its node has said nothing yet to this process

@@ -280,7 +280,7 @@ func (p *planner) confirm(k Key, rs []*replica, d desired, wanted bool) []*repli
 		switch {
 		case wanted && d.history(r):
 			rest = append(rest, r)
-		case wanted && d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON && r.mine && r.Final == nil && (r.gone || !known):
+		case wanted && d.kind == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON && r.mine && (r.gone || (!known && r.Final == nil)):
 			r.gone = true // its run decides
 			rest = append(rest, r)
 		case !known:

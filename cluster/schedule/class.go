@@ -84,11 +84,17 @@ type affinity struct {
 	weight       uint32
 }
 
-// Priority, Gang, Deadline and Owner say what a Queue needs to know of it.
-func (c *Class) Priority() int32         { return c.priority }
-func (c *Class) Gang() bool              { return c.gang }
+// Priority of its replicas.
+func (c *Class) Priority() int32 { return c.priority }
+
+// Gang says that all replicas of a group are bound at once or not at all.
+func (c *Class) Gang() bool { return c.gang }
+
+// Deadline of a gang; 0 for none.
 func (c *Class) Deadline() time.Duration { return c.deadline }
-func (c *Class) Owner() Owner            { return c.owner }
+
+// Owner is whose replicas they are.
+func (c *Class) Owner() Owner { return c.owner }
 
 // Request is the CPU and memory of one replica.
 func (c *Class) Request() api.Resources {

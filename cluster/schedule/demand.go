@@ -49,7 +49,7 @@ func (t *Table) Observe(c *Class, n int) {
 		return
 	}
 	f.seen += n
-	if s, ok := f.shapeOf(t, &c.ask); ok {
+	if s, ok := f.shapeOf(&c.ask); ok {
 		f.demand[s] += float64(n)
 		if len(f.demand) > maxShapes {
 			f.forgetRare()
@@ -67,19 +67,19 @@ func (t *Table) Observe(c *Class, n int) {
 }
 
 // shapeOf reads an ask for devices of one kind.
-func (f *fragments) shapeOf(t *Table, a *ask) (shape, bool) {
+func (f *fragments) shapeOf(a *ask) (shape, bool) {
 	if len(a.devices) != 1 {
 		return shape{}, false
 	}
 	milli, count := a.devices[0].amount()
-	return shape{milli, count, int32(min(a.cpu, math.MaxInt32/2)), int32(min(a.memory>>20, math.MaxInt32/2)), f.maskOf(t, &a.devices[0])}, true
+	return shape{milli, count, int32(min(a.cpu, math.MaxInt32/2)), int32(min(a.memory>>20, math.MaxInt32/2)), f.maskOf(&a.devices[0])}, true
 }
 
 // maskOf is the set of models that an ask accepts; 0 is all.
-func (f *fragments) maskOf(t *Table, a *deviceAsk) uint32 {
+func (f *fragments) maskOf(a *deviceAsk) uint32 {
 	m := uint32(0)
 	for _, name := range a.models {
-		if k := f.model(t, name); k >= 0 {
+		if k := f.model(name); k >= 0 {
 			m |= 1 << uint(k)
 		}
 	}
@@ -121,7 +121,8 @@ func (f *fragments) relearn(t *Table) {
 	if len(list) == 0 {
 		list = []weighted{{shape{milli: whole, count: 1, cpu: t.cpuPerDevice()}, 1}}
 	}
-	f.build(t, list)
+	f.build(list)
+	f.weighBlocks(t)
 	f.epoch++
 }
 
@@ -138,7 +139,7 @@ func (t *Table) cpuPerDevice() int32 {
 }
 
 // build makes the integer tables of a demand.
-func (f *fragments) build(t *Table, list []weighted) {
+func (f *fragments) build(list []weighted) {
 	number, devices, multi := 0.0, 0.0, 0.0
 	for _, s := range list {
 		number += s.n

@@ -44,7 +44,7 @@ func (t *Table) compareTolls(a, b toll) int {
 const maxVictimChecks = 4000
 
 // preempt nominates nodes for at most n replicas of a group by displacing others.
-func (t *Table) preempt(u *run, n, start int) []Nomination {
+func (t *Table) preempt(u *run, n int) []Nomination {
 	p := u.r.c.priority
 	if t.noneBelow(p) || !t.mayMakeRoom() {
 		return nil
@@ -261,8 +261,7 @@ func (t *Table) peel(u *run, i int32) bool {
 	}
 	v.best = v.best[:0]
 	fits := u.check(i) == 0
-	for k := len(v.chosen) - 1; k >= 0; k-- {
-		r := v.chosen[k]
+	for _, r := range slices.Backward(v.chosen) {
 		t.unlift(r)
 		if fits && u.check(i) != 0 {
 			v.best = append(v.best, r)

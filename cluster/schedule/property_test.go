@@ -171,7 +171,8 @@ func drawSpec(t *rapid.T, workloads []string, gpus bool) *portolanv1.WorkloadSpe
 var drawnPools = Pools{
 	CPUCoreHourMicros: 1000000, MemGiBHourMicros: 1 << 30,
 	Pools: []*portolanv1.NodePool{
-		{Name: "spot", Spot: true, CpuOvercommitPercent: 150}, {Name: "pack", Scoring: portolanv1.Scoring_SCORING_PACK, Reserved: &portolanv1.ResourceList{Cpu: "1m", Memory: "1"}},
+		{Name: "spot", Spot: true, CpuOvercommitPercent: 150},
+		{Name: "pack", Scoring: portolanv1.Scoring_SCORING_PACK, Reserved: &portolanv1.ResourceList{Cpu: "1m", Memory: "1"}},
 		{Name: "frag", Scoring: portolanv1.Scoring_SCORING_LEAST_FRAGMENTATION},
 		{Name: "price", Scoring: portolanv1.Scoring_SCORING_PRICE, CpuCoreHourMicros: 500000, MemoryGibHourMicros: 1 << 29},
 	},

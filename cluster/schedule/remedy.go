@@ -98,8 +98,8 @@ func (s *survey) classRemedies(t *Table, n int) []Remedy {
 	var out []Remedy
 	var list []variant
 	list = append(list, s.askLess(t)...)
-	list = append(list, s.loosen(t)...)
-	list = append(list, s.relate(t)...)
+	list = append(list, s.loosen()...)
+	list = append(list, s.relate()...)
 	for _, v := range list {
 		c := s.u.r.c.clone(v.change)
 		if t.wouldFit(s.u.g, c, n) {
@@ -221,7 +221,7 @@ func (t *Table) modelsOn(list []int32, a *deviceAsk) []string {
 }
 
 // loosen are variants that accept more nodes.
-func (s *survey) loosen(t *Table) []variant {
+func (s *survey) loosen() []variant {
 	var out []variant
 	u := s.u
 	if n := s.near[TaintNotTolerated]; n != nil && s.tooMany(TaintNotTolerated, n.node) == 0 {
@@ -258,7 +258,7 @@ func (s *survey) loosen(t *Table) []variant {
 }
 
 // relate are variants with weaker terms about other replicas.
-func (s *survey) relate(t *Table) []variant {
+func (s *survey) relate() []variant {
 	var out []variant
 	u := s.u
 	if n := s.near[SpreadSkew]; n != nil {
@@ -343,7 +343,7 @@ func (t *Table) wouldDisplace(g *Group, c *Class) bool {
 	r := t.resolve(c)
 	t.begin(u, &w.group, r)
 	u.finish()
-	ok := len(t.preempt(u, 1, start)) > 0
+	ok := len(t.preempt(u, 1)) > 0
 	t.undo(start)
 	t.forget(c, r)
 	return ok

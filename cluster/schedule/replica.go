@@ -210,7 +210,6 @@ type resolved struct {
 	m         *mask
 	x         *index
 	xVersion  uint64
-	demand    int32
 	refs      int
 	used      uint64
 }

@@ -238,8 +238,8 @@ func (u *run) pull(i int32) {
 
 // keep puts a node that is out of the index where the group finds it.
 func (u *run) keep(i int32) {
-	switch key, codes := u.nodeKey(i); {
-	case codes == 0:
+	switch key, codes := u.nodeKey(i); codes {
+	case 0:
 		c := u.x.cellOf[i]
 		own := &u.x.cells[c].own
 		if len(*own) == 0 {
@@ -247,8 +247,9 @@ func (u *run) keep(i int32) {
 		}
 		*own = append(*own, item{key, i})
 		siftUp(u.t, *own, len(*own)-1)
-	case codes == SpreadSkew:
+	case SpreadSkew:
 		u.held = append(u.held, i)
+	default:
 	}
 }
 
@@ -379,11 +380,8 @@ func (u *run) isSpecial(i int32) bool {
 		return true
 	}
 	for k := range u.t.scopes[i] {
-		id := u.t.scopes[i][k].id
-		for _, s := range u.special {
-			if id == s {
-				return true
-			}
+		if slices.Contains(u.special, u.t.scopes[i][k].id) {
+			return true
 		}
 	}
 	return false

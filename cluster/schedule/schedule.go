@@ -86,7 +86,7 @@ func (t *Table) serve(g *Group, p *Placed) {
 	}
 	var noms []Nomination
 	if missing > 0 && g.Class.displaces && !w.batch.NoPreemption {
-		noms = t.preempt(u, missing, start)
+		noms = t.preempt(u, missing)
 		missing -= len(noms)
 	}
 	switch {

@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"math"
+	"slices"
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
@@ -48,10 +49,8 @@ func (t *Table) fits(i int32, a *ask, volumes int64) bool {
 
 func (t *Table) portTaken(i int32, a *ask) bool {
 	for _, p := range a.ports {
-		for _, q := range t.ports[i] {
-			if p == q {
-				return true
-			}
+		if slices.Contains(t.ports[i], p) {
+			return true
 		}
 	}
 	return false

@@ -113,7 +113,7 @@ func (o *openb) add(tb testing.TB, r []string, models string) {
 		if n == 1 && milli < 1000 {
 			d.Count, d.ShareMilli = 0, int32(milli)
 		}
-		for _, m := range strings.Split(models, "|") {
+		for m := range strings.SplitSeq(models, "|") {
 			if m != "" {
 				d.Models = append(d.Models, m)
 			}

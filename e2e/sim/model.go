@@ -33,6 +33,9 @@ const (
 	sweep = 10 * time.Second
 )
 
+// start is when each cluster's life begins.
+var start = time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC)
+
 // process is what runs on a node, whatever its cluster knows of it.
 type process struct {
 	key     reconcile.Key
@@ -123,7 +126,7 @@ func New(seed uint64) *Cluster { return newCluster(seed, faults{}) }
 func newCluster(seed uint64, f faults) *Cluster {
 	c := &Cluster{
 		faults: f, tell: 100,
-		rand: rand.New(rand.NewPCG(seed, 0x706f72746f6c616e)), Now: time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC),
+		rand: rand.New(rand.NewPCG(seed, 0x706f72746f6c616e)), Now: start,
 		intents: map[reconcile.Key]reconcile.Workload{}, nodes: map[string]*node{}, allocs: map[string]*clusterv1.Allocation{}, modified: map[string]int64{},
 		volumes: map[string]*clusterv1.Volume{}, states: map[reconcile.Key]*clusterv1.WorkloadState{}, pending: map[reconcile.Key][]*portolanv1.Reason{},
 		load: map[reconcile.Key]int64{}, began: map[string]int64{}, disrupted: map[string][]time.Time{}, requests: map[*portolanv1.WorkloadSpec]api.Resources{},

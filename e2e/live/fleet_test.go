@@ -500,7 +500,7 @@ func fleetProcesses() ([]string, error) {
 	}
 	var out []string
 	for _, p := range procs {
-		if ended(p) {
+		if zombie(p) {
 			continue
 		}
 		// A process that ends meanwhile reads as empty.
@@ -514,9 +514,9 @@ func fleetProcesses() ([]string, error) {
 	return out, nil
 }
 
-// ended says that nothing of a process is left but its entry in the table, which
+// zombie says that nothing of a process is left but its entry in the table, which
 // waits for its parent: init, where the supervisor was killed.
-func ended(proc string) bool {
+func zombie(proc string) bool {
 	stat, err := os.ReadFile(filepath.Join(proc, "stat"))
 	if err != nil {
 		return true

@@ -43,10 +43,13 @@ func (f *Fleet) admit(v *store.View) {
 		if f.members[id] != nil {
 			continue
 		}
-		m := &member{id: id, uid: c.GetUid()}
-		m.in, m.out = context.WithCancelCause(f.stopped)
-		f.members[id] = m
+		f.members[id] = f.newMember(id, c.GetUid())
 	}
+}
+
+func (f *Fleet) newMember(id, uid string) *member {
+	in, out := context.WithCancelCause(f.stopped)
+	return &member{id: id, uid: uid, in: in, out: out}
 }
 
 // member gives the cluster that calls, by its certificate, and refuses everybody

@@ -100,6 +100,7 @@ func TestAnAbsentStoreIsAskedWithBackoff(t *testing.T) {
 				time.Sleep(100 * time.Millisecond)
 			}
 		})
+		synctest.Wait() // it has been heard
 		st.gone.Store(true)
 		poke(s.write)
 		time.Sleep(time.Minute)

@@ -18,7 +18,7 @@ func (e *env) place(cluster string, epoch int64, decided string, reported int64,
 	e.t.Helper()
 	name := "tenants/shop/workloads/web/placements/" + cluster
 	p := &portolanv1.Placement{Name: name, Spec: &portolanv1.PlacementSpec{Epoch: epoch}}
-	for _, f := range strings.Fields(decided) {
+	for f := range strings.FieldsSeq(decided) {
 		r := &portolanv1.RevisionReplicas{}
 		rev, n, _ := strings.Cut(f, "=")
 		r.Revision = rev
@@ -27,7 +27,7 @@ func (e *env) place(cluster string, epoch int64, decided string, reported int64,
 	}
 	e.put(store.Placement, name, p)
 	st := &storev1.PlacementStatusRecord{Epoch: reported, Status: &portolanv1.PlacementStatus{Conditions: conditions}}
-	for _, f := range strings.Fields(said) {
+	for f := range strings.FieldsSeq(said) {
 		r := &portolanv1.RevisionReplicas{}
 		rev, n, _ := strings.Cut(f, "=")
 		r.Revision = rev

@@ -30,17 +30,12 @@ const (
 type Throttle struct {
 	mu  sync.Mutex
 	all *rate.Limiter
-	by  map[string]*bucket
-}
-
-type bucket struct {
-	limit *rate.Limiter
-	used  time.Time
+	by  map[string]*rate.Limiter
 }
 
 // New makes full buckets.
 func New() *Throttle {
-	return &Throttle{all: rate.NewLimiter(overall, overallBurst), by: map[string]*bucket{}}
+	return &Throttle{all: rate.NewLimiter(overall, overallBurst), by: map[string]*rate.Limiter{}}
 }
 
 // Take counts one call of a stranger; api.Exhausted when there were too many.
@@ -56,27 +51,19 @@ func (t *Throttle) allow(address string, now time.Time) bool {
 	defer t.mu.Unlock()
 	b := t.by[address]
 	if b == nil {
-		t.makeRoom()
-		b = &bucket{limit: rate.NewLimiter(perAddress, addressBurst)}
+		// Any may make room: who comes back gets a full bucket, and all together are
+		// bounded still.
+		for a := range t.by {
+			if len(t.by) < maxAddresses {
+				break
+			}
+			delete(t.by, a)
+		}
+		b = rate.NewLimiter(perAddress, addressBurst)
 		t.by[address] = b
 	}
-	b.used = now
 	// An address that has had enough takes nothing from the others.
-	return b.limit.AllowN(now, 1) && t.all.AllowN(now, 1)
-}
-
-// makeRoom forgets the address that was quiet for longest when there are too many.
-func (t *Throttle) makeRoom() {
-	if len(t.by) < maxAddresses {
-		return
-	}
-	oldest := ""
-	for a, b := range t.by {
-		if oldest == "" || b.used.Before(t.by[oldest].used) {
-			oldest = a
-		}
-	}
-	delete(t.by, oldest)
+	return b.AllowN(now, 1) && t.all.AllowN(now, 1)
 }
 
 // Address is where a caller calls from: the IPv4 address or, of IPv6, the /64,

@@ -23,7 +23,7 @@ import (
 type upper struct {
 	linkv1.UnimplementedLinkServiceServer
 	conns Conns
-	life  context.Context //nolint:containedctx // the end of tunnels, which the test chooses
+	life  context.Context
 }
 
 func (u *upper) Tunnel(s grpc.BidiStreamingServer[linkv1.Chunk, linkv1.Chunk]) error {
@@ -43,7 +43,7 @@ func (l lower) ListEvents(context.Context, *portolanv1.ListEventsRequest) (*port
 }
 
 // open dials a tunnel and serves on it; ended gives how its stream ended.
-func open(t *testing.T, life context.Context, size int) (u *upper, ended chan error) {
+func open(life context.Context, t *testing.T, size int) (u *upper, ended chan error) {
 	t.Helper()
 	u = &upper{life: life}
 	l := bufconn.Listen(1 << 20)
@@ -77,7 +77,7 @@ func open(t *testing.T, life context.Context, size int) (u *upper, ended chan er
 func TestLargeAnswersPass(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size = 10 << 20 // grpc-go's own limit is 4 MiB
-		u, _ := open(t, t.Context(), size)
+		u, _ := open(t.Context(), t, size)
 		cc, ok := u.conns.Get("eu")
 		if !ok {
 			t.Fatal("no tunnel")
@@ -92,7 +92,7 @@ func TestLargeAnswersPass(t *testing.T) {
 func TestTunnelEndsFromAbove(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		life, cut := context.WithCancelCause(t.Context())
-		u, ended := open(t, life, 1)
+		u, ended := open(life, t, 1)
 		cut(api.E(api.Denied, "serve cluster eu", "it was taken out of the fleet"))
 		synctest.Wait()
 		select {

@@ -170,13 +170,13 @@ func (a *app) silent(clusters []string) {
 }
 
 func eventTable(evs []*portolanv1.Event, now time.Time) *table {
-	t := newTable("AGE", "TYPE", "OBJECT", "CLUSTER", "MESSAGE")
+	t := newTable("AGE", "TYPE", "OBJECT", "CLUSTER", "+NODE", "MESSAGE")
 	for _, e := range evs {
 		msg := e.GetMessage()
 		if e.GetCount() > 1 {
 			msg += fmt.Sprintf(" (×%d)", e.GetCount())
 		}
-		t.add(age(e.GetTime(), now), e.GetType(), last(e.GetObject()), e.GetCluster(), msg)
+		t.add(age(e.GetTime(), now), e.GetType(), last(e.GetObject()), e.GetCluster(), orDash(e.GetNode()), msg)
 	}
 	return t
 }

@@ -18,7 +18,7 @@ import (
 const pollNodes = 500 * time.Millisecond
 
 func (a *app) nodeCommand() *cobra.Command {
-	c := &cobra.Command{Use: "node", Short: "Cordon and drain nodes", GroupID: "fleet", Example: "  portolan node list\n  portolan node drain eu-west/eu-west-1"}
+	c := &cobra.Command{Use: "node", Short: "Cordon, drain and delete nodes", GroupID: "fleet", Example: "  portolan node list\n  portolan node drain eu-west/eu-west-1"}
 	list := &cobra.Command{
 		Use: "list [CLUSTER]", Short: "Show nodes", Args: cobra.MaximumNArgs(1), Example: "  portolan node list eu-west -o wide",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -29,7 +29,7 @@ func (a *app) nodeCommand() *cobra.Command {
 		},
 	}
 	a.outputFlag(list)
-	c.AddCommand(list, a.nodeDrainCommand(),
+	c.AddCommand(list, a.nodeDrainCommand(), a.nodeDeleteCommand(),
 		a.nodeModeCommand("cordon", "Bind nothing new to a node", "What runs there stays.", portolanv1.NodeMode_NODE_MODE_CORDONED),
 		a.nodeModeCommand("uncordon", "Use a node again", "Ends a cordon or a drain.", portolanv1.NodeMode_NODE_MODE_UNSPECIFIED))
 	return c
@@ -122,6 +122,34 @@ longer hold. The node stays drained until "portolan node uncordon".`,
 	f.DurationVar(&deadline, "deadline", 0, "after this long, budgets no longer hold; never when 0")
 	f.BoolVar(&wait, "wait", true, "wait until they are empty, but for daemons")
 	f.DurationVar(&timeout, "timeout", 30*time.Minute, "how long --wait waits")
+	return c
+}
+
+func (a *app) nodeDeleteCommand() *cobra.Command {
+	var force bool
+	c := &cobra.Command{
+		Use: "delete CLUSTER/NODE", Short: "Take a lost node out of its cluster", Args: cobra.ExactArgs(1),
+		Long: `Its certificate is worth nothing afterwards, its replicas are made elsewhere, and
+volumes on it are given up. A node that is not lost is taken out only with --force:
+drain it first.`,
+		Example: "  portolan node delete eu-west/eu-west-2\n  portolan node delete eu-west/eu-west-2 --force",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := nodeName(args[0], "")
+			if err != nil {
+				return err
+			}
+			cc, err := a.dial()
+			if err != nil {
+				return err
+			}
+			if _, err := portolanv1.NewClusterServiceClient(cc).DeleteNode(cmd.Context(), &portolanv1.DeleteNodeRequest{Name: name, Force: force}); err != nil {
+				return err
+			}
+			a.printf("%s deleted\n", strings.TrimPrefix(name, "clusters/"))
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&force, "force", false, "also a node that is not lost")
 	return c
 }
 

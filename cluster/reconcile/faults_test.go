@@ -28,7 +28,7 @@ const eventsPerSeed = 300
 // Random events over a cluster with one workload of every kind never break an
 // invariant, and reach the states that matter.
 func TestInvariants(t *testing.T) {
-	seeds := number(t, "SIM_EVENTS", 30_000) / eventsPerSeed
+	seeds := number(t, "SIM_EVENTS", 8_000) / eventsPerSeed
 	first := number(t, "SEED", 1)
 	if os.Getenv("SEED") != "" {
 		seeds = 1

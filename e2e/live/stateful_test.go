@@ -66,7 +66,9 @@ func keepers(t *testing.T, limit time.Duration, revision string) (map[string]*po
 			if !r.GetReady() || r.GetRevision() != revision {
 				return fmt.Errorf("%s of %s is %s (%s)", last(r.GetName()), r.GetRevision(), r.GetState(), r.GetReason().GetMessage())
 			}
-			out[last(r.GetName())] = r
+			// The ID is the name and some characters of its owner: keeper-0-k3f9.
+			id := last(r.GetName())
+			out[id[:strings.LastIndexByte(id, '-')]] = r
 		}
 		if len(out) != 2 {
 			return fmt.Errorf("%d replicas", len(out))
@@ -113,6 +115,9 @@ func TestStateful(t *testing.T) {
 	// The agent crashes: the containers go on, on their volumes.
 	local(t, "kill", nodes["keeper-0"]+"/agent")
 	after, _ := keepers(t, 60*time.Second, "v1")
+	if after["keeper-0"].GetName() != before["keeper-0"].GetName() {
+		t.Errorf("keeper-0 was %s and is %s", before["keeper-0"].GetName(), after["keeper-0"].GetName())
+	}
 	if a, b := after["keeper-0"].GetContainers()[0].GetPid(), before["keeper-0"].GetContainers()[0].GetPid(); a != b {
 		t.Errorf("after a crash of the agent keeper-0 has pid %d, had %d", a, b)
 	}

@@ -40,6 +40,17 @@ spec:
   placement: {allowed_clusters: [eu-west]}
 `
 
+// hostOf finds the replica with a host name: its ID has characters of its owner
+// after it.
+func hostOf(all map[string]instance, host string) (instance, bool) {
+	for id, i := range all {
+		if strings.HasPrefix(id, host+"-") {
+			return i, true
+		}
+	}
+	return instance{}, false
+}
+
 // starts reads what each start of a replica noted in its volume.
 func (f *Fleet) starts(node, replica string) []string {
 	b, err := os.ReadFile(filepath.Join(f.node(node).data, "volumes", "shop."+replica+".data", "starts"))
@@ -58,7 +69,7 @@ func TestStatefulKeepsNameAndVolume(t *testing.T) {
 		before := f.Snapshot("db")
 		on := map[string]string{}
 		for _, name := range []string{"db-0", "db-1"} {
-			i, ok := before[name]
+			i, ok := hostOf(before, name)
 			if !ok {
 				t.Fatalf("there is no replica %s: %v", name, before)
 			}
@@ -73,7 +84,7 @@ func TestStatefulKeepsNameAndVolume(t *testing.T) {
 		f.Settled(10*time.Second, "db", 2)
 		f.Untouched(before) // a crash of the agent disturbs nothing
 
-		victim := before["db-1"]
+		victim, _ := hostOf(before, "db-1")
 		f.must("kill the container", f.node(victim.Node).engine.Kill(victim.container))
 		back := f.Within(30*time.Second, "db-1 is back", func() string {
 			if got := f.starts(victim.Node, "db-1"); !slices.Equal(got, []string{"db-1", "db-1"}) {
@@ -99,7 +110,7 @@ func TestStatefulKeepsNameAndVolume(t *testing.T) {
 		})
 		f.Settled(10*time.Second, "db", 2)
 		for name, node := range on {
-			i := f.Snapshot("db")[name]
+			i, _ := hostOf(f.Snapshot("db"), name)
 			if i.Node != node || !slices.Contains(f.starts(node, name), name) || len(f.starts(node, name)) < 2 {
 				t.Errorf("%s is on %s (was %s); its volume says %q", name, i.Node, node, f.starts(node, name))
 			}

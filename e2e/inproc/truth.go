@@ -52,7 +52,7 @@ func (f *Fleet) Running(workload string, places ...string) []instance {
 		containers, err := n.engine.List(f.ctx)
 		f.must("list containers", err)
 		for _, id := range ids {
-			if id[:max(0, strings.LastIndex(id, "-"))] != workload {
+			if workloadOf(id) != workload {
 				continue
 			}
 			r, _ := n.network.Replica(id)
@@ -65,6 +65,16 @@ func (f *Fleet) Running(workload string, places ...string) []instance {
 		}
 	}
 	return out
+}
+
+// workloadOf is the workload in a replica's ID: web-x7k2p, or db-0-k3f9 of a
+// stateful one.
+func workloadOf(id string) string {
+	stem := id[:max(0, strings.LastIndex(id, "-"))]
+	if i := strings.LastIndex(stem, "-"); i > 0 && len(id)-len(stem) == 5 && strings.Trim(stem[i+1:], "0123456789") == "" {
+		return stem[:i]
+	}
+	return stem
 }
 
 // Snapshot remembers every container and proxy of some workloads, so that

@@ -35,7 +35,7 @@ func (p *planner) daemon(k Key, w Workload, d desired, rs []*replica) {
 		}
 	}
 	b := p.budget(k, d, total, rs)
-	at := daemonPass{k: k, w: w, d: d, spare: spare}
+	at := daemonPass{k: k, w: w, d: d, b: b, spare: spare}
 	for _, id := range slices.Sorted(maps.Keys(admission)) {
 		p.daemonOn(&at, p.in.Nodes[id].Record, admission[id], byNode[id])
 	}
@@ -50,6 +50,7 @@ type daemonPass struct {
 	k     Key
 	w     Workload
 	d     desired
+	b     *budget
 	spare int // ready ones that may still be taken
 	// old replicas that are to go, and right ones that are available.
 	old, ready int
@@ -85,6 +86,7 @@ func (p *planner) daemonOn(at *daemonPass, n *clusterv1.Node, admission Admissio
 		case vacates:
 			p.drainNote(at.k, Note{Leaving, fmt.Sprintf("%s: its node is drained", r.GetAllocation())})
 			p.stop(at.k, r, NodeDraining, "its node is drained, and nothing else is left on it")
+		case p.unfit(at, r) && admission != Refused:
 		case r.of(at.d.current) && admission != Refused:
 			right = append(right, r)
 		case admission != Refused && at.d.frozen && r.mine:
@@ -104,6 +106,17 @@ func (p *planner) daemonOn(at *daemonPass, n *clusterv1.Node, admission Admissio
 	if live == 0 && admission == Admitted {
 		p.step(Step{Kind: Create, Key: at.k, Workload: at.w, Revision: at.d.current, Node: n.GetNode(), Code: NodeEligible, Reason: "one replica runs on every node that admits it"})
 	}
+}
+
+// unfit takes a replica off a node that it no longer fits, as far as its budget
+// goes, and says whether it did.
+func (p *planner) unfit(at *daemonPass, r *replica) bool {
+	m, ok := p.proposed[r.GetAllocation()]
+	if !ok || m.Code == Rebalance {
+		return false
+	}
+	r.leave = &leaving{code: m.Code, reason: "it no longer fits its node: " + m.Reason, budgeted: true}
+	return p.leaveNode(at.k, desired{}, at.b, r)
 }
 
 // daemonOld stops a replica that is not the right one, or may not be there.

@@ -249,7 +249,10 @@ func (c *Cluster) bind(s reconcile.Step, b schedule.Binding) {
 	if s.Allocation != "" {
 		old := c.edit(s.Allocation)
 		if !c.faults.replacedForgotten {
-			old.ReplacedBy, old.ReplacedTime = id, timestamppb.New(c.Now)
+			old.ReplacedBy = id
+			if !c.faults.evictionUnseen {
+				old.ReplacedTime = timestamppb.New(c.Now)
+			}
 		}
 		old.Disrupted = old.GetDisrupted() || s.Disrupt
 		if s.Code == reconcile.NodeLost {

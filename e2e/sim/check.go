@@ -90,6 +90,9 @@ func (c *Cluster) serving() map[reconcile.Key]int {
 // after it, but for those that are to leave and wait for their replacement.
 func (c *Cluster) checkNumbers(broken report) {
 	for k := range c.pass.created {
+		if _, wanted := c.intents[k]; !wanted {
+			continue // see checkEpochs
+		}
 		if s := c.spec0(k); isService(s) {
 			c.checkSurge(k, s, broken)
 		} else if isStateful(s) {
@@ -245,6 +248,9 @@ func (c *Cluster) checkRates(broken report) {
 // order, and not beside another one where that is forbidden.
 func (c *Cluster) checkRuns(broken report) {
 	for k := range c.pass.created {
+		if _, wanted := c.intents[k]; !wanted {
+			continue // see checkEpochs
+		}
 		s := c.spec0(k)
 		if s.GetJob() == nil {
 			continue
@@ -261,7 +267,7 @@ func (c *Cluster) checkRuns(broken report) {
 		}
 		for _, id := range c.pass.bound {
 			a := c.allocs[id]
-			if keyOf(a) != k {
+			if keyOf(a) != k || len(records[a.GetRun()]) == 0 {
 				continue
 			}
 			// A run goes on as it began, so any of its records says how. The intent does
@@ -326,7 +332,15 @@ func (c *Cluster) checkEvictions(plan reconcile.Plan, broken report) {
 	}
 }
 
+// checkEpochs: nothing is of a newer decision than there is, and what begins is of
+// the newest.
 func (c *Cluster) checkEpochs(broken report) {
+	for _, id := range c.pass.bound {
+		a := c.allocs[id]
+		if i := c.intents[keyOf(a)].Intent; a.GetUid() != i.GetUid() || a.GetEpoch() < i.GetEpoch() {
+			broken(13, "%s begins for the decision %d on %s, %d on %s is there", id, a.GetEpoch(), a.GetUid(), i.GetEpoch(), i.GetUid())
+		}
+	}
 	for k, w := range c.intents {
 		for _, a := range c.pass.mine[k] {
 			if a.GetEpoch() > w.Intent.GetEpoch() {

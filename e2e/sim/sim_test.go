@@ -46,7 +46,7 @@ func TestEvents(t *testing.T) {
 		}
 		return
 	}
-	seeds := max(1, fromEnv(t, "SIM_EVENTS", 20_000)/eventsPerSeed)
+	seeds := max(1, fromEnv(t, "SIM_EVENTS", 6_000)/eventsPerSeed)
 	var mu sync.Mutex
 	reached := map[string]int{}
 	var wg sync.WaitGroup

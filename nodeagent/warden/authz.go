@@ -20,7 +20,7 @@ import (
 )
 
 // decideWithin bounds one decision; late means no.
-const decideWithin = 500 * time.Millisecond
+const decideWithin = 1500 * time.Millisecond
 
 // call is what is asked: who calls which port of which replica, and how.
 type call struct {

@@ -27,7 +27,7 @@ import (
 // decisionDeadline bounds one network decision. It is above what a busy machine's
 // scheduler takes away from a decision of microseconds, and below the warden's own
 // bound.
-const decisionDeadline = 250 * time.Millisecond
+const decisionDeadline = time.Second
 
 func newEngine(c *config, log *slog.Logger) (*containerd.Engine, error) {
 	hosts := map[string]containerd.Host{}

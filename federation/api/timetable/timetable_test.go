@@ -173,6 +173,7 @@ func reference(fields []string, zone *time.Location, from time.Time) []time.Time
 	for i := range shown {
 		shown[i] = civil(from.Add(time.Duration(i)*time.Minute), zone)
 	}
+	first := 0 // minute that shows c or later: never earlier for a later c
 	for c := shown[0]; c.Before(shown[minutes-1]); c = c.Add(time.Minute) {
 		dom, dow := member(fields[2], c.Day(), 31), member(fields[4], int(c.Weekday()), 7)
 		both := fields[2][0] != '*' && fields[4][0] != '*'
@@ -180,13 +181,11 @@ func reference(fields []string, zone *time.Location, from time.Time) []time.Time
 			(both && !dom && !dow) || (!both && (!dom || !dow)) {
 			continue
 		}
-		for i, s := range shown {
-			if !s.Before(c) {
-				if at := from.Add(time.Duration(i) * time.Minute); len(out) == 0 || at.After(out[len(out)-1]) {
-					out = append(out, at)
-				}
-				break
-			}
+		for shown[first].Before(c) {
+			first++
+		}
+		if at := from.Add(time.Duration(first) * time.Minute); len(out) == 0 || at.After(out[len(out)-1]) {
+			out = append(out, at)
 		}
 	}
 	return out

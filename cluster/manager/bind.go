@@ -80,7 +80,10 @@ func (d *decider) bind(st reconcile.Step, to schedule.Binding) {
 	d.event(st.Key, id, "Bound", st.Code+": "+st.Reason)
 	if st.Allocation != "" {
 		old := d.edit(st.Allocation)
-		old.ReplacedBy, old.ReplacedTime = id, timestamppb.New(d.now)
+		old.ReplacedBy = id
+		if st.Code == reconcile.NodeLost {
+			old.EvictTime = a.GetBound()
+		}
 		old.Disrupted = old.GetDisrupted() || st.Disrupt
 		d.event(st.Key, st.Allocation, "Replaced", "by "+id+": "+st.Reason)
 	}

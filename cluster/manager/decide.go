@@ -99,7 +99,7 @@ func copyAllocation(a *clusterv1.Allocation) *clusterv1.Allocation {
 		Node: a.GetNode(), Address: a.GetAddress(), Spec: a.GetSpec(), AtCluster: a.GetAtCluster(), Bound: a.GetBound(), Stop: a.GetStop(),
 		StopReason: a.GetStopReason(), StopTime: a.GetStopTime(), Index: a.GetIndex(), FederationRevision: a.GetFederationRevision(),
 		Final: a.GetFinal(), Uid: a.GetUid(), ReplacedBy: a.GetReplacedBy(), EndTime: a.GetEndTime(),
-		Run: a.GetRun(), Volumes: a.GetVolumes(), Devices: a.GetDevices(), Disrupted: a.GetDisrupted(), ReplacedTime: a.GetReplacedTime(),
+		Run: a.GetRun(), Volumes: a.GetVolumes(), Devices: a.GetDevices(), Disrupted: a.GetDisrupted(), EvictTime: a.GetEvictTime(),
 	}
 }
 

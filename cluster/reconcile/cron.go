@@ -124,8 +124,9 @@ func (p *planner) cron(k Key, w Workload, d desired, rs []*replica) {
 	b := p.jobBudget(k, d, rs)
 	begin := p.dueRun(k, w, d, runs)
 	for i, run := range runs {
-		p.removeGone(k, run)
-		if run.dropped() || (begin.replaces && !run.over && (begin.at != 0 || i < len(runs)-1)) {
+		drop := run.dropped() || (begin.replaces && !run.over && (begin.at != 0 || i < len(runs)-1))
+		p.removeGone(k, run, run.over || drop)
+		if drop {
 			p.dropRun(k, run)
 		} else {
 			p.runJob(k, w, run.d, b, run.job, run.replicas)
@@ -140,14 +141,14 @@ func (p *planner) cron(k Key, w Workload, d desired, rs []*replica) {
 }
 
 // removeGone removes the records of replicas that were stopped. The last one of a
-// run that is not over stays until another one is there: nothing else says that
+// run that has not ended stays until another one is there: nothing else says that
 // the run has begun. Finished ones go last: nothing else says that it is over.
-func (p *planner) removeGone(k Key, run *cronRun) {
+func (p *planner) removeGone(k Key, run *cronRun, ended bool) {
 	remove := func(r *replica) {
 		p.step(Step{Kind: Remove, Key: k, Code: StopConfirmed, Reason: "its node has stopped it", Allocation: r.GetAllocation()})
 	}
 	last := slices.ContainsFunc(run.replicas, func(r *replica) bool { return !r.gone })
-	ended, unfinished := run.over || run.dropped(), false
+	unfinished := false
 	for _, r := range slices.Backward(run.replicas) {
 		if r.Final != nil {
 			continue

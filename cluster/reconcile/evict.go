@@ -71,7 +71,7 @@ func (in Input) evictionBudget() evictions {
 		case a.GetReplacedBy() == "":
 			all.live++
 			zone(a.GetNode()).live++
-		case !a.GetDisrupted() && in.replacedAt(a).Add(evictWindow).After(in.Now):
+		case in.evictedAt(a).Add(evictWindow).After(in.Now):
 			all.recent++
 			zone(a.GetNode()).recent++
 		}
@@ -87,13 +87,23 @@ func (in Input) evictionBudget() evictions {
 	return out
 }
 
-// replacedAt is when another one took an allocation's place. What took it may be
-// gone already; where no time was kept, it says when it came.
-func (in Input) replacedAt(a *clusterv1.Allocation) time.Time {
-	if at := a.GetReplacedTime(); at != nil {
+// evictedAt is when another one took a lost allocation's place. What took it may be
+// gone already; in a record without the time, what took it says when it came.
+func (in Input) evictedAt(a *clusterv1.Allocation) time.Time {
+	if at := a.GetEvictTime(); at != nil {
 		return at.AsTime()
 	}
-	return in.Allocations[a.GetReplacedBy()].GetBound().AsTime()
+	by := in.Allocations[a.GetReplacedBy()]
+	if by == nil || a.GetDisrupted() {
+		return time.Time{}
+	}
+	return by.GetBound().AsTime()
+}
+
+// evictedFor says that an allocation is there because the node of another one was
+// lost, and not because that one was to leave.
+func evictedFor(a, by *clusterv1.Allocation) bool {
+	return a.GetEvictTime() != nil && a.GetEvictTime().AsTime().Equal(by.GetBound().AsTime())
 }
 
 // replace makes a step the replacement of a lost replica; false when the rate or

@@ -22,6 +22,8 @@ type replica struct {
 	// replaced: another one took its place, and is there. replacement: it took the
 	// place of another one.
 	replaced, replacement bool
+	// moved: that one was made because it is to leave.
+	moved bool
 	// mine: of the present workload, not of an earlier one of the same name.
 	mine      bool
 	mute      bool // its node has said nothing yet to this process
@@ -67,8 +69,10 @@ func (in Input) replicas(w Workload, d desired, as []*clusterv1.Allocation) []*r
 		n := in.Nodes[a.GetNode()]
 		r := &replica{Allocation: a, lost: n.lost(), mine: w.Intent != nil && a.GetUid() == w.Intent.GetUid()}
 		r.mute = !n.Observed
-		if by := in.Allocations[a.GetReplacedBy()]; by != nil && !by.GetStop() {
+		by := in.Allocations[a.GetReplacedBy()]
+		if _, there := in.Nodes[by.GetNode()]; by != nil && there && !by.GetStop() {
 			r.replaced = true
+			r.moved = a.GetDisrupted() && !evictedFor(a, by)
 		}
 		if n.Observed {
 			r.status = n.Allocations[a.GetAllocation()]
@@ -123,7 +127,7 @@ func (in Input) setLeaving(n *clusterv1.Node, r *replica) {
 		}
 	case !until.IsZero() && !in.Now.Before(until):
 		r.leave = &leaving{code: StayOver, budgeted: true, reason: fmt.Sprintf("its node has taint %s, which it tolerates only for a time", taint)}
-	case r.GetDisrupted() && r.replaced:
+	case r.moved:
 		r.leave = &leaving{code: Moved, budgeted: true, reason: fmt.Sprintf("%s was made to take its place", r.GetReplacedBy())}
 	default:
 		r.until = until

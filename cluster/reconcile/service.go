@@ -29,7 +29,7 @@ func keepers(d desired, rs []*replica) (keep map[string][]*replica, leave []*rep
 		for i, r := range have {
 			// What has a successor is there once too often because of that, and not
 			// because fewer are wanted.
-			r.surplus = i >= int(want.GetReplicas()) && (!r.GetDisrupted() || !r.replaced)
+			r.surplus = i >= int(want.GetReplicas()) && !r.moved
 			if !r.surplus && r.leave == nil {
 				keep[want.GetRevision()] = append(keep[want.GetRevision()], r)
 			} else {

@@ -215,7 +215,10 @@ func (w *world) bind(s Step) (id, node string) {
 	w.allocs[id], w.modified[id] = a, w.gen
 	if s.Allocation != "" {
 		was := w.edit(s.Allocation)
-		was.ReplacedBy, was.ReplacedTime, was.Disrupted = id, timestamppb.New(w.now), was.GetDisrupted() || s.Disrupt
+		was.ReplacedBy, was.Disrupted = id, was.GetDisrupted() || s.Disrupt
+		if s.Code == NodeLost {
+			was.EvictTime = timestamppb.New(w.now)
+		}
 	}
 	return id, node
 }

@@ -250,14 +250,14 @@ func (c *Cluster) bind(s reconcile.Step, b schedule.Binding) {
 		old := c.edit(s.Allocation)
 		if !c.faults.replacedForgotten {
 			old.ReplacedBy = id
-			if !c.faults.evictionUnseen {
-				old.ReplacedTime = timestamppb.New(c.Now)
-			}
 		}
 		old.Disrupted = old.GetDisrupted() || s.Disrupt
 		if s.Code == reconcile.NodeLost {
 			c.pass.evicted++
-			c.evicted = append(c.evicted, c.Now)
+			c.evicted = append(c.evicted, eviction{s.Allocation, c.Now})
+			if !c.faults.evictionUnseen {
+				old.EvictTime = timestamppb.New(c.Now)
+			}
 		}
 	}
 	c.say("bind %s to %s (%s: %s)", id, b.Node, s.Code, s.Reason)

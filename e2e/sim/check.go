@@ -320,9 +320,10 @@ func (c *Cluster) checkEvictions(plan reconcile.Plan, broken report) {
 	if c.pass.evicted == 0 {
 		return
 	}
-	for len(c.evicted) > 0 && !c.evicted[0].Add(evictionWindow).After(c.Now) {
-		c.evicted = c.evicted[1:]
-	}
+	// What has come back since and was cleared away is no eviction any more.
+	c.evicted = slices.DeleteFunc(c.evicted, func(e eviction) bool {
+		return !e.at.Add(evictionWindow).After(c.Now) || c.allocs[e.of] == nil
+	})
 	limit := max(evictionMin, len(c.allocs)/evictionShare)
 	if lost*2 > len(c.nodes) {
 		limit /= evictionDark

@@ -93,7 +93,7 @@ type Cluster struct {
 	// replicas of a workload were disrupted: both by key and uid.
 	began     map[string]int64
 	disrupted map[string][]time.Time
-	evicted   []time.Time
+	evicted   []eviction
 	requests  map[*portolanv1.WorkloadSpec]api.Resources
 	faults    faults
 
@@ -105,6 +105,12 @@ type Cluster struct {
 	Reached map[string]int
 	// pass is the trace of the last one, for checks.
 	pass trace
+}
+
+// eviction is the replacement of a replica whose node is lost.
+type eviction struct {
+	of string
+	at time.Time
 }
 
 // trace is what one pass did.

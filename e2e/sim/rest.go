@@ -80,19 +80,23 @@ func (c *Cluster) unlike(k reconcile.Key) string {
 // leftovers are records that should be gone.
 func (c *Cluster) leftovers() error {
 	var errs []error
+	held := func(k reconcile.Key) bool { return len(c.pending[k]) > 0 || c.excused(k) }
+	uids := map[string]bool{}
 	for id, a := range c.allocs {
+		k := keyOf(a)
+		uids[a.GetUid()] = true
 		// A job's record of its end stays when its node has cleared it away.
-		if a.GetStop() && a.GetFinal() == nil && c.Now.Sub(a.GetStopTime().AsTime()) > time.Minute {
+		// The last record of a run that cannot go on says that it has begun.
+		if a.GetStop() && a.GetFinal() == nil && !(a.GetRun() != 0 && held(k)) && c.Now.Sub(a.GetStopTime().AsTime()) > time.Minute {
 			errs = append(errs, fmt.Errorf("%s was stopped %v ago, and its record is still there", id, c.Now.Sub(a.GetStopTime().AsTime())))
 		}
 		// An earlier workload of the name makes way as the present one gets ready.
-		k := keyOf(a)
-		if w, wanted := c.intents[k]; !wanted || (w.Intent.GetUid() != a.GetUid() && len(c.pending[k]) == 0 && !c.excused(k)) {
+		if w, wanted := c.intents[k]; !wanted || (w.Intent.GetUid() != a.GetUid() && !held(k)) {
 			errs = append(errs, fmt.Errorf("%s belongs to no workload any more", id))
 		}
 	}
 	for id, v := range c.volumes {
-		if w := c.intents[reconcile.Key{Tenant: v.GetTenant(), Workload: v.GetWorkload()}]; w.Intent.GetUid() != v.GetUid() {
+		if w := c.intents[reconcile.Key{Tenant: v.GetTenant(), Workload: v.GetWorkload()}]; w.Intent.GetUid() != v.GetUid() && !uids[v.GetUid()] {
 			errs = append(errs, fmt.Errorf("volume %s belongs to no workload any more", id))
 		}
 	}
@@ -107,5 +111,5 @@ func (c *Cluster) leftovers() error {
 // excused says that the plan itself says why a workload is not as declared.
 func (c *Cluster) excused(k reconcile.Key) bool {
 	p := reconcile.Reconcile(c.input())
-	return p.Halted[k].Code != "" || p.Waiting[k].Code != ""
+	return p.Halted[k].Code != "" || p.Waiting[k].Code != "" || p.Draining[k].Code != ""
 }

@@ -9,6 +9,9 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/portolan-io/portolan/cluster/reconcile"
+	"github.com/portolan-io/portolan/cluster/schedule"
 )
 
 // eventsPerSeed is how long one cluster lives.
@@ -47,6 +50,7 @@ func TestEvents(t *testing.T) {
 		return
 	}
 	seeds := max(1, fromEnv(t, "SIM_EVENTS", 6_000)/eventsPerSeed)
+	began := time.Now()
 	var mu sync.Mutex
 	reached := map[string]int{}
 	var wg sync.WaitGroup
@@ -76,16 +80,74 @@ func TestEvents(t *testing.T) {
 	}
 	close(next)
 	wg.Wait()
-	t.Logf("%d events; reached %v", seeds*eventsPerSeed, reached)
-	// What the run must have come to, or it shows nothing.
-	for _, k := range []string{
-		"all dark", "displaced", "refused", "NodeDraining", "DrainDeadline", "NodeRefuses", "RevisionReplaced", "NodeLost", "VolumeNodeLost", "BudgetExhausted", "JobComplete", "JobFailed",
-		"RunBegan", "RunMissed", "FailingChecks", "StartInOrder", "Expired", "NoRestartNeeded", "StayOver", "SurplusAfterNodeReturned",
-	} {
-		if reached[k] == 0 && seeds >= 10 {
-			t.Errorf("no run came to %q", k)
+	t.Logf("%d events in %v; reached %v", seeds*eventsPerSeed, time.Since(began).Round(time.Second), reached)
+	for _, r := range rare {
+		if reached[r.what] == 0 && seeds >= r.seeds {
+			t.Errorf("no run came to %q", r.what)
 		}
 	}
+}
+
+// rare is what runs must come to, or they show nothing, each from so many clusters
+// on.
+var rare = []struct {
+	what  string
+	seeds int
+}{
+	// Nodes.
+	{"all dark", 10},
+	{reconcile.ZoneDark, 10},
+	{reconcile.NodeLost, 10},
+	{reconcile.Surplus, 10},
+	{reconcile.NodeGone, 10},
+	{reconcile.NodeDraining, 10},
+	{reconcile.DrainDeadline, 10},
+	{reconcile.NodeRefuses, 10},
+	{reconcile.StayOver, 10},
+	{"no longer fits", 10},
+	{schedule.SelectorMismatch.String(), 10},
+	{schedule.InsufficientCPU.String(), 10},
+	// Room.
+	{"refused", 10},
+	{"displaced", 10},
+	{"room given up", 10},
+	{reconcile.Rebalance, 10},
+	{reconcile.Moved, 10},
+	// Budgets.
+	{reconcile.BudgetExhausted, 10},
+	{reconcile.BudgetPerHour, 10},
+	{reconcile.BudgetWindow, 10},
+	{reconcile.ReplacementFirst, 10},
+	// Updates.
+	{reconcile.RevisionReplaced, 10},
+	{reconcile.NewRevision, 10},
+	{reconcile.NoRestartNeeded, 10},
+	{reconcile.FailingChecks, 10},
+	{reconcile.NoProgress, 10},
+	{"previewed", 10},
+	{"switched", 10},
+	{"preview given up", 10},
+	// Kinds.
+	{reconcile.StartInOrder, 10},
+	{reconcile.ScaleDown, 10},
+	{reconcile.VolumeNodeLost, 10},
+	{reconcile.VolumeNodeGone, 10},
+	{reconcile.VolumeLeaving, 50},
+	{reconcile.EarlierLeaving, 10},
+	{reconcile.ReplicaNodeLost, 10},
+	{reconcile.NodeEligible, 10},
+	{reconcile.JobComplete, 10},
+	{reconcile.JobFailed, 10},
+	{reconcile.JobRetry, 10},
+	{reconcile.Expired, 10},
+	{reconcile.RunBegan, 10},
+	{reconcile.RunMissed, 10},
+	{reconcile.RunSkipped, 10},
+	{reconcile.RunReplaced, 10},
+	{reconcile.HistoryLimit, 10},
+	// Scaling.
+	{"scaled up", 10},
+	{"scaled down", 10},
 }
 
 // TestSame: one seed is one story.

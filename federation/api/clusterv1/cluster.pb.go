@@ -241,9 +241,9 @@ type Allocation struct {
 	Devices []*nodev1.DeviceShare `protobuf:"bytes,22,rep,name=devices,proto3" json:"devices,omitempty"`
 	// Disrupted on purpose (a drain, a move, displacement): counts against budgets.
 	Disrupted bool `protobuf:"varint,23,opt,name=disrupted,proto3" json:"disrupted,omitempty"`
-	// When replaced_by was written: the rate of evictions holds also when what came
-	// in its place is gone already.
-	ReplacedTime  *timestamppb.Timestamp `protobuf:"bytes,24,opt,name=replaced_time,json=replacedTime,proto3" json:"replaced_time,omitempty"`
+	// When another one took its place because its node was lost, the same as that
+	// one's bound: the rate of evictions holds also when that one is gone already.
+	EvictTime     *timestamppb.Timestamp `protobuf:"bytes,24,opt,name=evict_time,json=evictTime,proto3" json:"evict_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -439,9 +439,9 @@ func (x *Allocation) GetDisrupted() bool {
 	return false
 }
 
-func (x *Allocation) GetReplacedTime() *timestamppb.Timestamp {
+func (x *Allocation) GetEvictTime() *timestamppb.Timestamp {
 	if x != nil {
-		return x.ReplacedTime
+		return x.EvictTime
 	}
 	return nil
 }
@@ -1010,7 +1010,7 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\aNodeKey\x12\x12\n" +
 	"\x04hash\x18\x01 \x01(\fR\x04hash\x12;\n" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"expireTime\"\xf9\x06\n" +
+	"expireTime\"\xf3\x06\n" +
 	"\n" +
 	"Allocation\x12\x1e\n" +
 	"\n" +
@@ -1041,8 +1041,9 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x03run\x18\x14 \x01(\x03R\x03run\x12\x18\n" +
 	"\avolumes\x18\x15 \x03(\tR\avolumes\x127\n" +
 	"\adevices\x18\x16 \x03(\v2\x1d.portolan.node.v1.DeviceShareR\adevices\x12\x1c\n" +
-	"\tdisrupted\x18\x17 \x01(\bR\tdisrupted\x12?\n" +
-	"\rreplaced_time\x18\x18 \x01(\v2\x1a.google.protobuf.TimestampR\freplacedTime\"\x98\x02\n" +
+	"\tdisrupted\x18\x17 \x01(\bR\tdisrupted\x129\n" +
+	"\n" +
+	"evict_time\x18\x18 \x01(\v2\x1a.google.protobuf.TimestampR\tevictTime\"\x98\x02\n" +
 	"\x06Volume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12\x1a\n" +
@@ -1144,7 +1145,7 @@ var file_portolan_cluster_v1_cluster_proto_depIdxs = []int32{
 	16, // 12: portolan.cluster.v1.Allocation.final:type_name -> portolan.node.v1.AllocationStatus
 	13, // 13: portolan.cluster.v1.Allocation.end_time:type_name -> google.protobuf.Timestamp
 	17, // 14: portolan.cluster.v1.Allocation.devices:type_name -> portolan.node.v1.DeviceShare
-	13, // 15: portolan.cluster.v1.Allocation.replaced_time:type_name -> google.protobuf.Timestamp
+	13, // 15: portolan.cluster.v1.Allocation.evict_time:type_name -> google.protobuf.Timestamp
 	13, // 16: portolan.cluster.v1.Volume.create_time:type_name -> google.protobuf.Timestamp
 	5,  // 17: portolan.cluster.v1.WorkloadState.scale:type_name -> portolan.cluster.v1.Scale
 	13, // 18: portolan.cluster.v1.WorkloadState.disruptions:type_name -> google.protobuf.Timestamp

@@ -262,6 +262,7 @@ func (t *table) bars(p *plot.Plot) error {
 		low, high = min(low, r.y-r.dev), max(high, r.y+r.dev)
 	}
 	names := t.series()
+	var labels []func() error // drawn last, over the bars beside them
 	bar := vg.Points(min(26, 300/float64(len(groups)*len(names))))
 	for i, name := range names {
 		var v plotter.Values
@@ -283,7 +284,10 @@ func (t *table) bars(p *plot.Plot) error {
 		b.Offset = bar * vg.Length(float64(i)-float64(len(names)-1)/2)
 		p.Add(b)
 		p.Legend.Add(name, b)
-		if err := label(p, at, b.Offset); err != nil {
+		labels = append(labels, func() error { return label(p, at, b.Offset) })
+	}
+	for _, draw := range labels {
+		if err := draw(); err != nil {
 			return err
 		}
 	}

@@ -48,6 +48,7 @@ type fragments struct {
 	whole, block int64
 	prices       [maxModels]int64
 	nodes        []potential // by slot
+	memos        [memos]memo
 }
 
 // row is demand for a number of shares of a size.
@@ -280,8 +281,42 @@ func (t *Table) fragment(i int32, x *index) (load float64, device int) {
 		u := f.u(clamp(t.freeCPU[i]-x.ask.cpu), clamp((t.freeMemory[i]-x.ask.memory)>>20), t.modelOf(i), free[:n], &p.slots)
 		return scaleCost(p.u - u), -1
 	}
-	cost, d := t.deviceCost(i, x.ask, &x.frag.shape)
+	cost, d := t.remembered(i, x)
 	return scaleCost(cost), d
+}
+
+// memo is the cost of a place on a node in some state. Many nodes are alike, above
+// all empty ones.
+type memo struct {
+	x           *index
+	epoch       uint64
+	cpu, memory int64
+	free        [maxDevices]int16
+	model       int8
+	device      int8
+	cost        int64
+}
+
+const memos = 1 << 9
+
+func (t *Table) remembered(i int32, x *index) (int64, int) {
+	f := &t.fragments
+	if len(t.keeps[i]) > 0 {
+		return t.deviceCost(i, x.ask, &x.frag.shape)
+	}
+	now := memo{x: x, epoch: f.epoch, cpu: t.freeCPU[i], memory: t.freeMemory[i], model: t.model[i]}
+	h := mix(uint64(now.cpu), uint64(now.memory))
+	for k := range readFree(t.devices[i], &now.free) {
+		h = h*31 + uint64(now.free[k])
+	}
+	m := &f.memos[mix(h, uint64(len(t.devices[i])))%memos]
+	if m.x == x && m.epoch == now.epoch && m.cpu == now.cpu && m.memory == now.memory && m.model == now.model && m.free == now.free {
+		return m.cost, int(m.device)
+	}
+	cost, d := t.deviceCost(i, x.ask, &x.frag.shape)
+	now.cost, now.device = cost, int8(d)
+	*m = now
+	return cost, d
 }
 
 // deviceCost is what a place costs in potential beyond what the request uses.

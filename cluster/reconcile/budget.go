@@ -3,6 +3,7 @@ package reconcile
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -152,9 +153,7 @@ func Displace(in Input, plan Plan, victims []Move) (out Plan, refused []string) 
 	out = plan
 	out.Steps = slices.Clone(plan.Steps)
 	out.Allowances = make(map[Key]int, len(plan.Allowances))
-	for k, n := range plan.Allowances {
-		out.Allowances[k] = n
-	}
+	maps.Copy(out.Allowances, plan.Allowances)
 	going := map[string]bool{}
 	for _, s := range out.Steps {
 		if s.Kind == Stop || s.Kind == Remove || s.Kind == Finish {

@@ -109,7 +109,9 @@ func (d *desired) freeze(rs []*replica, f faults) {
 		}
 	}
 	updating := len(old) > 0 || listed || hasOther(rs, d.current)
-	if crashes := d.crashes(rs); (updating || available == 0) && !f.failingIgnored {
+	// Where all that are wanted are available the revision is good.
+	done := d.kind != portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON && available >= d.current.GetReplicas()
+	if crashes := d.crashes(rs); (updating || available == 0) && !done && !f.failingIgnored {
 		limit := defaultMaxFailures
 		if u := d.current.GetSpec().GetUpdate(); u != nil && u.MaxFailures != nil {
 			limit = int(u.GetMaxFailures())

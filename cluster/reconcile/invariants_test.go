@@ -21,6 +21,7 @@ type tally struct {
 	spec                        *portolanv1.WorkloadSpec
 	total, surge, down, crashes int
 	others                      bool
+	current                     int // ready ones of the current revision
 }
 
 func (m *model) isReady(a *clusterv1.Allocation) bool {
@@ -74,6 +75,7 @@ func (m *model) tally(k Key, p Plan) *tally {
 			t.others = true
 			continue
 		}
+		t.current += off(m.isReady(a))
 		st := n.Allocations[id]
 		for _, c := range st.GetContainers() {
 			if at := st.GetTimeline().GetReady(); n.Observed && (at == nil || c.GetLastExitTime().AsTime().Before(at.AsTime())) {
@@ -161,7 +163,7 @@ func (m *model) checkService(p Plan) error {
 		if t.stopped > 0 && t.ready-t.stopped < t.total-t.down {
 			return fmt.Errorf("%s: %d of %d ready ones are stopped: fewer than %d - %d stay", k, t.stopped, t.ready, t.total, t.down)
 		}
-		if t.others && t.crashes > int(t.spec.GetUpdate().GetMaxFailures()) {
+		if t.others && t.current < m.wantedOfCurrent(k) && t.crashes > int(t.spec.GetUpdate().GetMaxFailures()) {
 			m.reach["halted"]++
 			for _, s := range p.Steps {
 				if s.Key == k && (s.Code == NewRevision || (s.Code == RevisionReplaced && m.isReady(m.allocs[s.Allocation]) && m.allocs[s.Allocation].GetUid() == t.intent.GetUid() && !m.otherTemplate(k, s.Allocation))) {
@@ -171,6 +173,11 @@ func (m *model) checkService(p Plan) error {
 		}
 	}
 	return nil
+}
+
+func (m *model) wantedOfCurrent(k Key) int {
+	in := m.input()
+	return int(in.desiredOf(k, m.workloads[k]).current.GetReplicas())
 }
 
 // otherTemplate says that a replica's revision is listed with another template.
@@ -367,7 +374,12 @@ func (m *model) checkEvictions(p Plan) error {
 			return fmt.Errorf("%d steps while everything is dark", len(p.Steps))
 		}
 	}
-	m.evicted = slices.DeleteFunc(m.evicted, func(at time.Time) bool { return !at.Add(evictWindow).After(m.now) })
+	// One that is gone again is not remembered by anyone.
+	evicted, more := 0, 0
+	for _, a := range m.allocs {
+		by := m.allocs[a.GetReplacedBy()]
+		evicted += off(by != nil && !a.GetDisrupted() && by.GetBound().AsTime().Add(evictWindow).After(m.now))
+	}
 	for _, s := range p.Steps {
 		if s.Kind != Create || s.Code != NodeLost {
 			continue
@@ -378,13 +390,11 @@ func (m *model) checkEvictions(p Plan) error {
 			return fmt.Errorf("%s is replaced while all of its zone is dark", s.Allocation)
 		}
 		// What finds no node is tried again, and counts only when it is there.
-		if m.node(s) != "" {
-			m.evicted = append(m.evicted, m.now)
-		}
+		more += off(m.node(s) != "")
 	}
 	// Those that were replaced within the window counted when they were.
-	if limit := max(evictMin, (live+len(m.evicted))/evictShare); len(m.evicted) > limit {
-		return fmt.Errorf("%d replicas of lost nodes were replaced within %v, %d are allowed", len(m.evicted), evictWindow, limit)
+	if limit := max(evictMin, (live+evicted)/evictShare); more > 0 && evicted+more > limit {
+		return fmt.Errorf("%d replicas of lost nodes are replaced within %v, %d are allowed", evicted+more, evictWindow, limit)
 	}
 	return nil
 }

@@ -34,12 +34,11 @@ type model struct {
 	events int
 	reach  map[string]int // rare states that were reached
 
-	trace   func(string) // of every step, to look at a failing seed
-	evicted []time.Time
-	moved   []time.Time
-	quiet   bool // no more faults
-	rounds  int  // of the calm
-	steps   int  // of the last plan
+	trace  func(string) // of every step, to look at a failing seed
+	moved  []time.Time
+	quiet  bool // no more faults
+	rounds int  // of the calm
+	steps  int  // of the last plan
 }
 
 func newModel(seed uint64, f faults) *model {

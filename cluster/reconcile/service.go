@@ -29,7 +29,7 @@ func keepers(d desired, rs []*replica) (keep map[string][]*replica, leave []*rep
 		for i, r := range have {
 			// What has a successor is there once too often because of that, and not
 			// because fewer are wanted.
-			r.surplus = i >= int(want.GetReplicas()) && !(r.GetDisrupted() && r.replaced)
+			r.surplus = i >= int(want.GetReplicas()) && (!r.GetDisrupted() || !r.replaced)
 			if !r.surplus && r.leave == nil {
 				keep[want.GetRevision()] = append(keep[want.GetRevision()], r)
 			} else {
@@ -105,7 +105,7 @@ func (p *planner) createMissing(k Key, w Workload, d desired, b *budget, rs []*r
 				if r.leave.budgeted && !r.leave.force && b.barred {
 					continue // it may not go now, so nothing has to take its place
 				}
-				s.Allocation, s.Disrupt, s.Node = r.GetAllocation(), r.leave.budgeted, r.leave.node
+				s.Allocation, s.Disrupt, s.Node = r.GetAllocation(), true, r.leave.node
 				s.Code, s.Reason = r.leave.code, r.leave.reason
 			}
 			p.step(s)

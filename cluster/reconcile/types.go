@@ -33,8 +33,9 @@ type Input struct {
 	// States is what the cluster decided by itself, with the newest Scale in it.
 	States map[Key]*clusterv1.WorkloadState
 	// Admit says whether replicas may begin or stay on a node by its labels and
-	// taints. Capacity, the node's mode, and how long a taint may be endured are
-	// apart.
+	// taints; where a taint is tolerated only for a time they may stay, or what is
+	// made for those that leave would come back. Capacity, the node's mode, and
+	// whether that time is over are apart.
 	Admit func(*clusterv1.Node, *portolanv1.WorkloadSpec) Admission
 	// Moves are proposals: what no longer fits its node, and the rebalancer's. They
 	// are done as far as budgets allow.

@@ -70,12 +70,17 @@ func (w *world) admit(n *clusterv1.Node, spec *portolanv1.WorkloadSpec) Admissio
 	case n.GetFacts().GetLabels()["stay"] != "":
 		return Stay
 	}
+	out := Admitted
 	for _, t := range n.GetFacts().GetTaints() {
-		if !slices.ContainsFunc(spec.GetScheduling().GetTolerations(), func(o *portolanv1.Toleration) bool { return o.GetKey() == t.GetKey() }) {
+		i := slices.IndexFunc(spec.GetScheduling().GetTolerations(), func(o *portolanv1.Toleration) bool { return o.GetKey() == t.GetKey() })
+		switch {
+		case i < 0:
 			return Refused
+		case spec.GetScheduling().GetTolerations()[i].GetStay() != nil:
+			out = Stay // what may stay only for a time does not begin
 		}
 	}
-	return Admitted
+	return out
 }
 
 // apply does the steps. A replica that finds no node stays pending. It gives a

@@ -177,7 +177,7 @@ func reference(fields []string, zone *time.Location, from time.Time) []time.Time
 		dom, dow := member(fields[2], c.Day(), 31), member(fields[4], int(c.Weekday()), 7)
 		both := fields[2][0] != '*' && fields[4][0] != '*'
 		if !member(fields[0], c.Minute(), 59) || !member(fields[1], c.Hour(), 23) || !member(fields[3], int(c.Month()), 12) ||
-			(both && !dom && !dow) || (!both && !(dom && dow)) {
+			(both && !dom && !dow) || (!both && (!dom || !dow)) {
 			continue
 		}
 		for i, s := range shown {

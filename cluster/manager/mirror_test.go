@@ -26,7 +26,8 @@ import (
 
 // TestMirrorFollows: after any history of changes the table that followed them
 // decides as one that is made of the last snapshot alone, and knows the same
-// addresses.
+// addresses. Scoring by least fragmentation is left out: it learns what is asked
+// for, which a fresh table has not.
 func TestMirrorFollows(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		h := &history{t: rt, store: mem.New(), r: rand.New(rand.NewPCG(rapid.Uint64().Draw(rt, "seed"), 1))}
@@ -139,7 +140,7 @@ func (h *history) observeOrElse(node string, s *state.Snapshot, c *state.Change)
 		}
 	case 1:
 		h.rev++
-		spec := &portolanv1.ClusterSpec{Pools: []*portolanv1.NodePool{{Name: "default", Scoring: portolanv1.Scoring(1 + h.r.IntN(4)), CpuOvercommitPercent: int32(100 + h.r.IntN(50))}}}
+		spec := &portolanv1.ClusterSpec{Pools: []*portolanv1.NodePool{{Name: "default", Scoring: portolanv1.Scoring(1 + h.r.IntN(3)), CpuOvercommitPercent: int32(100 + h.r.IntN(50))}}}
 		in := map[string]*linkv1.Intent{"cluster": {Revision: h.rev, Body: &linkv1.Intent_Cluster{Cluster: &linkv1.ClusterIntent{Spec: spec}}}}
 		if err := h.store.CommitIntents(h.t.Context(), h.rev, in, time.Unix(h.rev, 0)); err != nil {
 			h.t.Fatal(err)

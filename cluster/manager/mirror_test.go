@@ -101,7 +101,7 @@ func (h *history) change() {
 		c.DeleteNodes = []string{node}
 	case 3, 4, 5:
 		if a == nil && s.Nodes[node] != nil {
-			c.PutAllocations = []*clusterv1.Allocation{h.allocation(id, node)}
+			c.PutAllocations = []*clusterv1.Allocation{h.allocation(id, node, s)}
 		}
 	case 6:
 		if a != nil {
@@ -168,11 +168,19 @@ func (h *history) node(id string) *clusterv1.Node {
 	return n
 }
 
-func (h *history) allocation(id, node string) *clusterv1.Allocation {
+func (h *history) allocation(id, node string, s *state.Snapshot) *clusterv1.Allocation {
+	taken := map[string]bool{}
+	for _, a := range s.Allocations {
+		taken[a.GetAddress()] = true
+	}
+	address := ""
+	for address == "" || taken[address] {
+		address = fmt.Sprintf("10.1.%s.%d", node[1:], 2+h.r.IntN(40))
+	}
 	spec := proto.CloneOf(historySpecs[h.r.IntN(len(historySpecs))]) // as after a load: equal, and another message
 	return &clusterv1.Allocation{
 		Allocation: id, Tenant: "t", Workload: id[:2], Revision: "r1", Node: node, Spec: spec, Bound: timestamppb.New(time.Unix(int64(h.r.IntN(100)), 0)),
-		Address: fmt.Sprintf("10.1.%s.%d", node[1:], 2+h.r.IntN(200)),
+		Address: address,
 	}
 }
 

@@ -320,7 +320,8 @@ func (c *Cluster) checkEvictions(plan reconcile.Plan, broken report) {
 	if c.pass.evicted == 0 {
 		return
 	}
-	// What has come back since and was cleared away is no eviction any more.
+	// What has come back since and was cleared away is no eviction any more, and one
+	// whose replacement came to nothing and is made again is one.
 	c.evicted = slices.DeleteFunc(c.evicted, func(e eviction) bool {
 		return !e.at.Add(evictionWindow).After(c.Now) || c.allocs[e.of] == nil
 	})
@@ -328,7 +329,11 @@ func (c *Cluster) checkEvictions(plan reconcile.Plan, broken report) {
 	if lost*2 > len(c.nodes) {
 		limit /= evictionDark
 	}
-	if n := len(c.evicted); n > limit {
+	of := map[string]bool{}
+	for _, e := range c.evicted {
+		of[e.of] = true
+	}
+	if n := len(of); n > limit {
 		broken(6, "%d replicas of lost nodes were replaced within %v, %d are the most", n, evictionWindow, limit)
 	}
 }

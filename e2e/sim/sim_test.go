@@ -1,8 +1,10 @@
 package sim
 
 import (
+	"fmt"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -42,7 +44,7 @@ func TestEvents(t *testing.T) {
 		}
 		c := New(n)
 		c.tell = 1 << 20
-		err = c.live(eventsPerSeed)
+		err = lived(c)
 		t.Logf("%s", strings.Join(c.Log(), "\n"))
 		if err != nil {
 			t.Fatal(err)
@@ -59,7 +61,7 @@ func TestEvents(t *testing.T) {
 		wg.Go(func() {
 			for seed := range next {
 				c := New(seed)
-				err := c.live(eventsPerSeed)
+				err := lived(c)
 				mu.Lock()
 				for k, n := range c.Reached {
 					reached[k] += n
@@ -86,6 +88,16 @@ func TestEvents(t *testing.T) {
 			t.Errorf("no run came to %q", r.what)
 		}
 	}
+}
+
+// lived is a whole life; a core that panics in it is told with its seed.
+func lived(c *Cluster) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
+		}
+	}()
+	return c.live(eventsPerSeed)
 }
 
 // rare is what runs must come to, or they show nothing, each from so many clusters

@@ -92,7 +92,7 @@ func (p *planner) daemonOn(at *daemonPass, n *clusterv1.Node, admission Admissio
 		case admission != Refused && at.d.frozen && r.mine:
 		default:
 			at.old++
-			p.daemonOld(at, n, admission, r)
+			p.daemonOld(at, admission, r)
 		}
 	}
 	slices.SortFunc(right, better)
@@ -120,7 +120,7 @@ func (p *planner) unfit(at *daemonPass, r *replica) bool {
 }
 
 // daemonOld stops a replica that is not the right one, or may not be there.
-func (p *planner) daemonOld(at *daemonPass, n *clusterv1.Node, admission Admission, r *replica) {
+func (p *planner) daemonOld(at *daemonPass, admission Admission, r *replica) {
 	if (r.ready || r.mute) && admission != Refused {
 		if at.spare <= 0 {
 			return

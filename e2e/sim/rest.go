@@ -87,7 +87,7 @@ func (c *Cluster) leftovers() error {
 		uids[a.GetUid()] = true
 		// A job's record of its end stays when its node has cleared it away.
 		// The last record of a run that cannot go on says that it has begun.
-		if a.GetStop() && a.GetFinal() == nil && !(a.GetRun() != 0 && held(k)) && c.Now.Sub(a.GetStopTime().AsTime()) > time.Minute {
+		if a.GetStop() && a.GetFinal() == nil && (a.GetRun() == 0 || !held(k)) && c.Now.Sub(a.GetStopTime().AsTime()) > time.Minute {
 			errs = append(errs, fmt.Errorf("%s was stopped %v ago, and its record is still there", id, c.Now.Sub(a.GetStopTime().AsTime())))
 		}
 		// An earlier workload of the name makes way as the present one gets ready.

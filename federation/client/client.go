@@ -166,7 +166,7 @@ func (c Context) TLS() (*tls.Config, error) {
 // twice is not what somebody typed once.
 var repeatable = map[string][]string{
 	"TenantService":   {"GetTenant", "ListTenants", "GetRoleBinding", "ListRoleBindings"},
-	"ClusterService":  {"GetCluster", "ListClusters", "ListNodes"},
+	"ClusterService":  {"GetCluster", "ListClusters", "ListNodes", "GetCapacity"},
 	"WorkloadService": {"GetWorkload", "ListWorkloads", "GetWorkloadRevision", "ListWorkloadRevisions", "GetPlacement", "ListPlacements", "ExplainWorkload"},
 	"MeshService":     {"GetService", "ListServices", "GetRoute", "ListRoutes"},
 	"PolicyService":   {"GetPolicyBundle", "ListPolicyBundles"},

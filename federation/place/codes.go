@@ -5,7 +5,6 @@ const (
 	Chosen            = "chosen"              // replicas are placed here
 	Kept              = "kept"                // they were here before
 	Failover          = "failover"            // instead of a lost cluster; count says how many
-	Basis             = "basis"               // what the decision was asked to bring about
 	Overflow          = "overflow"            // in a later group, because earlier ones are full
 	Displaces         = "displaces"           // takes the room of workloads of lower priority
 	DisplacedBy       = "displaced"           // made room for a higher priority

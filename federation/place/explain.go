@@ -157,11 +157,11 @@ func (d *decision) explain(x *cell) []Reason {
 	if x.n > 0 && x.tier > 0 && !x.away {
 		note(Overflow, x.n*d.perUnit, "fallback group "+d.plain.GetFallbacks()[x.tier].GetName()+" takes what earlier groups have no room for")
 	}
-	return d.explainLimit(x, out, note)
+	return d.explainLimit(x, out)
 }
 
 // explainLimit says why the cluster has not more.
-func (d *decision) explainLimit(x *cell, out []Reason, note func(code string, count int, message string)) []Reason {
+func (d *decision) explainLimit(x *cell, out []Reason) []Reason {
 	before := len(out)
 	if x.n+x.extra > 0 && len(d.displaced) == 0 && !x.claim(x.n+x.extra).Fits(d.free(x)) {
 		return append(out, Reason{Code: OverCapacity, Message: "holds more than is free now; nothing is moved for that"})

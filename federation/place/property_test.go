@@ -376,7 +376,7 @@ func (k *checker) checkInvariants() {
 		if all != "" && (n > 0 || k.daemon()) {
 			k.Errorf("%s has %d against %s", a.Cluster, n, all)
 		}
-		if fresh != "" && n > had && !(k.daemon() && c.Previous.Present) {
+		if fresh != "" && n > had && (!k.daemon() || !c.Previous.Present) {
 			k.Errorf("%s grew from %d to %d against %s", a.Cluster, had, n, fresh)
 		}
 		room := k.free(c)
@@ -388,7 +388,7 @@ func (k *checker) checkInvariants() {
 		if !a.Claim.Fits(room) && !a.Claim.Fits(c.Previous.Claim) {
 			k.Errorf("%s is overcommitted: claim %+v, room %+v, before %+v", a.Cluster, a.Claim, room, c.Previous.Claim)
 		}
-		if claim := k.claimOf(c, n); !k.daemon() && !k.job() && a.Replicas > 0 && a.Claim != claim && !(k.spec.GetPlacement().GetExclusive() && a.Claim == c.Previous.Claim) {
+		if claim := k.claimOf(c, n); !k.daemon() && !k.job() && a.Replicas > 0 && a.Claim != claim && (!k.spec.GetPlacement().GetExclusive() || a.Claim != c.Previous.Claim) {
 			k.Errorf("%s claims %+v, %d replicas and their surge are %+v", a.Cluster, a.Claim, n, claim)
 		}
 		running += min(1, a.Replicas)

@@ -124,16 +124,16 @@ func (f *fill) standing() standing {
 // valueOf is what a cluster adds to the sum by the objective.
 func (f *fill) valueOf(x *cell) int64 {
 	n := int64(x.n)
-	switch {
-	case f.d.order == byPrice || f.d.order == byLatency:
+	switch f.d.order {
+	case byPrice, byLatency:
 		var sum int64
 		for k := 1; k <= x.n; k++ {
 			sum += f.value(x, k)
 		}
 		return sum
-	case f.d.order == byFullest:
+	case byFullest:
 		return min(1, n)
-	case f.d.order == byWeight || f.d.order == byFree:
+	case byWeight, byFree:
 		return n * n * weightScale / max(1, x.weight)
 	}
 	// Evenly over the first two spreads, then over clusters: the units of a domain, each

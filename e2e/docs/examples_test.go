@@ -365,7 +365,7 @@ func (w *clusters) field(t *testing.T, c *place.Cluster, k, v string) {
 	case "taint":
 		c.Spec.Taints = append(c.Spec.Taints, taintOf(t, v))
 	case "rtt":
-		for _, r := range strings.Split(v, ",") {
+		for r := range strings.SplitSeq(v, ",") {
 			region, ms, _ := strings.Cut(r, ":")
 			n, err := strconv.Atoi(ms)
 			if err != nil {

@@ -62,7 +62,8 @@ type Proxies interface {
 	// tell of is absent from the map: for it the acknowledgement must do. Envoy:
 	// config_dump of the admin socket.
 	Active(ctx context.Context, id string) (map[string]map[string]string, error)
-	// Drain stops accepting gracefully; connections that are open finish.
+	// Drain stops accepting gracefully; connections that are open finish. It returns
+	// when nothing is in flight any more, or after some seconds.
 	Drain(ctx context.Context, id string) error
 	// Stop ends it for good and removes its directory. Idempotent.
 	Stop(ctx context.Context, id string) error

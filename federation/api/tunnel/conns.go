@@ -34,7 +34,7 @@ func (c *Conns) Handle(ctx context.Context, key string, s Stream) error {
 	c.conns[key] = cc
 	c.mu.Unlock()
 	if old != nil {
-		_ = old.Close()
+		hangUp(old)
 	}
 	select {
 	case <-gone:
@@ -46,11 +46,13 @@ func (c *Conns) Handle(ctx context.Context, key string, s Stream) error {
 		delete(c.conns, key)
 	}
 	c.mu.Unlock()
-	// Not waited for: it ends when its reader does, which is when this stream has
-	// ended, which is when its handler has returned.
-	go func() { _ = cc.Close() }()
+	hangUp(cc)
 	return nil
 }
+
+// hangUp does not wait: a write that is held back by the stream ends only when
+// the stream's handler has returned.
+func hangUp(cc *grpc.ClientConn) { go func() { _ = cc.Close() }() }
 
 // Get gives the connection to who has a tunnel open.
 func (c *Conns) Get(key string) (grpc.ClientConnInterface, bool) {

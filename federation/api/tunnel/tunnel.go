@@ -10,6 +10,7 @@ package tunnel
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -36,24 +37,45 @@ type Stream interface {
 // HTTP/2 transports do.
 type conn struct {
 	stream Stream
+	chunks chan []byte
 	rest   []byte
 	once   sync.Once
 	closed chan struct{}
-	onDone func()
+	// err is how the stream ended; set before closed is closed, nil when this side
+	// closed first.
+	err error
 }
 
-func newConn(s Stream, onDone func()) *conn {
-	return &conn{stream: s, closed: make(chan struct{}), onDone: onDone}
+func newConn(s Stream) *conn {
+	c := &conn{stream: s, chunks: make(chan []byte), closed: make(chan struct{})}
+	go c.receive()
+	return c
+}
+
+// receive is the stream's only reader: a Recv cannot be interrupted but by the
+// stream's end, and a closed connection must not wait for that.
+func (c *conn) receive() {
+	for {
+		m, err := c.stream.Recv()
+		if err != nil {
+			c.end(err)
+			return
+		}
+		select {
+		case c.chunks <- m.GetData():
+		case <-c.closed:
+			return
+		}
+	}
 }
 
 func (c *conn) Read(p []byte) (int, error) {
 	for len(c.rest) == 0 {
-		m, err := c.stream.Recv()
-		if err != nil {
-			_ = c.Close()
+		select {
+		case c.rest = <-c.chunks:
+		case <-c.closed:
 			return 0, io.EOF
 		}
-		c.rest = m.GetData()
 	}
 	n := copy(p, c.rest)
 	c.rest = c.rest[n:]
@@ -77,13 +99,15 @@ func (c *conn) Write(p []byte) (int, error) {
 }
 
 func (c *conn) Close() error {
-	c.once.Do(func() {
-		close(c.closed)
-		if c.onDone != nil {
-			c.onDone()
-		}
-	})
+	c.end(nil)
 	return nil
+}
+
+func (c *conn) end(err error) {
+	c.once.Do(func() {
+		c.err = err
+		close(c.closed)
+	})
 }
 
 type addr struct{}
@@ -98,20 +122,22 @@ func (*conn) SetReadDeadline(time.Time) error  { return nil }
 func (*conn) SetWriteDeadline(time.Time) error { return nil }
 
 // Serve serves the gRPC server on a stream that this process dialled, until the
-// stream ends or ctx is done. The caller cancels the stream's context on return.
+// stream ends, the connection in it is closed, or ctx is done. Its error is the
+// one with which the stream ended, if it did and with one. The caller cancels the
+// stream's context on return.
 func Serve(ctx context.Context, s Stream, srv *grpc.Server) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	c := newConn(s, cancel)
-	l := &oneListener{conn: make(chan net.Conn, 1), done: ctx.Done()}
+	c := newConn(s)
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+	l := &oneListener{conn: make(chan net.Conn, 1), done: c.closed}
 	l.conn <- c
-	// Serve returns when Accept fails, which is when ctx is done. The server itself
-	// may serve other tunnels; it is not stopped here.
+	// Serve returns when Accept fails, which is when the connection is closed. The
+	// server itself may serve other tunnels; it is not stopped here.
 	_ = srv.Serve(l)
-	if err := s.Context().Err(); err != nil && ctx.Err() == nil {
-		return err
+	<-c.closed
+	if errors.Is(c.err, io.EOF) {
+		return nil
 	}
-	return nil
+	return c.err
 }
 
 type oneListener struct {
@@ -134,7 +160,7 @@ func (*oneListener) Addr() net.Addr { return addr{} }
 // channel that is closed when the tunnel is gone. The handler of the stream RPC
 // must not return before that.
 func Client(s Stream) (*grpc.ClientConn, <-chan struct{}, error) {
-	c := newConn(s, nil)
+	c := newConn(s)
 	used := false
 	cc, err := grpc.NewClient("passthrough:///tunnel",
 		grpc.WithTransportCredentials(insecure.NewCredentials()),

@@ -42,7 +42,7 @@ func (l lower) ListEvents(context.Context, *portolanv1.ListEventsRequest) (*port
 	return &portolanv1.ListEventsResponse{Events: []*portolanv1.Event{{Message: strings.Repeat("x", l.bytes)}}}, nil
 }
 
-// open dials a tunnel and serves on it; ended gives how its stream ended.
+// open dials a tunnel and serves on it; ended gives how that ended.
 func open(life context.Context, t *testing.T, size int) (u *upper, ended chan error) {
 	t.Helper()
 	u = &upper{life: life}
@@ -65,11 +65,7 @@ func open(life context.Context, t *testing.T, size int) (u *upper, ended chan er
 	portolanv1.RegisterRuntimeServiceServer(served, lower{bytes: size})
 	t.Cleanup(served.Stop)
 	ended = make(chan error, 1)
-	go func() {
-		_ = Serve(t.Context(), stream, served)
-		_, err := stream.Recv()
-		ended <- err
-	}()
+	go func() { ended <- Serve(t.Context(), stream, served) }()
 	synctest.Wait()
 	return u, ended
 }
@@ -105,6 +101,33 @@ func TestTunnelEndsFromAbove(t *testing.T) {
 		}
 		if len(u.conns.Keys()) != 0 {
 			t.Error("it is still there to be used")
+		}
+	})
+}
+
+// mute is a stream on which nothing ever comes, and which does not end.
+type mute struct{ ctx context.Context }
+
+func (mute) Send(*linkv1.Chunk) error { return nil }
+func (m mute) Recv() (*linkv1.Chunk, error) {
+	<-m.ctx.Done()
+	return nil, m.ctx.Err()
+}
+func (m mute) Context() context.Context { return m.ctx }
+
+func TestEndingDoesNotWaitForTheStream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		served := grpc.NewServer()
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- Serve(ctx, mute{t.Context()}, served) }()
+		synctest.Wait()
+		began := time.Now()
+		cancel()
+		err := <-ended
+		served.Stop()
+		if err != nil || time.Since(began) > 0 {
+			t.Errorf("this side closed it; after %v it ended with %v", time.Since(began), err)
 		}
 	})
 }

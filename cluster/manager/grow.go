@@ -24,8 +24,6 @@ const (
 	// proposals are made at a time.
 	rebalanceEvery = 30 * time.Second
 	maxMoves       = 16
-	// maxMisfits bounds what is proposed to leave at a time.
-	maxMisfits = 256
 )
 
 // moves are proposals: what no longer fits its node, looked for when nodes or pools
@@ -33,12 +31,12 @@ const (
 func (m *Manager) moves(s *state.Snapshot, now time.Time) []reconcile.Move {
 	if m.mirror.changed {
 		m.mirror.changed = false
-		m.misfits = m.misfits[:0]
-		for _, f := range schedule.Misfits(m.mirror.table, maxMisfits) {
+		m.misfits = nil
+		for _, f := range schedule.Misfits(m.mirror.table) {
 			m.misfits = append(m.misfits, reconcile.Move{Allocation: f.Replica, Code: f.Code.String(), Reason: f.Message})
 		}
 	}
-	out := slices.Clone(m.misfits)
+	out := slices.Clip(m.misfits)
 	r := s.Intents["cluster"].GetCluster().GetSpec().GetRebalance()
 	if r.GetMaxMovesPerHour() <= 0 || len(m.waiting) > 0 {
 		m.nextRebalance = time.Time{}

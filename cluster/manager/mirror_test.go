@@ -210,7 +210,7 @@ func (h *history) decide(m *mirror) string {
 }
 
 func sortedMisfits(t *schedule.Table) []schedule.Misfit {
-	out := slices.Clone(schedule.Misfits(t, 100))
+	out := schedule.Misfits(t)
 	slices.SortFunc(out, func(a, b schedule.Misfit) int { return strings.Compare(a.Replica, b.Replica) })
 	return out
 }

@@ -7,18 +7,15 @@ import (
 	"slices"
 )
 
-// Misfits gives the bound replicas that no longer have their place, at most limit,
-// by node and ID.
-func Misfits(t *Table, limit int) []Misfit {
+// Misfits gives all bound replicas that no longer have their place, by node and ID:
+// which of them may leave now, others decide, so none may hide another.
+func Misfits(t *Table) []Misfit {
 	var out []Misfit
 	for _, id := range sortedKeys(t.index) {
 		i := t.index[id]
 		over := t.overfull(i)
 		for _, r := range sortedByID(t.bound[i]) {
 			if m, ok := t.misfit(r, over); ok {
-				if len(out) == limit {
-					return out
-				}
 				out = append(out, m)
 			}
 		}

@@ -103,9 +103,15 @@ func (t *Table) mayMakeRoom() bool {
 	return false
 }
 
+// noneBelow says that nobody of lower priority is bound, and no room kept for such.
 func (t *Table) noneBelow(p int32) bool {
 	for q := range t.priorities {
 		if q < p {
+			return false
+		}
+	}
+	for _, kept := range t.nominations {
+		if kept[0].res.c.priority < p {
 			return false
 		}
 	}

@@ -288,7 +288,7 @@ func (s *story) fits() string {
 
 func (s *story) misfits() string {
 	var b strings.Builder
-	for _, m := range Misfits(s.t, 9) {
+	for _, m := range Misfits(s.t) {
 		fmt.Fprintf(&b, "%s: %v: %s\n", m.Replica, m.Code, m.Message)
 	}
 	return b.String()

@@ -64,7 +64,7 @@ func (c *Cluster) proposals() {
 	c.swept = c.Now
 	c.fill()
 	c.moves = nil
-	for _, m := range schedule.Misfits(c.table, 10) {
+	for _, m := range schedule.Misfits(c.table) {
 		c.moves = append(c.moves, reconcile.Move{Allocation: m.Replica, Code: m.Code.String(), Reason: m.Message})
 		c.Reached["no longer fits"]++
 	}

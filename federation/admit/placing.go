@@ -1,6 +1,7 @@
 package admit
 
 import (
+	"path"
 	"slices"
 	"strconv"
 	"time"
@@ -52,7 +53,7 @@ func defaultScheduling(s *portolanv1.WorkloadSpec_Scheduling) {
 	}
 }
 
-func (c *checker) placement(s *portolanv1.WorkloadSpec) {
+func (c *checker) placement(name string, s *portolanv1.WorkloadSpec) {
 	p := s.GetPlacement()
 	const field = "spec.placement"
 	c.uniqueIDs(field+".allowed_regions", p.GetAllowedRegions())
@@ -92,7 +93,7 @@ func (c *checker) placement(s *portolanv1.WorkloadSpec) {
 	}
 	c.duration(field+".failover.after", p.GetFailover().GetAfter(), longWait)
 	c.division(s, p)
-	c.clusterAffinity(p.GetAffinity())
+	c.clusterAffinity(path.Base(name), p.GetAffinity())
 	c.overrides(s, p.GetOverrides())
 }
 
@@ -155,10 +156,13 @@ func (c *checker) clusterMatch(field string, m *portolanv1.WorkloadSpec_ClusterM
 	c.labels(field+".labels", m.GetLabels(), 32)
 }
 
-func (c *checker) clusterAffinity(list []*portolanv1.WorkloadSpec_ClusterAffinity) {
+func (c *checker) clusterAffinity(own string, list []*portolanv1.WorkloadSpec_ClusterAffinity) {
 	for i, a := range list {
 		f := at("spec.placement.affinity", i)
 		c.id(f+".workload", a.GetWorkload())
+		if a.GetWorkload() == own && !a.GetAnti() {
+			c.add(f+".workload", "is this workload itself: to keep its replicas together use division, to keep them apart set anti")
+		}
 		if !a.GetPrefer() && a.GetWeight() != 0 {
 			c.add(f+".weight", "only a wish has a weight: set prefer, or leave it out")
 		}

@@ -133,7 +133,7 @@ func (c *checker) workload(w *portolanv1.Workload) {
 		c.containers(s)
 	}
 	c.byKind(s)
-	c.placement(s)
+	c.placement(w.GetName(), s)
 	c.scheduling(s)
 	c.update(s)
 	c.priority(s)

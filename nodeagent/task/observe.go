@@ -260,6 +260,12 @@ func (s *State) ended(a *nodev1.Assignment, o Ended) []Event {
 	}
 	x := o.Exit
 	x.Reason = c.exitReason(a, s, o)
+	switch {
+	case o.Down:
+		x.Message = "it ended with the node or its engine"
+	case o.Lost:
+		x.Message = "the engine does not know it any more"
+	}
 	if x.OOM && x.MemoryBytes == 0 {
 		x.MemoryBytes = c.Memory
 	}
@@ -276,9 +282,13 @@ func (s *State) ended(a *nodev1.Assignment, o Ended) []Event {
 	if x.Time.Sub(c.StartedAt) >= HealthyAfter {
 		c.Crashes = 0
 	}
+	ev := []Event{{x.Reason, exitSentence(c, x)}}
+	if o.Down {
+		c.NextStart = x.Time
+		return ev
+	}
 	c.Crashes++
 	c.NextStart = x.Time.Add(Backoff(c.Crashes))
-	ev := []Event{{x.Reason, exitSentence(c, x)}}
 	if c.Crashes >= CrashLoopAfter && !isJob(a) {
 		ev = append(ev, Event{ReasonCrashLoopBackOff, fmt.Sprintf("%s: %d exits in a row, next start in %s", c.Name, c.Crashes, Backoff(c.Crashes))})
 	}
@@ -382,14 +392,14 @@ func (s *State) adopt(a *nodev1.Assignment, o Adopted, now time.Time) []Event {
 			c.Restarts += max(in.Attempt-max(c.Attempt, 1), 0)
 			c.up(a, in.Attempt, in.Pid, in.StartedAt)
 			if in.Exit != nil {
-				ev = append(ev, s.ended(a, Ended{c.Name, in.Attempt, *in.Exit, false})...)
+				ev = append(ev, s.ended(a, Ended{Container: c.Name, Attempt: in.Attempt, Exit: *in.Exit})...)
 			}
 		case ok && in.Attempt == c.Attempt && c.Phase == Up && in.Exit != nil:
-			ev = append(ev, s.ended(a, Ended{c.Name, in.Attempt, *in.Exit, false})...)
+			ev = append(ev, s.ended(a, Ended{Container: c.Name, Attempt: in.Attempt, Exit: *in.Exit})...)
 		case ok && c.Phase == Up:
 			c.Pid = in.Pid
 		case !ok && c.Phase == Up:
-			ev = append(ev, s.ended(a, Ended{c.Name, c.Attempt, Exit{Code: 255, Time: now}, true})...)
+			ev = append(ev, s.ended(a, Ended{Container: c.Name, Attempt: c.Attempt, Exit: Exit{Code: 255, Time: now}, Lost: true, Down: true})...)
 		case !ok:
 			c.Phase = Absent
 		}

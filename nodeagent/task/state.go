@@ -75,7 +75,7 @@ type Exit struct {
 	MemoryBytes int64     `json:"memory_bytes,omitempty"`
 	// Reason is one of the Reason constants; filled by Observe.
 	Reason string `json:"reason,omitempty"`
-	// Message of a start that failed.
+	// Message where the code does not tell, as of a start that failed.
 	Message string `json:"message,omitempty"`
 }
 
@@ -218,6 +218,9 @@ type (
 		Attempt   int
 		Exit      Exit
 		Lost      bool
+		// Down says that it was lost while no agent watched, with the engine or the
+		// machine: not the container's fault.
+		Down bool
 	}
 	// ProxySeen is what the warden says of the replica's proxy.
 	ProxySeen struct {

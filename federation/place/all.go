@@ -50,19 +50,20 @@ type Held struct {
 //
 // A workload that finds no room takes it from lower priorities, and they look for
 // another place in their own turn. Who found too little is asked once more at the
-// end, when others have left room or are where it must be.
+// end, when others have left room or are where it must be; a lower priority that
+// came first to such room gives it back.
 func PlaceAll(w World, now time.Time) []Plan {
 	a := newAll(w, now)
 	for turn, ok := a.fair.Next(); ok; turn, ok = a.fair.Next() {
 		a.order = append(a.order, turn.Index)
-		a.decide(turn.Index, true)
+		a.decide(turn.Index)
 	}
 	for _, i := range a.order {
 		p := &a.plans[i]
 		// Room may have been left since, or the workload that it must be near placed.
 		again := a.freed || len(a.items[i].Workload.Spec.GetPlacement().GetAffinity()) > 0
-		if !p.Frozen && p.Unplaced+p.FailoverUnplaced > 0 && again {
-			a.decide(i, false)
+		if a.lost[i] || !p.Frozen && p.Unplaced+p.FailoverUnplaced > 0 && again {
+			a.decide(i)
 		}
 	}
 	return a.plans
@@ -83,8 +84,10 @@ type all struct {
 	fair    *Fair
 	order   []int // as they were decided
 	verbose bool
-	// freed says that a decision has given something back.
+	// freed says that a decision has given something back, and lost which items
+	// others have taken something from since they were decided.
 	freed  bool
+	lost   []bool
 	byID   map[[2]string]int
 	having map[string][]int
 }
@@ -93,7 +96,7 @@ func newAll(w World, now time.Time) *all {
 	a := &all{
 		now: now, items: w.Workloads, clusters: slices.Clone(w.Clusters), index: map[string]int{}, plans: make([]Plan, len(w.Workloads)), verbose: w.Verdicts,
 		held: make([][]Held, len(w.Workloads)), pots: make([]Pot, len(w.Clusters)), holders: make([][]int32, len(w.Clusters)),
-		byID: map[[2]string]int{}, having: map[string][]int{},
+		byID: map[[2]string]int{}, having: map[string][]int{}, lost: make([]bool, len(w.Workloads)),
 	}
 	slices.SortFunc(a.clusters, func(x, y Cluster) int { return cmp.Compare(x.ID, y.ID) })
 	var total api.Resources
@@ -137,13 +140,13 @@ func (a *all) bookOne(i int, cluster string, r api.Resources) {
 }
 
 // decide makes one decision on what is free now, and books it.
-func (a *all) decide(i int, displace bool) {
+func (a *all) decide(i int) {
 	it := &a.items[i]
 	a.book(i, -1)
 	s := Snapshot{Workload: it.Workload, Clusters: a.clusters, Brief: !a.verbose, Others: a.others(i)}
 	before := a.prepare(i)
 	p := Place(s, a.now)
-	if p.Unplaced > 0 && displace && !it.Workload.Spec.GetNeverPreempt() && a.fillLower(i) {
+	if p.Unplaced > 0 && !it.Workload.Spec.GetNeverPreempt() && a.fillLower(i) {
 		p = Place(s, a.now)
 		for c := range a.clusters {
 			a.clusters[c].Lower = nil
@@ -156,7 +159,7 @@ func (a *all) decide(i int, displace bool) {
 	p.Displaced = append(slices.Clone(old.Displaced), p.Displaced...)
 	p.Moved += old.Moved
 	p.Reasons = append(p.Reasons, lostTo(old.Reasons)...)
-	a.plans[i] = p
+	a.plans[i], a.lost[i] = p, false
 	if !p.Frozen {
 		a.take(i, p)
 	}
@@ -223,7 +226,7 @@ func (a *all) cut(v Displaced) {
 		c := a.index[v.Cluster]
 		after := a.items[o].Workload.Cut(&a.clusters[c], h.Previous, v.Replicas)
 		a.bookOne(o, v.Cluster, minus(after.Claim, h.Previous.Claim))
-		h.Previous = after
+		h.Previous, a.lost[o] = after, true
 	}
 	a.plans[o].Reasons = append(a.plans[o].Reasons, Reason{
 		Code: DisplacedBy, Count: v.Replicas, Message: strconv.Itoa(v.Replicas) + " replicas in " + v.Cluster + " made room for a higher priority",

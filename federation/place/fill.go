@@ -235,7 +235,8 @@ func (f *fill) add() {
 }
 
 // giveUp stops waiting for a chosen domain that cannot be used after all, because
-// another spread keeps units out of it, and lets others grow.
+// another spread keeps units out of it, and lets others grow; at last it lets in
+// the domains that were not chosen, because those that were have no room after all.
 func (f *fill) giveUp() bool {
 	for j := range f.d.spreads {
 		s := &f.d.spreads[j]
@@ -248,6 +249,12 @@ func (f *fill) giveUp() bool {
 				s.mark()
 				return true
 			}
+		}
+	}
+	for j := range f.d.spreads {
+		if s := &f.d.spreads[j]; s.bounds() && !s.settled && !s.prefer {
+			s.settle()
+			return true
 		}
 	}
 	return false

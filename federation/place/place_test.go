@@ -2,6 +2,7 @@ package place
 
 import (
 	"fmt"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -36,6 +37,9 @@ type world struct {
 //	pass        time goes by
 func TestScenarios(t *testing.T) {
 	datadriven.Walk(t, "testdata", func(t *testing.T, path string) {
+		if filepath.Ext(path) != ".txt" {
+			return // what rapid leaves of a failure
+		}
 		wd := &world{clusters: map[string]*Cluster{}, now: time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)}
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
 			switch d.Cmd {

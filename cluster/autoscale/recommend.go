@@ -152,7 +152,7 @@ func Recommend(p *Profile) Recommendation {
 	out.Lower = at(lowerShare, lowerFactor, lowerExponent)
 	out.Target = at(targetShare, 0, 1)
 	out.Upper = at(upperShare, upperFactor, upperExponent)
-	out.Reason = &portolanv1.Reason{Code: Recommended, Message: fmt.Sprintf("90%% of the time a replica needs no more than %dm of CPU and %d MiB (samples: %d over %s; a margin of 15%% is included)",
+	out.Reason = &portolanv1.Reason{Code: Recommended, Message: fmt.Sprintf("90%% of the time %dm of CPU and %d MiB are enough (%d samples over %s, 15%% margin)",
 		out.Target.CPUMilli, out.Target.MemoryBytes>>20, p.samples, since(p.last.Sub(p.first)))}
 	return out
 }

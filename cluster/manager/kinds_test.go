@@ -362,3 +362,43 @@ func TestPoolsWishToGrow(t *testing.T) {
 		})
 	})
 }
+
+// What replicas used says what they should request, also after the manager began
+// anew; an exit for want of memory raises it.
+func TestRequestsAreAdvised(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		n := r.addNode("n1")
+		r.want("web", "r1", 2, spec(service, "500m"))
+		n.set(func(n *fakeNode) { n.usage = &nodev1.Usage{CpuMilli: 100, MemoryBytes: 100 << 20} })
+		r.within(10*time.Second, "it is ready", func() bool { return r.ready("web") == 2 })
+		advice := func() *portolanv1.RequestAdvice { return r.store.Snapshot().Notes.Requests["t/web"] }
+		time.Sleep(3 * time.Hour)
+		q := advice()
+		if got := q.GetTarget().GetCpuMilli(); got < 100 || got > 150 || q.GetRequested().GetCpuMilli() != 500 {
+			t.Errorf("of 500m requested and 100m used: %v", q)
+		}
+		if got := q.GetTarget().GetMemoryBytes() >> 20; got < 100 || got > 150 {
+			t.Errorf("of 100 MiB used: %v", q)
+		}
+		samples := q.GetReason().GetMessage()
+		if len(r.store.Snapshot().States["t/web"].GetProfile()) == 0 {
+			t.Fatal("nothing of it is written")
+		}
+		n.set(func(n *fakeNode) { n.usage = nil })
+		r.restart(0)
+		time.Sleep(adviseEvery + learnEvery)
+		if again := advice(); again == nil || again.GetTarget().GetCpuMilli() != q.GetTarget().GetCpuMilli() {
+			t.Errorf("after a restart %v, before it %s", again, samples)
+		}
+		n.set(func(n *fakeNode) { n.oom = 400 << 20 })
+		time.Sleep(adviseEvery + learnEvery)
+		if got := advice().GetTarget().GetMemoryBytes() >> 20; got < 480 {
+			t.Errorf("killed for want of memory at 400 MiB: %v", advice())
+		}
+		r.unwant("web")
+		time.Sleep(adviseEvery + learnEvery)
+		if q := advice(); q != nil {
+			t.Errorf("of a workload that is gone: %v", q)
+		}
+	})
+}

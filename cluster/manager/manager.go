@@ -126,6 +126,7 @@ type Manager struct {
 	wanted        map[string]state.PoolWish
 	nextGrowth    time.Time
 	scaled        map[reconcile.Key]scaling
+	learnt        learnt
 	halted        map[reconcile.Key]reconcile.Note
 	pending       map[string]bool
 }
@@ -240,6 +241,7 @@ func (m *Manager) plan(ctx context.Context, s *state.Snapshot, now time.Time) (t
 	m.mirror.follow(s, func(n *clusterv1.Node) schedule.Code { return m.notReady(s, n, now) })
 	in := s.Input(now)
 	scale := m.scale(s, &in, now)
+	m.learn(s, &in, now, &scale)
 	in.Moves = m.moves(s, now)
 	plan := reconcile.Reconcile(in)
 	d := m.decide(s, plan, scale.states, now)
@@ -254,16 +256,19 @@ func (m *Manager) plan(ctx context.Context, s *state.Snapshot, now time.Time) (t
 		do()
 	}
 	m.scaled = scale.looked
+	for _, p := range scale.saved {
+		p.saved = now
+	}
 	m.mirror.sweep(m.waiting)
 	pending := m.pendingNow()
 	m.cfg.Store.SetPending(pending)
-	m.cfg.Store.SetNotes(state.Notes{Wishes: m.wishes(s, now), Blocked: blocked(s, plan.Draining), Waiting: waitingNotes(plan.Waiting)})
+	m.cfg.Store.SetNotes(state.Notes{Wishes: m.wishes(s, now), Blocked: blocked(s, plan.Draining), Waiting: waitingNotes(plan.Waiting), Requests: m.learnt.advice})
 	m.AddEvents(scale.events...)
 	m.AddEvents(d.events...)
 	m.noteHalted(plan.Halted, now)
 	m.notePending(pending, now)
 	next := earlier(earlier(scale.next, plan.Next), d.next)
-	return earlier(next, earlier(m.nextRebalance, m.nextGrowth)), nil
+	return earlier(next, earlier(m.nextRebalance, earlier(m.nextGrowth, m.learnt.next))), nil
 }
 
 // earlier gives the earlier of two times; zero is never.

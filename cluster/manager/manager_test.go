@@ -46,6 +46,7 @@ type fakeNode struct {
 	end     portolanv1.ReplicaState // what replicas come to, after a second; none when 0
 	never   bool                    // replicas do not get ready
 	usage   *nodev1.Usage           // of each replica that is ready
+	oom     int64                   // bytes at which each was killed once
 	facts   *nodev1.NodeFacts       // other than those it registered with
 	cancel  context.CancelFunc
 }
@@ -144,7 +145,7 @@ func (n *fakeNode) serve(ctx context.Context, store *mem.Store, session int64) {
 	told, applied := map[string]*clusterv1.Allocation{}, &nodev1.Watermark{}
 	for ctx.Err() == nil {
 		n.mu.Lock()
-		cut, end, never, usage, facts := n.cut, n.end, n.never, n.usage, n.facts
+		cut, end, never, usage, oom, facts := n.cut, n.end, n.never, n.usage, n.oom, n.facts
 		n.mu.Unlock()
 		if cut {
 			sleep(ctx, 100*time.Millisecond)
@@ -188,6 +189,11 @@ func (n *fakeNode) serve(ctx context.Context, store *mem.Store, session int64) {
 				st, u := proto.CloneOf(st), proto.CloneOf(usage)
 				u.Time = timestamppb.Now()
 				st.Usage, all[id] = u, st
+			}
+			if oom > 0 {
+				st = proto.CloneOf(st)
+				st.Containers = []*portolanv1.ContainerState{{Name: "main", LastExitReason: oomKilled, LastExitTime: timestamppb.New(since[id]), MemoryBytes: oom}}
+				all[id] = st
 			}
 		}
 		_ = store.Observe(n.id, &state.NodeStatus{

@@ -35,6 +35,8 @@ type scaleChange struct {
 	next   time.Time
 	// looked says when each workload is looked at again, once this is written.
 	looked map[reconcile.Key]scaling
+	// saved are the profiles that are written with it.
+	saved []*profile
 }
 
 // scale decides how many replicas workloads should have, those that are due, and

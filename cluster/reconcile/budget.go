@@ -131,7 +131,7 @@ func (in Input) stateOf(k Key, uid string) *clusterv1.WorkloadState {
 func (in Input) newState(k Key, uid string) *clusterv1.WorkloadState {
 	st := &clusterv1.WorkloadState{Tenant: k.Tenant, Workload: k.Workload, Uid: uid}
 	if old := in.stateOf(k, uid); old != nil {
-		st.Scale, st.LastRun = old.GetScale(), old.GetLastRun()
+		st.Scale, st.LastRun, st.Profile = old.GetScale(), old.GetLastRun(), old.GetProfile()
 		st.Disruptions = slices.Clone(recentDisruptions(old, in.Now))
 	}
 	return st

@@ -16,6 +16,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/nodev1"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
 // Snapshot is everything at one generation.
@@ -60,6 +61,9 @@ type Notes struct {
 	// Waiting says of workloads, by "tenant/workload", why nothing is done for now
 	// about replicas that are missing.
 	Waiting map[string]Blocked
+	// Requests say of workloads, by "tenant/workload", what their replicas should
+	// request. The messages are never changed.
+	Requests map[string]*portolanv1.RequestAdvice
 }
 
 // PoolWish is how many nodes more (or fewer) a pool should have, and why.

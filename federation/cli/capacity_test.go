@@ -72,6 +72,27 @@ func (fakeFleet) ListPlacements(_ context.Context, req *portolanv1.ListPlacement
 	return out, nil
 }
 
+func (fakeFleet) ExplainWorkload(context.Context, *portolanv1.ExplainWorkloadRequest) (*portolanv1.ExplainWorkloadResponse, error) {
+	amount := func(milli, mib int64) *portolanv1.ReplicaResources {
+		return &portolanv1.ReplicaResources{CpuMilli: milli, MemoryBytes: mib << 20}
+	}
+	return &portolanv1.ExplainWorkloadResponse{
+		DesiredReplicas: 5, UnplacedReplicas: 1,
+		Clusters: []*portolanv1.ClusterVerdict{
+			{Cluster: "clusters/eu", Feasible: true, Replicas: 4, Reasons: []*portolanv1.Reason{{Code: "kept", Message: "4 replicas were here before"}}},
+			{Cluster: "clusters/us", Reasons: []*portolanv1.Reason{{Code: "lost", Message: "the cluster is silent"}}, Remedies: []*portolanv1.Reason{{Code: "lost", Message: "connect the cluster again"}}},
+		},
+		Nodes: []*portolanv1.NodeVerdict{{
+			Cluster: "eu", Replica: "r2", Reasons: []*portolanv1.Reason{{Code: "InsufficientCPU", Message: "2 nodes: 1000m of CPU are asked for, at most 500m are free"}},
+			Remedies: []*portolanv1.Reason{{Code: "AskLessCPU", Message: "ask for 500m of CPU"}}, Nearest: "n2",
+		}},
+		Requests: []*portolanv1.RequestAdvice{{
+			Cluster: "eu", Requested: amount(1000, 64), Lower: amount(150, 80), Target: amount(200, 96), Upper: amount(400, 200),
+			Reason: &portolanv1.Reason{Code: "Recommended", Message: "90% of the time 200m of CPU and 96 MiB are enough (180 samples over 3h, 15% margin)"},
+		}},
+	}, nil
+}
+
 // fakeApp is the CLI over a fake server.
 func fakeApp(t *testing.T) (*app, *bytes.Buffer) {
 	t.Helper()
@@ -102,8 +123,8 @@ func TestCapacityAndCost(t *testing.T) {
 		a, out := fakeApp(t)
 		root := &cobra.Command{Use: "portolan", SilenceUsage: true, SilenceErrors: true}
 		root.PersistentFlags().StringVarP(&a.tenant, "tenant", "t", "", "")
-		root.AddGroup(&cobra.Group{ID: "fleet", Title: "Fleet:"})
-		root.AddCommand(a.capacityCommand(), a.costCommand())
+		root.AddGroup(&cobra.Group{ID: "fleet", Title: "Fleet:"}, &cobra.Group{ID: "objects", Title: "Objects:"})
+		root.AddCommand(a.capacityCommand(), a.costCommand(), a.explainCommand())
 		root.SetOut(out)
 		root.SetErr(out)
 		root.SetArgs(strings.Fields(strings.TrimPrefix(d.Input, "portolan ")))

@@ -315,7 +315,7 @@ func (a *app) nodes(ctx context.Context, cc grpc.ClientConnInterface, cluster st
 
 func (a *app) explainCommand() *cobra.Command {
 	c := &cobra.Command{
-		Use: "explain workload NAME", Short: "Why it is where it is, and why not elsewhere", GroupID: "objects", Args: cobra.ExactArgs(2),
+		Use: "explain workload NAME", Short: "Why it is where it is, why not elsewhere, and what it should request", GroupID: "objects", Args: cobra.ExactArgs(2),
 		Example: `  portolan explain workload web -t shop`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := a.checkOutput(); err != nil {
@@ -355,48 +355,80 @@ func (a *app) explainCommand() *cobra.Command {
 func (a *app) explain(name string, r *portolanv1.ExplainWorkloadResponse) {
 	a.printf("%s wants %d replicas", short(name), r.GetDesiredReplicas())
 	if r.GetUnplacedReplicas() > 0 {
-		a.printf("; %d of them have no place", r.GetUnplacedReplicas())
+		a.printf("; %d without a place", r.GetUnplacedReplicas())
 	}
 	a.printf("\n\n")
-	t := newTable("CLUSTER", "POSSIBLE", "REPLICAS", "SCORE", "WHY")
+	t := newTable("CLUSTER", "POSSIBLE", "REPLICAS", "SCORE")
 	for _, c := range r.GetClusters() {
 		possible := "no"
 		if c.GetFeasible() {
 			possible = "yes"
 		}
-		t.add(last(c.GetCluster()), possible, fmt.Sprint(c.GetReplicas()), fmt.Sprint(c.GetScore()), reasonsText(c.GetReasons()))
+		t.add(last(c.GetCluster()), possible, fmt.Sprint(c.GetReplicas()), fmt.Sprint(c.GetScore()))
 	}
 	a.print(t)
+	a.printf("\nWhy:\n")
+	for _, c := range r.GetClusters() {
+		a.printf("  %s: %s\n", last(c.GetCluster()), orDash(reasonsText(c.GetReasons())))
+		if len(c.GetRemedies()) > 0 && !c.GetFeasible() {
+			a.printf("    it would fit: %s\n", remediesText(c.GetRemedies()))
+		} else if len(c.GetRemedies()) > 0 && r.GetUnplacedReplicas() > 0 {
+			a.printf("    more would fit: %s\n", remediesText(c.GetRemedies()))
+		}
+	}
 	if len(r.GetNodes()) > 0 {
 		a.printf("\nReplicas that wait for a node:\n")
-		n := newTable("CLUSTER", "REVISION", "WHY", "WOULD FIT WITH", "NEAREST NODE")
-		for _, v := range r.GetNodes() {
-			n.add(v.GetCluster(), v.GetReplica(), reasonsText(v.GetReasons()), remediesText(v.GetRemedies(), ", or "), orDash(v.GetNearest()))
-		}
-		a.print(n)
 	}
-	a.remedies(r.GetClusters())
+	for _, v := range r.GetNodes() {
+		a.printf("  %s", v.GetCluster())
+		if v.GetReplica() != "" {
+			a.printf(", revision %s", v.GetReplica())
+		}
+		a.printf(": %s\n", reasonsText(v.GetReasons()))
+		if v.GetNearest() != "" {
+			a.printf("    nearest is node %s\n", v.GetNearest())
+		}
+		for i, m := range v.GetRemedies() {
+			a.printf("    %s: %s\n", [2]string{"it would fit", "or"}[min(i, 1)], m.GetMessage())
+		}
+	}
+	a.requests(r.GetRequests())
 }
 
-// remedies says of clusters that cannot take a replica what would let them.
-func (a *app) remedies(cs []*portolanv1.ClusterVerdict) {
-	head := false
-	for _, c := range cs {
-		if c.GetFeasible() || len(c.GetRemedies()) == 0 {
-			continue
-		}
-		if !head {
-			a.printf("\nIt would fit:\n")
-			head = true
-		}
-		a.printf("  in %s, %s\n", last(c.GetCluster()), remediesText(c.GetRemedies(), " and "))
+// requests says what replicas should request by what they used.
+func (a *app) requests(list []*portolanv1.RequestAdvice) {
+	if len(list) == 0 {
+		return
+	}
+	a.printf("\nWhat a replica requests, and should by what it used:\n")
+	t := newTable("CLUSTER", "CPU", "SHOULD BE", "MEMORY", "SHOULD BE")
+	for _, q := range list {
+		have, want, low, high := q.GetRequested(), q.GetTarget(), q.GetLower(), q.GetUpper()
+		t.add(q.GetCluster(), coresText(have.GetCpuMilli()), should(have.GetCpuMilli(), low.GetCpuMilli(), want.GetCpuMilli(), high.GetCpuMilli(), coresText),
+			bytesText(have.GetMemoryBytes()), should(have.GetMemoryBytes(), low.GetMemoryBytes(), want.GetMemoryBytes(), high.GetMemoryBytes(), bytesText))
+	}
+	a.print(t)
+	for _, q := range list {
+		a.printf("  %s: %s\n", q.GetCluster(), q.GetReason().GetMessage())
 	}
 }
 
-func remediesText(rs []*portolanv1.Reason, joint string) string {
+// should is the figure to change to; a request inside the bounds is left alone.
+func should(have, low, want, high int64, text func(int64) string) string {
+	switch {
+	case have < low:
+		return text(want) + " (too little)"
+	case have > high:
+		return text(want) + " (too much)"
+	}
+	return "as it is"
+}
+
+// remediesText joins what is to be done together.
+func remediesText(rs []*portolanv1.Reason) string {
 	var out []string
 	for _, r := range rs {
 		out = append(out, r.GetMessage())
 	}
-	return orDash(strings.Join(out, joint))
+	return strings.Join(out, " and ")
 }

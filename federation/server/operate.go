@@ -216,7 +216,8 @@ var ofNodes = map[string]bool{
 }
 
 // ExplainWorkload runs the deciding function again on one snapshot, and reads
-// through why replicas of it are pending inside clusters.
+// through why replicas of it are pending inside clusters, and what they should
+// request by what they used.
 func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.ExplainWorkloadRequest) (*portolanv1.ExplainWorkloadResponse, error) {
 	s, doing := x.s, "explain "+clip(req.GetName())
 	k := s.kinds[store.Workload]
@@ -258,12 +259,15 @@ func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.E
 	if err != nil {
 		return nil, err
 	}
-	got, _, _ := fanOut(ctx, s, clusters, func(ctx context.Context, _ string, cc grpc.ClientConnInterface) ([]*portolanv1.NodeVerdict, error) {
-		r, err := linkv1.NewClusterAdminServiceClient(cc).ExplainPending(ctx, &linkv1.ExplainPendingRequest{Workload: req.GetName()})
-		return r.GetVerdicts(), err
+	got, _, _ := fanOut(ctx, s, clusters, func(ctx context.Context, _ string, cc grpc.ClientConnInterface) (*linkv1.ExplainPendingResponse, error) {
+		return linkv1.NewClusterAdminServiceClient(cc).ExplainPending(ctx, &linkv1.ExplainPendingRequest{Workload: req.GetName()})
 	})
 	for _, cluster := range clusters {
-		for _, v := range got[cluster] {
+		if q := got[cluster].GetRequests(); q != nil {
+			q.Cluster = cluster
+			resp.Requests = append(resp.Requests, q)
+		}
+		for _, v := range got[cluster].GetVerdicts() {
 			v.Cluster = cluster
 			if !c.fleet {
 				// Nodes are no tenant's business, and nothing that a tenant could change.

@@ -579,7 +579,10 @@ type WorkloadState struct {
 	// Of a cron workload: the newest time that was dealt with, in seconds since 1970.
 	LastRun int64 `protobuf:"varint,5,opt,name=last_run,json=lastRun,proto3" json:"last_run,omitempty"`
 	// Times of disruptions within the last hour, for budgets; at most 1000.
-	Disruptions   []*timestamppb.Timestamp `protobuf:"bytes,6,rep,name=disruptions,proto3" json:"disruptions,omitempty"`
+	Disruptions []*timestamppb.Timestamp `protobuf:"bytes,6,rep,name=disruptions,proto3" json:"disruptions,omitempty"`
+	// What its replicas used (autoscale.Profile), written now and then: what was
+	// learnt since is lost with the manager.
+	Profile       []byte `protobuf:"bytes,7,opt,name=profile,proto3" json:"profile,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -652,6 +655,13 @@ func (x *WorkloadState) GetLastRun() int64 {
 func (x *WorkloadState) GetDisruptions() []*timestamppb.Timestamp {
 	if x != nil {
 		return x.Disruptions
+	}
+	return nil
+}
+
+func (x *WorkloadState) GetProfile() []byte {
+	if x != nil {
+		return x.Profile
 	}
 	return nil
 }
@@ -1057,14 +1067,15 @@ const file_portolan_cluster_v1_cluster_proto_rawDesc = "" +
 	"\vcreate_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12\x16\n" +
 	"\x06delete\x18\n" +
-	" \x01(\bR\x06delete\"\xe0\x01\n" +
+	" \x01(\bR\x06delete\"\xfa\x01\n" +
 	"\rWorkloadState\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\tR\x03uid\x120\n" +
 	"\x05scale\x18\x04 \x01(\v2\x1a.portolan.cluster.v1.ScaleR\x05scale\x12\x19\n" +
 	"\blast_run\x18\x05 \x01(\x03R\alastRun\x12<\n" +
-	"\vdisruptions\x18\x06 \x03(\v2\x1a.google.protobuf.TimestampR\vdisruptions\"\xbc\x01\n" +
+	"\vdisruptions\x18\x06 \x03(\v2\x1a.google.protobuf.TimestampR\vdisruptions\x12\x18\n" +
+	"\aprofile\x18\a \x01(\fR\aprofile\"\xbc\x01\n" +
 	"\x05Scale\x12\x1a\n" +
 	"\breplicas\x18\x01 \x01(\x05R\breplicas\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12+\n" +

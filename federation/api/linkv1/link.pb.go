@@ -501,8 +501,10 @@ func (x *ExplainPendingRequest) GetWorkload() string {
 }
 
 type ExplainPendingResponse struct {
-	state         protoimpl.MessageState    `protogen:"open.v1"`
-	Verdicts      []*portolanv1.NodeVerdict `protobuf:"bytes,1,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
+	state    protoimpl.MessageState    `protogen:"open.v1"`
+	Verdicts []*portolanv1.NodeVerdict `protobuf:"bytes,1,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
+	// Absent while nothing is known.
+	Requests      *portolanv1.RequestAdvice `protobuf:"bytes,2,opt,name=requests,proto3" json:"requests,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -540,6 +542,13 @@ func (*ExplainPendingResponse) Descriptor() ([]byte, []int) {
 func (x *ExplainPendingResponse) GetVerdicts() []*portolanv1.NodeVerdict {
 	if x != nil {
 		return x.Verdicts
+	}
+	return nil
+}
+
+func (x *ExplainPendingResponse) GetRequests() *portolanv1.RequestAdvice {
+	if x != nil {
+		return x.Requests
 	}
 	return nil
 }
@@ -2208,9 +2217,10 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\x11ListNodesResponse\x12+\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x15.portolan.v1.NodeInfoR\x05nodes\"3\n" +
 	"\x15ExplainPendingRequest\x12\x1a\n" +
-	"\bworkload\x18\x01 \x01(\tR\bworkload\"N\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\"\x86\x01\n" +
 	"\x16ExplainPendingResponse\x124\n" +
-	"\bverdicts\x18\x01 \x03(\v2\x18.portolan.v1.NodeVerdictR\bverdicts\"\x1b\n" +
+	"\bverdicts\x18\x01 \x03(\v2\x18.portolan.v1.NodeVerdictR\bverdicts\x126\n" +
+	"\brequests\x18\x02 \x01(\v2\x1a.portolan.v1.RequestAdviceR\brequests\"\x1b\n" +
 	"\x05Chunk\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"k\n" +
 	"\vJoinRequest\x12\x14\n" +
@@ -2402,15 +2412,16 @@ var file_portolan_link_v1_link_proto_goTypes = []any{
 	(*portolanv1.Laggard)(nil),          // 35: portolan.v1.Laggard
 	(*portolanv1.NodeInfo)(nil),         // 36: portolan.v1.NodeInfo
 	(*portolanv1.NodeVerdict)(nil),      // 37: portolan.v1.NodeVerdict
-	(*portolanv1.ClusterSpec)(nil),      // 38: portolan.v1.ClusterSpec
-	(*portolanv1.TenantSpec)(nil),       // 39: portolan.v1.TenantSpec
-	(*portolanv1.WorkloadSpec)(nil),     // 40: portolan.v1.WorkloadSpec
-	(*portolanv1.ServiceSpec)(nil),      // 41: portolan.v1.ServiceSpec
-	(*portolanv1.RouteSpec)(nil),        // 42: portolan.v1.RouteSpec
-	(*portolanv1.PolicyBundleSpec)(nil), // 43: portolan.v1.PolicyBundleSpec
-	(*portolanv1.PoolStatus)(nil),       // 44: portolan.v1.PoolStatus
-	(*portolanv1.RevisionReplicas)(nil), // 45: portolan.v1.RevisionReplicas
-	(*portolanv1.Condition)(nil),        // 46: portolan.v1.Condition
+	(*portolanv1.RequestAdvice)(nil),    // 38: portolan.v1.RequestAdvice
+	(*portolanv1.ClusterSpec)(nil),      // 39: portolan.v1.ClusterSpec
+	(*portolanv1.TenantSpec)(nil),       // 40: portolan.v1.TenantSpec
+	(*portolanv1.WorkloadSpec)(nil),     // 41: portolan.v1.WorkloadSpec
+	(*portolanv1.ServiceSpec)(nil),      // 42: portolan.v1.ServiceSpec
+	(*portolanv1.RouteSpec)(nil),        // 43: portolan.v1.RouteSpec
+	(*portolanv1.PolicyBundleSpec)(nil), // 44: portolan.v1.PolicyBundleSpec
+	(*portolanv1.PoolStatus)(nil),       // 45: portolan.v1.PoolStatus
+	(*portolanv1.RevisionReplicas)(nil), // 46: portolan.v1.RevisionReplicas
+	(*portolanv1.Condition)(nil),        // 47: portolan.v1.Condition
 }
 var file_portolan_link_v1_link_proto_depIdxs = []int32{
 	33, // 0: portolan.link.v1.SetNodeRequest.mode:type_name -> portolan.v1.NodeMode
@@ -2419,56 +2430,57 @@ var file_portolan_link_v1_link_proto_depIdxs = []int32{
 	34, // 3: portolan.link.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
 	36, // 4: portolan.link.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
 	37, // 5: portolan.link.v1.ExplainPendingResponse.verdicts:type_name -> portolan.v1.NodeVerdict
-	18, // 6: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
-	20, // 7: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
-	21, // 8: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
-	22, // 9: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
-	23, // 10: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
-	24, // 11: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
-	26, // 12: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
-	15, // 13: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
-	16, // 14: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
-	17, // 15: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
-	38, // 16: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
-	39, // 17: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
-	19, // 18: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
-	32, // 19: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
-	40, // 20: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
-	41, // 21: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
-	42, // 22: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
-	43, // 23: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
-	25, // 24: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
-	29, // 25: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
-	30, // 26: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
-	24, // 27: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
-	28, // 28: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
-	35, // 29: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
-	44, // 30: portolan.link.v1.ClusterSummary.pools:type_name -> portolan.v1.PoolStatus
-	45, // 31: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
-	46, // 32: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
-	12, // 33: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
-	27, // 34: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
-	11, // 35: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
-	3,  // 36: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:input_type -> portolan.link.v1.CreateNodeJoinTokenRequest
-	5,  // 37: portolan.link.v1.ClusterAdminService.ListNodes:input_type -> portolan.link.v1.ListNodesRequest
-	6,  // 38: portolan.link.v1.ClusterAdminService.DeleteNode:input_type -> portolan.link.v1.DeleteNodeRequest
-	9,  // 39: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
-	1,  // 40: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
-	0,  // 41: portolan.link.v1.ClusterAdminService.SetNode:input_type -> portolan.link.v1.SetNodeRequest
-	13, // 42: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
-	31, // 43: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
-	11, // 44: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
-	4,  // 45: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
-	8,  // 46: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
-	7,  // 47: portolan.link.v1.ClusterAdminService.DeleteNode:output_type -> portolan.link.v1.DeleteNodeResponse
-	10, // 48: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
-	2,  // 49: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
-	8,  // 50: portolan.link.v1.ClusterAdminService.SetNode:output_type -> portolan.link.v1.ListNodesResponse
-	42, // [42:51] is the sub-list for method output_type
-	33, // [33:42] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	38, // 6: portolan.link.v1.ExplainPendingResponse.requests:type_name -> portolan.v1.RequestAdvice
+	18, // 7: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
+	20, // 8: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
+	21, // 9: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
+	22, // 10: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
+	23, // 11: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
+	24, // 12: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
+	26, // 13: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
+	15, // 14: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
+	16, // 15: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
+	17, // 16: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
+	39, // 17: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
+	40, // 18: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
+	19, // 19: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
+	32, // 20: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
+	41, // 21: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
+	42, // 22: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
+	43, // 23: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
+	44, // 24: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
+	25, // 25: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
+	29, // 26: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
+	30, // 27: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
+	24, // 28: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
+	28, // 29: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
+	35, // 30: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
+	45, // 31: portolan.link.v1.ClusterSummary.pools:type_name -> portolan.v1.PoolStatus
+	46, // 32: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
+	47, // 33: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
+	12, // 34: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
+	27, // 35: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
+	11, // 36: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
+	3,  // 37: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:input_type -> portolan.link.v1.CreateNodeJoinTokenRequest
+	5,  // 38: portolan.link.v1.ClusterAdminService.ListNodes:input_type -> portolan.link.v1.ListNodesRequest
+	6,  // 39: portolan.link.v1.ClusterAdminService.DeleteNode:input_type -> portolan.link.v1.DeleteNodeRequest
+	9,  // 40: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
+	1,  // 41: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
+	0,  // 42: portolan.link.v1.ClusterAdminService.SetNode:input_type -> portolan.link.v1.SetNodeRequest
+	13, // 43: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
+	31, // 44: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
+	11, // 45: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
+	4,  // 46: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
+	8,  // 47: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
+	7,  // 48: portolan.link.v1.ClusterAdminService.DeleteNode:output_type -> portolan.link.v1.DeleteNodeResponse
+	10, // 49: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
+	2,  // 50: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
+	8,  // 51: portolan.link.v1.ClusterAdminService.SetNode:output_type -> portolan.link.v1.ListNodesResponse
+	43, // [43:52] is the sub-list for method output_type
+	34, // [34:43] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_portolan_link_v1_link_proto_init() }

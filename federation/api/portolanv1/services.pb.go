@@ -4832,7 +4832,9 @@ type ExplainWorkloadResponse struct {
 	UnplacedReplicas int32                  `protobuf:"varint,3,opt,name=unplaced_replicas,json=unplacedReplicas,proto3" json:"unplaced_replicas,omitempty"`
 	Revision         int64                  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
 	// Node-level verdicts of pending replicas, by cluster, read through.
-	Nodes         []*NodeVerdict `protobuf:"bytes,5,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	Nodes []*NodeVerdict `protobuf:"bytes,5,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	// What its replicas should request by what they used, by cluster, read through.
+	Requests      []*RequestAdvice `protobuf:"bytes,6,rep,name=requests,proto3" json:"requests,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4902,6 +4904,153 @@ func (x *ExplainWorkloadResponse) GetNodes() []*NodeVerdict {
 	return nil
 }
 
+func (x *ExplainWorkloadResponse) GetRequests() []*RequestAdvice {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+// RequestAdvice is of one replica, all its containers together.
+type RequestAdvice struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Cluster   string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Requested *ReplicaResources      `protobuf:"bytes,2,opt,name=requested,proto3" json:"requested,omitempty"`
+	// Target is right; what is requested below lower or above upper should be changed.
+	// The less is known, the further these are from it.
+	Lower  *ReplicaResources `protobuf:"bytes,3,opt,name=lower,proto3" json:"lower,omitempty"`
+	Target *ReplicaResources `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
+	Upper  *ReplicaResources `protobuf:"bytes,5,opt,name=upper,proto3" json:"upper,omitempty"`
+	// What it rests on.
+	Reason        *Reason `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RequestAdvice) Reset() {
+	*x = RequestAdvice{}
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RequestAdvice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RequestAdvice) ProtoMessage() {}
+
+func (x *RequestAdvice) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RequestAdvice.ProtoReflect.Descriptor instead.
+func (*RequestAdvice) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *RequestAdvice) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *RequestAdvice) GetRequested() *ReplicaResources {
+	if x != nil {
+		return x.Requested
+	}
+	return nil
+}
+
+func (x *RequestAdvice) GetLower() *ReplicaResources {
+	if x != nil {
+		return x.Lower
+	}
+	return nil
+}
+
+func (x *RequestAdvice) GetTarget() *ReplicaResources {
+	if x != nil {
+		return x.Target
+	}
+	return nil
+}
+
+func (x *RequestAdvice) GetUpper() *ReplicaResources {
+	if x != nil {
+		return x.Upper
+	}
+	return nil
+}
+
+func (x *RequestAdvice) GetReason() *Reason {
+	if x != nil {
+		return x.Reason
+	}
+	return nil
+}
+
+type ReplicaResources struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	CpuMilli      int64                  `protobuf:"varint,1,opt,name=cpu_milli,json=cpuMilli,proto3" json:"cpu_milli,omitempty"`
+	MemoryBytes   int64                  `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplicaResources) Reset() {
+	*x = ReplicaResources{}
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplicaResources) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplicaResources) ProtoMessage() {}
+
+func (x *ReplicaResources) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplicaResources.ProtoReflect.Descriptor instead.
+func (*ReplicaResources) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *ReplicaResources) GetCpuMilli() int64 {
+	if x != nil {
+		return x.CpuMilli
+	}
+	return 0
+}
+
+func (x *ReplicaResources) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
 type ClusterVerdict struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Cluster  string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
@@ -4917,7 +5066,7 @@ type ClusterVerdict struct {
 
 func (x *ClusterVerdict) Reset() {
 	*x = ClusterVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4929,7 +5078,7 @@ func (x *ClusterVerdict) String() string {
 func (*ClusterVerdict) ProtoMessage() {}
 
 func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4942,7 +5091,7 @@ func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterVerdict.ProtoReflect.Descriptor instead.
 func (*ClusterVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ClusterVerdict) GetCluster() string {
@@ -5003,7 +5152,7 @@ type NodeVerdict struct {
 
 func (x *NodeVerdict) Reset() {
 	*x = NodeVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5015,7 +5164,7 @@ func (x *NodeVerdict) String() string {
 func (*NodeVerdict) ProtoMessage() {}
 
 func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5028,7 +5177,7 @@ func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeVerdict.ProtoReflect.Descriptor instead.
 func (*NodeVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *NodeVerdict) GetCluster() string {
@@ -5080,7 +5229,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5092,7 +5241,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5105,7 +5254,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *WatchRequest) GetKinds() []string {
@@ -5144,7 +5293,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5156,7 +5305,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5169,7 +5318,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -5257,7 +5406,7 @@ type WaitConvergedRequest struct {
 
 func (x *WaitConvergedRequest) Reset() {
 	*x = WaitConvergedRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5269,7 +5418,7 @@ func (x *WaitConvergedRequest) String() string {
 func (*WaitConvergedRequest) ProtoMessage() {}
 
 func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5282,7 +5431,7 @@ func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedRequest.ProtoReflect.Descriptor instead.
 func (*WaitConvergedRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *WaitConvergedRequest) GetRevision() int64 {
@@ -5320,7 +5469,7 @@ type WaitConvergedResponse struct {
 
 func (x *WaitConvergedResponse) Reset() {
 	*x = WaitConvergedResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5332,7 +5481,7 @@ func (x *WaitConvergedResponse) String() string {
 func (*WaitConvergedResponse) ProtoMessage() {}
 
 func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5345,7 +5494,7 @@ func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedResponse.ProtoReflect.Descriptor instead.
 func (*WaitConvergedResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *WaitConvergedResponse) GetRevision() int64 {
@@ -5409,7 +5558,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5421,7 +5570,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5434,7 +5583,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *Replica) GetName() string {
@@ -5549,7 +5698,7 @@ type ContainerState struct {
 
 func (x *ContainerState) Reset() {
 	*x = ContainerState{}
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5561,7 +5710,7 @@ func (x *ContainerState) String() string {
 func (*ContainerState) ProtoMessage() {}
 
 func (x *ContainerState) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5574,7 +5723,7 @@ func (x *ContainerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerState.ProtoReflect.Descriptor instead.
 func (*ContainerState) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ContainerState) GetName() string {
@@ -5669,7 +5818,7 @@ type Timeline struct {
 
 func (x *Timeline) Reset() {
 	*x = Timeline{}
-	mi := &file_portolan_v1_services_proto_msgTypes[79]
+	mi := &file_portolan_v1_services_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5681,7 +5830,7 @@ func (x *Timeline) String() string {
 func (*Timeline) ProtoMessage() {}
 
 func (x *Timeline) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[79]
+	mi := &file_portolan_v1_services_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5694,7 +5843,7 @@ func (x *Timeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timeline.ProtoReflect.Descriptor instead.
 func (*Timeline) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{79}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *Timeline) GetAtCluster() *timestamppb.Timestamp {
@@ -5765,7 +5914,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_portolan_v1_services_proto_msgTypes[80]
+	mi := &file_portolan_v1_services_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5777,7 +5926,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[80]
+	mi := &file_portolan_v1_services_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5790,7 +5939,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{80}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -5859,7 +6008,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[81]
+	mi := &file_portolan_v1_services_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5871,7 +6020,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[81]
+	mi := &file_portolan_v1_services_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5884,7 +6033,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{81}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListReplicasRequest) GetParent() string {
@@ -5927,7 +6076,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[82]
+	mi := &file_portolan_v1_services_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5939,7 +6088,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[82]
+	mi := &file_portolan_v1_services_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5952,7 +6101,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{82}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*Replica {
@@ -5989,7 +6138,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[83]
+	mi := &file_portolan_v1_services_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6001,7 +6150,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[83]
+	mi := &file_portolan_v1_services_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6014,7 +6163,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{83}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListEventsRequest) GetParent() string {
@@ -6049,7 +6198,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[84]
+	mi := &file_portolan_v1_services_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6061,7 +6210,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[84]
+	mi := &file_portolan_v1_services_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6074,7 +6223,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{84}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListEventsResponse) GetEvents() []*Event {
@@ -6107,7 +6256,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[85]
+	mi := &file_portolan_v1_services_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6119,7 +6268,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[85]
+	mi := &file_portolan_v1_services_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6132,7 +6281,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{85}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *LogsRequest) GetReplica() string {
@@ -6179,7 +6328,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[86]
+	mi := &file_portolan_v1_services_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6191,7 +6340,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[86]
+	mi := &file_portolan_v1_services_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6204,7 +6353,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *LogsResponse) GetData() []byte {
@@ -6229,7 +6378,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[87]
+	mi := &file_portolan_v1_services_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6241,7 +6390,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[87]
+	mi := &file_portolan_v1_services_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6254,7 +6403,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ExecRequest) GetMessage() isExecRequest_Message {
@@ -6338,7 +6487,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_portolan_v1_services_proto_msgTypes[88]
+	mi := &file_portolan_v1_services_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6350,7 +6499,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[88]
+	mi := &file_portolan_v1_services_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6363,7 +6512,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{88}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *TerminalSize) GetRows() int32 {
@@ -6394,7 +6543,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[89]
+	mi := &file_portolan_v1_services_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6406,7 +6555,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[89]
+	mi := &file_portolan_v1_services_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6419,7 +6568,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{89}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ExecResponse) GetMessage() isExecResponse_Message {
@@ -6487,7 +6636,7 @@ type WatchResponse_Established struct {
 
 func (x *WatchResponse_Established) Reset() {
 	*x = WatchResponse_Established{}
-	mi := &file_portolan_v1_services_proto_msgTypes[103]
+	mi := &file_portolan_v1_services_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6499,7 +6648,7 @@ func (x *WatchResponse_Established) String() string {
 func (*WatchResponse_Established) ProtoMessage() {}
 
 func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[103]
+	mi := &file_portolan_v1_services_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6512,7 +6661,7 @@ func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Established.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Established) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 0}
 }
 
 type WatchResponse_Change struct {
@@ -6526,7 +6675,7 @@ type WatchResponse_Change struct {
 
 func (x *WatchResponse_Change) Reset() {
 	*x = WatchResponse_Change{}
-	mi := &file_portolan_v1_services_proto_msgTypes[104]
+	mi := &file_portolan_v1_services_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6538,7 +6687,7 @@ func (x *WatchResponse_Change) String() string {
 func (*WatchResponse_Change) ProtoMessage() {}
 
 func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[104]
+	mi := &file_portolan_v1_services_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6551,7 +6700,7 @@ func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Change.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Change) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74, 1}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 1}
 }
 
 func (x *WatchResponse_Change) GetKind() ChangeKind {
@@ -6584,7 +6733,7 @@ type WatchResponse_SnapshotEnd struct {
 
 func (x *WatchResponse_SnapshotEnd) Reset() {
 	*x = WatchResponse_SnapshotEnd{}
-	mi := &file_portolan_v1_services_proto_msgTypes[105]
+	mi := &file_portolan_v1_services_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6596,7 +6745,7 @@ func (x *WatchResponse_SnapshotEnd) String() string {
 func (*WatchResponse_SnapshotEnd) ProtoMessage() {}
 
 func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[105]
+	mi := &file_portolan_v1_services_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6609,7 +6758,7 @@ func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_SnapshotEnd.ProtoReflect.Descriptor instead.
 func (*WatchResponse_SnapshotEnd) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74, 2}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 2}
 }
 
 func (x *WatchResponse_SnapshotEnd) GetRevision() int64 {
@@ -6629,7 +6778,7 @@ type WatchResponse_Bookmark struct {
 
 func (x *WatchResponse_Bookmark) Reset() {
 	*x = WatchResponse_Bookmark{}
-	mi := &file_portolan_v1_services_proto_msgTypes[106]
+	mi := &file_portolan_v1_services_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6641,7 +6790,7 @@ func (x *WatchResponse_Bookmark) String() string {
 func (*WatchResponse_Bookmark) ProtoMessage() {}
 
 func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[106]
+	mi := &file_portolan_v1_services_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6654,7 +6803,7 @@ func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Bookmark.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Bookmark) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74, 3}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 3}
 }
 
 func (x *WatchResponse_Bookmark) GetRevision() int64 {
@@ -6676,7 +6825,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_portolan_v1_services_proto_msgTypes[107]
+	mi := &file_portolan_v1_services_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6688,7 +6837,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[107]
+	mi := &file_portolan_v1_services_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6701,7 +6850,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{89, 0}
 }
 
 func (x *ExecRequest_Start) GetReplica() string {
@@ -7149,13 +7298,24 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x14reserved_cost_micros\x18\v \x01(\x03R\x12reservedCostMicros\x120\n" +
 	"\x14capacity_cost_micros\x18\f \x01(\x03R\x12capacityCostMicros\",\n" +
 	"\x16ExplainWorkloadRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\xf6\x01\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\xae\x02\n" +
 	"\x17ExplainWorkloadResponse\x127\n" +
 	"\bclusters\x18\x01 \x03(\v2\x1b.portolan.v1.ClusterVerdictR\bclusters\x12)\n" +
 	"\x10desired_replicas\x18\x02 \x01(\x05R\x0fdesiredReplicas\x12+\n" +
 	"\x11unplaced_replicas\x18\x03 \x01(\x05R\x10unplacedReplicas\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x03R\brevision\x12.\n" +
-	"\x05nodes\x18\x05 \x03(\v2\x18.portolan.v1.NodeVerdictR\x05nodes\"\xd8\x01\n" +
+	"\x05nodes\x18\x05 \x03(\v2\x18.portolan.v1.NodeVerdictR\x05nodes\x126\n" +
+	"\brequests\x18\x06 \x03(\v2\x1a.portolan.v1.RequestAdviceR\brequests\"\xb4\x02\n" +
+	"\rRequestAdvice\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12;\n" +
+	"\trequested\x18\x02 \x01(\v2\x1d.portolan.v1.ReplicaResourcesR\trequested\x123\n" +
+	"\x05lower\x18\x03 \x01(\v2\x1d.portolan.v1.ReplicaResourcesR\x05lower\x125\n" +
+	"\x06target\x18\x04 \x01(\v2\x1d.portolan.v1.ReplicaResourcesR\x06target\x123\n" +
+	"\x05upper\x18\x05 \x01(\v2\x1d.portolan.v1.ReplicaResourcesR\x05upper\x12+\n" +
+	"\x06reason\x18\x06 \x01(\v2\x13.portolan.v1.ReasonR\x06reason\"R\n" +
+	"\x10ReplicaResources\x12\x1b\n" +
+	"\tcpu_milli\x18\x01 \x01(\x03R\bcpuMilli\x12!\n" +
+	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\"\xd8\x01\n" +
 	"\x0eClusterVerdict\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1a\n" +
 	"\bfeasible\x18\x02 \x01(\bR\bfeasible\x12\x1a\n" +
@@ -7391,7 +7551,7 @@ func file_portolan_v1_services_proto_rawDescGZIP() []byte {
 }
 
 var file_portolan_v1_services_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
+var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 110)
 var file_portolan_v1_services_proto_goTypes = []any{
 	(ChangeKind)(0),                        // 0: portolan.v1.ChangeKind
 	(ReplicaState)(0),                      // 1: portolan.v1.ReplicaState
@@ -7467,281 +7627,289 @@ var file_portolan_v1_services_proto_goTypes = []any{
 	(*ClusterCapacity)(nil),                // 71: portolan.v1.ClusterCapacity
 	(*ExplainWorkloadRequest)(nil),         // 72: portolan.v1.ExplainWorkloadRequest
 	(*ExplainWorkloadResponse)(nil),        // 73: portolan.v1.ExplainWorkloadResponse
-	(*ClusterVerdict)(nil),                 // 74: portolan.v1.ClusterVerdict
-	(*NodeVerdict)(nil),                    // 75: portolan.v1.NodeVerdict
-	(*WatchRequest)(nil),                   // 76: portolan.v1.WatchRequest
-	(*WatchResponse)(nil),                  // 77: portolan.v1.WatchResponse
-	(*WaitConvergedRequest)(nil),           // 78: portolan.v1.WaitConvergedRequest
-	(*WaitConvergedResponse)(nil),          // 79: portolan.v1.WaitConvergedResponse
-	(*Replica)(nil),                        // 80: portolan.v1.Replica
-	(*ContainerState)(nil),                 // 81: portolan.v1.ContainerState
-	(*Timeline)(nil),                       // 82: portolan.v1.Timeline
-	(*Event)(nil),                          // 83: portolan.v1.Event
-	(*ListReplicasRequest)(nil),            // 84: portolan.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),           // 85: portolan.v1.ListReplicasResponse
-	(*ListEventsRequest)(nil),              // 86: portolan.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),             // 87: portolan.v1.ListEventsResponse
-	(*LogsRequest)(nil),                    // 88: portolan.v1.LogsRequest
-	(*LogsResponse)(nil),                   // 89: portolan.v1.LogsResponse
-	(*ExecRequest)(nil),                    // 90: portolan.v1.ExecRequest
-	(*TerminalSize)(nil),                   // 91: portolan.v1.TerminalSize
-	(*ExecResponse)(nil),                   // 92: portolan.v1.ExecResponse
-	nil,                                    // 93: portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	nil,                                    // 94: portolan.v1.ListClustersRequest.LabelSelectorEntry
-	nil,                                    // 95: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	nil,                                    // 96: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	nil,                                    // 97: portolan.v1.ListServicesRequest.LabelSelectorEntry
-	nil,                                    // 98: portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	nil,                                    // 99: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	nil,                                    // 100: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	nil,                                    // 101: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	nil,                                    // 102: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	nil,                                    // 103: portolan.v1.NodeInfo.LabelsEntry
-	nil,                                    // 104: portolan.v1.NodeInfo.DevicesMilliEntry
-	nil,                                    // 105: portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
-	(*WatchResponse_Established)(nil),      // 106: portolan.v1.WatchResponse.Established
-	(*WatchResponse_Change)(nil),           // 107: portolan.v1.WatchResponse.Change
-	(*WatchResponse_SnapshotEnd)(nil),      // 108: portolan.v1.WatchResponse.SnapshotEnd
-	(*WatchResponse_Bookmark)(nil),         // 109: portolan.v1.WatchResponse.Bookmark
-	(*ExecRequest_Start)(nil),              // 110: portolan.v1.ExecRequest.Start
-	(*Tenant)(nil),                         // 111: portolan.v1.Tenant
-	(*fieldmaskpb.FieldMask)(nil),          // 112: google.protobuf.FieldMask
-	(*Cluster)(nil),                        // 113: portolan.v1.Cluster
-	(*RoleBinding)(nil),                    // 114: portolan.v1.RoleBinding
-	(*Workload)(nil),                       // 115: portolan.v1.Workload
-	(*Service)(nil),                        // 116: portolan.v1.Service
-	(*Route)(nil),                          // 117: portolan.v1.Route
-	(*PolicyBundle)(nil),                   // 118: portolan.v1.PolicyBundle
-	(*WorkloadRevision)(nil),               // 119: portolan.v1.WorkloadRevision
-	(*Placement)(nil),                      // 120: portolan.v1.Placement
-	(*AuditEntry)(nil),                     // 121: portolan.v1.AuditEntry
-	(*timestamppb.Timestamp)(nil),          // 122: google.protobuf.Timestamp
-	(*Taint)(nil),                          // 123: portolan.v1.Taint
-	(NodeMode)(0),                          // 124: portolan.v1.NodeMode
-	(*Reason)(nil),                         // 125: portolan.v1.Reason
-	(*durationpb.Duration)(nil),            // 126: google.protobuf.Duration
-	(ClusterState)(0),                      // 127: portolan.v1.ClusterState
-	(*PoolStatus)(nil),                     // 128: portolan.v1.PoolStatus
-	(*Laggard)(nil),                        // 129: portolan.v1.Laggard
-	(*anypb.Any)(nil),                      // 130: google.protobuf.Any
-	(*emptypb.Empty)(nil),                  // 131: google.protobuf.Empty
+	(*RequestAdvice)(nil),                  // 74: portolan.v1.RequestAdvice
+	(*ReplicaResources)(nil),               // 75: portolan.v1.ReplicaResources
+	(*ClusterVerdict)(nil),                 // 76: portolan.v1.ClusterVerdict
+	(*NodeVerdict)(nil),                    // 77: portolan.v1.NodeVerdict
+	(*WatchRequest)(nil),                   // 78: portolan.v1.WatchRequest
+	(*WatchResponse)(nil),                  // 79: portolan.v1.WatchResponse
+	(*WaitConvergedRequest)(nil),           // 80: portolan.v1.WaitConvergedRequest
+	(*WaitConvergedResponse)(nil),          // 81: portolan.v1.WaitConvergedResponse
+	(*Replica)(nil),                        // 82: portolan.v1.Replica
+	(*ContainerState)(nil),                 // 83: portolan.v1.ContainerState
+	(*Timeline)(nil),                       // 84: portolan.v1.Timeline
+	(*Event)(nil),                          // 85: portolan.v1.Event
+	(*ListReplicasRequest)(nil),            // 86: portolan.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),           // 87: portolan.v1.ListReplicasResponse
+	(*ListEventsRequest)(nil),              // 88: portolan.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),             // 89: portolan.v1.ListEventsResponse
+	(*LogsRequest)(nil),                    // 90: portolan.v1.LogsRequest
+	(*LogsResponse)(nil),                   // 91: portolan.v1.LogsResponse
+	(*ExecRequest)(nil),                    // 92: portolan.v1.ExecRequest
+	(*TerminalSize)(nil),                   // 93: portolan.v1.TerminalSize
+	(*ExecResponse)(nil),                   // 94: portolan.v1.ExecResponse
+	nil,                                    // 95: portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	nil,                                    // 96: portolan.v1.ListClustersRequest.LabelSelectorEntry
+	nil,                                    // 97: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	nil,                                    // 98: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	nil,                                    // 99: portolan.v1.ListServicesRequest.LabelSelectorEntry
+	nil,                                    // 100: portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	nil,                                    // 101: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	nil,                                    // 102: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	nil,                                    // 103: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	nil,                                    // 104: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	nil,                                    // 105: portolan.v1.NodeInfo.LabelsEntry
+	nil,                                    // 106: portolan.v1.NodeInfo.DevicesMilliEntry
+	nil,                                    // 107: portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
+	(*WatchResponse_Established)(nil),      // 108: portolan.v1.WatchResponse.Established
+	(*WatchResponse_Change)(nil),           // 109: portolan.v1.WatchResponse.Change
+	(*WatchResponse_SnapshotEnd)(nil),      // 110: portolan.v1.WatchResponse.SnapshotEnd
+	(*WatchResponse_Bookmark)(nil),         // 111: portolan.v1.WatchResponse.Bookmark
+	(*ExecRequest_Start)(nil),              // 112: portolan.v1.ExecRequest.Start
+	(*Tenant)(nil),                         // 113: portolan.v1.Tenant
+	(*fieldmaskpb.FieldMask)(nil),          // 114: google.protobuf.FieldMask
+	(*Cluster)(nil),                        // 115: portolan.v1.Cluster
+	(*RoleBinding)(nil),                    // 116: portolan.v1.RoleBinding
+	(*Workload)(nil),                       // 117: portolan.v1.Workload
+	(*Service)(nil),                        // 118: portolan.v1.Service
+	(*Route)(nil),                          // 119: portolan.v1.Route
+	(*PolicyBundle)(nil),                   // 120: portolan.v1.PolicyBundle
+	(*WorkloadRevision)(nil),               // 121: portolan.v1.WorkloadRevision
+	(*Placement)(nil),                      // 122: portolan.v1.Placement
+	(*AuditEntry)(nil),                     // 123: portolan.v1.AuditEntry
+	(*timestamppb.Timestamp)(nil),          // 124: google.protobuf.Timestamp
+	(*Taint)(nil),                          // 125: portolan.v1.Taint
+	(NodeMode)(0),                          // 126: portolan.v1.NodeMode
+	(*Reason)(nil),                         // 127: portolan.v1.Reason
+	(*durationpb.Duration)(nil),            // 128: google.protobuf.Duration
+	(ClusterState)(0),                      // 129: portolan.v1.ClusterState
+	(*PoolStatus)(nil),                     // 130: portolan.v1.PoolStatus
+	(*Laggard)(nil),                        // 131: portolan.v1.Laggard
+	(*anypb.Any)(nil),                      // 132: google.protobuf.Any
+	(*emptypb.Empty)(nil),                  // 133: google.protobuf.Empty
 }
 var file_portolan_v1_services_proto_depIdxs = []int32{
-	93,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	111, // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
-	111, // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	111, // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	112, // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
-	94,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
-	113, // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
-	113, // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	113, // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	112, // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
-	95,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	114, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
-	114, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	114, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	112, // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
-	96,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	115, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
-	115, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	115, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	112, // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
-	97,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
-	116, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
-	116, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
-	116, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
-	112, // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	98,  // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	117, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
-	117, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
-	117, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
-	112, // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
-	99,  // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	118, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
-	118, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	118, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	112, // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
-	100, // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	119, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
-	101, // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	120, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
-	102, // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	121, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
-	122, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	122, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	95,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	113, // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
+	113, // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	113, // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	114, // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
+	96,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
+	115, // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
+	115, // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	115, // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	114, // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
+	97,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	116, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
+	116, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	116, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	114, // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
+	98,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	117, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
+	117, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	117, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	114, // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
+	99,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
+	118, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
+	118, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
+	118, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
+	114, // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	100, // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	119, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
+	119, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
+	119, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
+	114, // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
+	101, // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	120, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
+	120, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	120, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	114, // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
+	102, // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	121, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
+	103, // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	122, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
+	104, // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	123, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
+	124, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	124, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
 	61,  // 43: portolan.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
-	103, // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
-	123, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
-	122, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
-	124, // 47: portolan.v1.NodeInfo.mode:type_name -> portolan.v1.NodeMode
-	104, // 48: portolan.v1.NodeInfo.devices_milli:type_name -> portolan.v1.NodeInfo.DevicesMilliEntry
-	105, // 49: portolan.v1.NodeInfo.allocated_devices_milli:type_name -> portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
-	125, // 50: portolan.v1.NodeInfo.blocked:type_name -> portolan.v1.Reason
-	124, // 51: portolan.v1.SetNodeModeRequest.mode:type_name -> portolan.v1.NodeMode
-	126, // 52: portolan.v1.SetNodeModeRequest.deadline:type_name -> google.protobuf.Duration
-	115, // 53: portolan.v1.PlanRequest.workload:type_name -> portolan.v1.Workload
+	105, // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
+	125, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
+	124, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
+	126, // 47: portolan.v1.NodeInfo.mode:type_name -> portolan.v1.NodeMode
+	106, // 48: portolan.v1.NodeInfo.devices_milli:type_name -> portolan.v1.NodeInfo.DevicesMilliEntry
+	107, // 49: portolan.v1.NodeInfo.allocated_devices_milli:type_name -> portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
+	127, // 50: portolan.v1.NodeInfo.blocked:type_name -> portolan.v1.Reason
+	126, // 51: portolan.v1.SetNodeModeRequest.mode:type_name -> portolan.v1.NodeMode
+	128, // 52: portolan.v1.SetNodeModeRequest.deadline:type_name -> google.protobuf.Duration
+	117, // 53: portolan.v1.PlanRequest.workload:type_name -> portolan.v1.Workload
 	64,  // 54: portolan.v1.PlanRequest.cluster:type_name -> portolan.v1.ClusterChange
 	2,   // 55: portolan.v1.ClusterChange.kind:type_name -> portolan.v1.ClusterChange.Kind
-	113, // 56: portolan.v1.ClusterChange.cluster:type_name -> portolan.v1.Cluster
+	115, // 56: portolan.v1.ClusterChange.cluster:type_name -> portolan.v1.Cluster
 	66,  // 57: portolan.v1.PlanResponse.workloads:type_name -> portolan.v1.WorkloadPlan
-	125, // 58: portolan.v1.PlanResponse.admission:type_name -> portolan.v1.Reason
+	127, // 58: portolan.v1.PlanResponse.admission:type_name -> portolan.v1.Reason
 	68,  // 59: portolan.v1.WorkloadPlan.placements:type_name -> portolan.v1.PlacementPlan
-	125, // 60: portolan.v1.WorkloadPlan.reasons:type_name -> portolan.v1.Reason
+	127, // 60: portolan.v1.WorkloadPlan.reasons:type_name -> portolan.v1.Reason
 	67,  // 61: portolan.v1.WorkloadPlan.displaced:type_name -> portolan.v1.Displaced
-	125, // 62: portolan.v1.PlacementPlan.reasons:type_name -> portolan.v1.Reason
+	127, // 62: portolan.v1.PlacementPlan.reasons:type_name -> portolan.v1.Reason
 	71,  // 63: portolan.v1.GetCapacityResponse.clusters:type_name -> portolan.v1.ClusterCapacity
-	127, // 64: portolan.v1.ClusterCapacity.state:type_name -> portolan.v1.ClusterState
-	128, // 65: portolan.v1.ClusterCapacity.pools:type_name -> portolan.v1.PoolStatus
-	74,  // 66: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
-	75,  // 67: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
-	125, // 68: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
-	125, // 69: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
-	125, // 70: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
-	125, // 71: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
-	106, // 72: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
-	107, // 73: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
-	108, // 74: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
-	109, // 75: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
-	126, // 76: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
-	129, // 77: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
-	1,   // 78: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
-	125, // 79: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
-	81,  // 80: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
-	82,  // 81: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
-	1,   // 82: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
-	122, // 83: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
-	122, // 84: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
-	122, // 85: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
-	122, // 86: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
-	122, // 87: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
-	122, // 88: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
-	122, // 89: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
-	122, // 90: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
-	122, // 91: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
-	122, // 92: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
-	122, // 93: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
-	80,  // 94: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
-	83,  // 95: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
-	110, // 96: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
-	91,  // 97: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
-	0,   // 98: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
-	130, // 99: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
-	3,   // 100: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
-	4,   // 101: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
-	6,   // 102: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
-	7,   // 103: portolan.v1.TenantService.UpdateTenant:input_type -> portolan.v1.UpdateTenantRequest
-	8,   // 104: portolan.v1.TenantService.DeleteTenant:input_type -> portolan.v1.DeleteTenantRequest
-	15,  // 105: portolan.v1.TenantService.GetRoleBinding:input_type -> portolan.v1.GetRoleBindingRequest
-	16,  // 106: portolan.v1.TenantService.ListRoleBindings:input_type -> portolan.v1.ListRoleBindingsRequest
-	18,  // 107: portolan.v1.TenantService.CreateRoleBinding:input_type -> portolan.v1.CreateRoleBindingRequest
-	19,  // 108: portolan.v1.TenantService.UpdateRoleBinding:input_type -> portolan.v1.UpdateRoleBindingRequest
-	20,  // 109: portolan.v1.TenantService.DeleteRoleBinding:input_type -> portolan.v1.DeleteRoleBindingRequest
-	9,   // 110: portolan.v1.ClusterService.GetCluster:input_type -> portolan.v1.GetClusterRequest
-	10,  // 111: portolan.v1.ClusterService.ListClusters:input_type -> portolan.v1.ListClustersRequest
-	12,  // 112: portolan.v1.ClusterService.CreateCluster:input_type -> portolan.v1.CreateClusterRequest
-	13,  // 113: portolan.v1.ClusterService.UpdateCluster:input_type -> portolan.v1.UpdateClusterRequest
-	14,  // 114: portolan.v1.ClusterService.DeleteCluster:input_type -> portolan.v1.DeleteClusterRequest
-	54,  // 115: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
-	56,  // 116: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
-	58,  // 117: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
-	62,  // 118: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
-	69,  // 119: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
-	59,  // 120: portolan.v1.ClusterService.DeleteNode:input_type -> portolan.v1.DeleteNodeRequest
-	21,  // 121: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
-	22,  // 122: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
-	24,  // 123: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
-	25,  // 124: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
-	26,  // 125: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
-	45,  // 126: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
-	46,  // 127: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
-	48,  // 128: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
-	49,  // 129: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
-	72,  // 130: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
-	63,  // 131: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
-	27,  // 132: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
-	28,  // 133: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
-	30,  // 134: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
-	31,  // 135: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
-	32,  // 136: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
-	33,  // 137: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
-	34,  // 138: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
-	36,  // 139: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
-	37,  // 140: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
-	38,  // 141: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
-	39,  // 142: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
-	40,  // 143: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
-	42,  // 144: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
-	43,  // 145: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
-	44,  // 146: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
-	51,  // 147: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
-	52,  // 148: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
-	76,  // 149: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
-	78,  // 150: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
-	84,  // 151: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
-	86,  // 152: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
-	88,  // 153: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
-	90,  // 154: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
-	111, // 155: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
-	5,   // 156: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
-	111, // 157: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
-	111, // 158: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
-	131, // 159: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
-	114, // 160: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
-	17,  // 161: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
-	114, // 162: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
-	114, // 163: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
-	131, // 164: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
-	113, // 165: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
-	11,  // 166: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
-	113, // 167: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
-	113, // 168: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
-	131, // 169: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
-	55,  // 170: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
-	57,  // 171: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
-	60,  // 172: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
-	60,  // 173: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
-	70,  // 174: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
-	131, // 175: portolan.v1.ClusterService.DeleteNode:output_type -> google.protobuf.Empty
-	115, // 176: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
-	23,  // 177: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
-	115, // 178: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
-	115, // 179: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
-	131, // 180: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
-	119, // 181: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
-	47,  // 182: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
-	120, // 183: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
-	50,  // 184: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
-	73,  // 185: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
-	65,  // 186: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
-	116, // 187: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
-	29,  // 188: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
-	116, // 189: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
-	116, // 190: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
-	131, // 191: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
-	117, // 192: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
-	35,  // 193: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
-	117, // 194: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
-	117, // 195: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
-	131, // 196: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
-	118, // 197: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
-	41,  // 198: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
-	118, // 199: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	118, // 200: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	131, // 201: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
-	121, // 202: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
-	53,  // 203: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
-	77,  // 204: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
-	79,  // 205: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
-	85,  // 206: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
-	87,  // 207: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
-	89,  // 208: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
-	92,  // 209: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
-	155, // [155:210] is the sub-list for method output_type
-	100, // [100:155] is the sub-list for method input_type
-	100, // [100:100] is the sub-list for extension type_name
-	100, // [100:100] is the sub-list for extension extendee
-	0,   // [0:100] is the sub-list for field type_name
+	129, // 64: portolan.v1.ClusterCapacity.state:type_name -> portolan.v1.ClusterState
+	130, // 65: portolan.v1.ClusterCapacity.pools:type_name -> portolan.v1.PoolStatus
+	76,  // 66: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
+	77,  // 67: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
+	74,  // 68: portolan.v1.ExplainWorkloadResponse.requests:type_name -> portolan.v1.RequestAdvice
+	75,  // 69: portolan.v1.RequestAdvice.requested:type_name -> portolan.v1.ReplicaResources
+	75,  // 70: portolan.v1.RequestAdvice.lower:type_name -> portolan.v1.ReplicaResources
+	75,  // 71: portolan.v1.RequestAdvice.target:type_name -> portolan.v1.ReplicaResources
+	75,  // 72: portolan.v1.RequestAdvice.upper:type_name -> portolan.v1.ReplicaResources
+	127, // 73: portolan.v1.RequestAdvice.reason:type_name -> portolan.v1.Reason
+	127, // 74: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
+	127, // 75: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
+	127, // 76: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
+	127, // 77: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
+	108, // 78: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
+	109, // 79: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
+	110, // 80: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
+	111, // 81: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
+	128, // 82: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
+	131, // 83: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
+	1,   // 84: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
+	127, // 85: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
+	83,  // 86: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
+	84,  // 87: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
+	1,   // 88: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
+	124, // 89: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
+	124, // 90: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
+	124, // 91: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
+	124, // 92: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
+	124, // 93: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
+	124, // 94: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
+	124, // 95: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
+	124, // 96: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
+	124, // 97: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
+	124, // 98: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
+	124, // 99: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
+	82,  // 100: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
+	85,  // 101: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
+	112, // 102: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
+	93,  // 103: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
+	0,   // 104: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
+	132, // 105: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
+	3,   // 106: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
+	4,   // 107: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
+	6,   // 108: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
+	7,   // 109: portolan.v1.TenantService.UpdateTenant:input_type -> portolan.v1.UpdateTenantRequest
+	8,   // 110: portolan.v1.TenantService.DeleteTenant:input_type -> portolan.v1.DeleteTenantRequest
+	15,  // 111: portolan.v1.TenantService.GetRoleBinding:input_type -> portolan.v1.GetRoleBindingRequest
+	16,  // 112: portolan.v1.TenantService.ListRoleBindings:input_type -> portolan.v1.ListRoleBindingsRequest
+	18,  // 113: portolan.v1.TenantService.CreateRoleBinding:input_type -> portolan.v1.CreateRoleBindingRequest
+	19,  // 114: portolan.v1.TenantService.UpdateRoleBinding:input_type -> portolan.v1.UpdateRoleBindingRequest
+	20,  // 115: portolan.v1.TenantService.DeleteRoleBinding:input_type -> portolan.v1.DeleteRoleBindingRequest
+	9,   // 116: portolan.v1.ClusterService.GetCluster:input_type -> portolan.v1.GetClusterRequest
+	10,  // 117: portolan.v1.ClusterService.ListClusters:input_type -> portolan.v1.ListClustersRequest
+	12,  // 118: portolan.v1.ClusterService.CreateCluster:input_type -> portolan.v1.CreateClusterRequest
+	13,  // 119: portolan.v1.ClusterService.UpdateCluster:input_type -> portolan.v1.UpdateClusterRequest
+	14,  // 120: portolan.v1.ClusterService.DeleteCluster:input_type -> portolan.v1.DeleteClusterRequest
+	54,  // 121: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
+	56,  // 122: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
+	58,  // 123: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
+	62,  // 124: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
+	69,  // 125: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
+	59,  // 126: portolan.v1.ClusterService.DeleteNode:input_type -> portolan.v1.DeleteNodeRequest
+	21,  // 127: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
+	22,  // 128: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
+	24,  // 129: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
+	25,  // 130: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
+	26,  // 131: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
+	45,  // 132: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
+	46,  // 133: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
+	48,  // 134: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
+	49,  // 135: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
+	72,  // 136: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
+	63,  // 137: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
+	27,  // 138: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
+	28,  // 139: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
+	30,  // 140: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
+	31,  // 141: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
+	32,  // 142: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
+	33,  // 143: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
+	34,  // 144: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
+	36,  // 145: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
+	37,  // 146: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
+	38,  // 147: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
+	39,  // 148: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
+	40,  // 149: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
+	42,  // 150: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
+	43,  // 151: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
+	44,  // 152: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
+	51,  // 153: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
+	52,  // 154: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
+	78,  // 155: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
+	80,  // 156: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
+	86,  // 157: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
+	88,  // 158: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
+	90,  // 159: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
+	92,  // 160: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
+	113, // 161: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
+	5,   // 162: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
+	113, // 163: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
+	113, // 164: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
+	133, // 165: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
+	116, // 166: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
+	17,  // 167: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
+	116, // 168: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
+	116, // 169: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
+	133, // 170: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
+	115, // 171: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
+	11,  // 172: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
+	115, // 173: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
+	115, // 174: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
+	133, // 175: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
+	55,  // 176: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
+	57,  // 177: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
+	60,  // 178: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
+	60,  // 179: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
+	70,  // 180: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
+	133, // 181: portolan.v1.ClusterService.DeleteNode:output_type -> google.protobuf.Empty
+	117, // 182: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
+	23,  // 183: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
+	117, // 184: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
+	117, // 185: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
+	133, // 186: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
+	121, // 187: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
+	47,  // 188: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
+	122, // 189: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
+	50,  // 190: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
+	73,  // 191: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
+	65,  // 192: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
+	118, // 193: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
+	29,  // 194: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
+	118, // 195: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
+	118, // 196: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
+	133, // 197: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
+	119, // 198: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
+	35,  // 199: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
+	119, // 200: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
+	119, // 201: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
+	133, // 202: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
+	120, // 203: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
+	41,  // 204: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
+	120, // 205: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	120, // 206: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	133, // 207: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
+	123, // 208: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
+	53,  // 209: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
+	79,  // 210: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
+	81,  // 211: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
+	87,  // 212: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
+	89,  // 213: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
+	91,  // 214: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
+	94,  // 215: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
+	161, // [161:216] is the sub-list for method output_type
+	106, // [106:161] is the sub-list for method input_type
+	106, // [106:106] is the sub-list for extension type_name
+	106, // [106:106] is the sub-list for extension extendee
+	0,   // [0:106] is the sub-list for field type_name
 }
 
 func init() { file_portolan_v1_services_proto_init() }
@@ -7756,19 +7924,19 @@ func file_portolan_v1_services_proto_init() {
 		(*PlanRequest_DeleteWorkload)(nil),
 		(*PlanRequest_Cluster)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[74].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[76].OneofWrappers = []any{
 		(*WatchResponse_Established_)(nil),
 		(*WatchResponse_Change_)(nil),
 		(*WatchResponse_SnapshotEnd_)(nil),
 		(*WatchResponse_Bookmark_)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[87].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[89].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[89].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[91].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -7779,7 +7947,7 @@ func file_portolan_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_v1_services_proto_rawDesc), len(file_portolan_v1_services_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   108,
+			NumMessages:   110,
 			NumExtensions: 0,
 			NumServices:   9,
 		},

@@ -11,6 +11,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // names of everything that a fleet makes on the machine.
@@ -23,7 +25,10 @@ func (n names) wan(i int) string       { return fmt.Sprintf("ptl%sw%d", n.id, i)
 // nodePort is the bridge's side of a node's link, inside the cluster's namespace.
 func (n names) nodePort(j int) string { return fmt.Sprintf("node%d", j) }
 
-func nsPath(ns string) string { return filepath.Join("/run/netns", ns) }
+// nsDir is where iproute2 keeps the names of namespaces.
+const nsDir = "/run/netns"
+
+func nsPath(ns string) string { return filepath.Join(nsDir, ns) }
 
 // ip runs iproute2, in a namespace when ns is not empty. Namespaces are entered
 // by child processes only: a thread of ours never changes its own.
@@ -164,7 +169,7 @@ func (n *network) healNode(ctx context.Context, i, j int) error {
 // namespaces lists the fleet's namespaces that exist, also those of an earlier
 // fleet file.
 func (n names) namespaces() ([]string, error) {
-	all, err := os.ReadDir("/run/netns")
+	all, err := os.ReadDir(nsDir)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -201,7 +206,22 @@ func (n names) removeNetwork(ctx context.Context) error {
 	for _, ns := range nss {
 		errs = append(errs, ip(ctx, "", "netns", "delete", ns))
 	}
+	errs = append(errs, releaseNames())
 	return errors.Join(errs...)
+}
+
+// releaseNames takes back, with the last named namespace of the machine, the mount
+// that iproute2 makes of their folder with the first. While anybody's is in it, it
+// is busy.
+func releaseNames() error {
+	left, err := os.ReadDir(nsDir)
+	if err != nil || len(left) > 0 {
+		return nil //nolint:nilerr // there is none, or it is somebody's
+	}
+	if err := unix.Unmount(nsDir, 0); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("unmount %s: %w", nsDir, err)
+	}
+	return nil
 }
 
 // overlap says which route of this machine the fleet's network collides with.

@@ -135,6 +135,7 @@ func (f *fill) valueOf(x *cell) int64 {
 		return min(1, n)
 	case byWeight, byFree:
 		return n * n * weightScale / max(1, x.weight)
+	case byEven:
 	}
 	// Evenly over the first two spreads, then over clusters: the units of a domain, each
 	// times all of them, add up to its square.

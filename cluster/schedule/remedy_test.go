@@ -105,6 +105,10 @@ func followOnNode(w *world, r Remedy) {
 	case Uncordon:
 		n.Mode = 0
 	case LabelNode:
+		f.Labels = maps.Clone(f.Labels)
+		if f.Labels == nil {
+			f.Labels = map[string]string{}
+		}
 		f.Labels[r.Key] = r.Value
 	case WaitForNode:
 		n.Down = 0

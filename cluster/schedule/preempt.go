@@ -95,8 +95,8 @@ func (t *Table) mayMakeRoom() bool {
 	if t.leaving > 0 || len(t.nominations) > 0 {
 		return true
 	}
-	for k, n := range t.work.batch.Allowance {
-		if n > t.work.spent[k] {
+	for _, n := range t.work.batch.Allowance {
+		if n > 0 { // or spent, and then somebody leaves by this batch
 			return true
 		}
 	}

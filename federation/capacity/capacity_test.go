@@ -179,6 +179,11 @@ func TestFleetPrice(t *testing.T) {
 	if len(by) != 2 || by[0].Name != "data" || by[0].ReservedHour != 15000 || by[0].Reserved.CPUMilli != 1000 || by[1].ReservedHour != 45000+16000+40000 {
 		t.Errorf("by tenant: %+v", by)
 	}
+	two := fleet()[0] // half of its cores are spot, a quarter is in no pool
+	two.Pools = []*portolanv1.PoolStatus{{CpuMilli: 4000, MemoryBytes: 32 << 30, Spot: true, CpuCoreHourMicros: 10000}, {CpuMilli: 2000}}
+	if got := MeanPrice(two); got != (Price{CoreHour: 20000, GiBHour: 4000}) {
+		t.Errorf("the mean price of 4 spot cores at 0.01 and 4 at 0.03 is %+v", got)
+	}
 	own := PriceOf(fleet()[0], &portolanv1.PoolStatus{CpuCoreHourMicros: 9000})
 	if own.CoreHour != 9000 || own.GiBHour != 4000 || own.PerHour(api.Resources{CPUMilli: 1500, MemoryBytes: 1 << 29}) != 13500+2000 {
 		t.Errorf("the price of a pool is %+v", own)

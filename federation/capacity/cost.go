@@ -65,6 +65,34 @@ func PriceOf(c *portolanv1.ClusterCapacity, p *portolanv1.PoolStatus) Price {
 	return Price{CoreHour: cmp.Or(p.GetCpuCoreHourMicros(), c.GetCpuCoreHourMicros()), GiBHour: cmp.Or(p.GetMemoryGibHourMicros(), c.GetMemoryGibHourMicros())}
 }
 
+// MeanPrice is that of a cluster's pools, which count by their size, and of what is
+// in none. What is reserved is not tied to a pool, and has this price.
+func MeanPrice(c *portolanv1.ClusterCapacity) Price {
+	cpu, memory := mean{}, mean{}
+	for _, p := range c.GetPools() {
+		own := PriceOf(c, p)
+		cpu.add(p.GetCpuMilli(), own.CoreHour)
+		memory.add(p.GetMemoryBytes(), own.GiBHour)
+	}
+	return Price{CoreHour: cpu.of(c.GetCpuMilli(), c.GetCpuCoreHourMicros()), GiBHour: memory.of(c.GetMemoryBytes(), c.GetMemoryGibHourMicros())}
+}
+
+// mean of prices, weighted by size.
+type mean struct{ sum, size float64 }
+
+func (m *mean) add(size, price int64) {
+	m.sum, m.size = m.sum+float64(size)*float64(price), m.size+float64(size)
+}
+
+// of all of a cluster, what is in no pool at its own price.
+func (m mean) of(all, price int64) int64 {
+	m.add(max(0, all-int64(m.size)), price)
+	if m.size == 0 {
+		return price
+	}
+	return int64(math.Round(m.sum / m.size))
+}
+
 // PerHour is what an amount costs in an hour, rounded to the nearest micro-unit.
 func (p Price) PerHour(r api.Resources) int64 {
 	micros := float64(r.CPUMilli)/1000*float64(p.CoreHour) + float64(r.MemoryBytes)/(1<<30)*float64(p.GiBHour)
@@ -127,7 +155,7 @@ func sorted(sums map[string]*Line) []Line {
 	return out
 }
 
-// ByPlacement is what placements reserve, at the prices of their clusters, under
+// ByPlacement is what placements reserve, at the mean prices of their clusters, under
 // the name that a function gives each: its tenant, its workload. A placement in a
 // cluster that is not listed has no price.
 func ByPlacement(cs []*portolanv1.ClusterCapacity, ps []*portolanv1.Placement, name func(*portolanv1.Placement) string) []Line {
@@ -138,7 +166,7 @@ func ByPlacement(cs []*portolanv1.ClusterCapacity, ps []*portolanv1.Placement, n
 	sums := map[string]*Line{}
 	for _, p := range ps {
 		claim := api.Resources{CPUMilli: p.GetSpec().GetReservedCpuMilli(), MemoryBytes: p.GetSpec().GetReservedMemoryBytes()}
-		at(sums, name(p)).add(Line{Reserved: claim, ReservedHour: PriceOf(clusters[last(p.GetName())], nil).PerHour(claim)})
+		at(sums, name(p)).add(Line{Reserved: claim, ReservedHour: MeanPrice(clusters[last(p.GetName())]).PerHour(claim)})
 	}
 	return sorted(sums)
 }

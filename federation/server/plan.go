@@ -12,6 +12,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
+	"github.com/portolan-io/portolan/federation/capacity"
 	"github.com/portolan-io/portolan/federation/store"
 )
 
@@ -254,16 +255,12 @@ func capacityOf(r store.Reader, only string) ([]*portolanv1.ClusterCapacity, err
 		}
 	})
 	for _, c := range out {
-		c.ReservedCostMicros = price(c, c.GetReservedCpuMilli(), c.GetReservedMemoryBytes())
-		c.CapacityCostMicros = price(c, c.GetCpuMilli(), c.GetMemoryBytes())
+		p := capacity.MeanPrice(c)
+		c.ReservedCostMicros = p.PerHour(api.Resources{CPUMilli: c.GetReservedCpuMilli(), MemoryBytes: c.GetReservedMemoryBytes()})
+		c.CapacityCostMicros = p.PerHour(api.Resources{CPUMilli: c.GetCpuMilli(), MemoryBytes: c.GetMemoryBytes()})
 	}
 	slices.SortFunc(out, func(a, b *portolanv1.ClusterCapacity) int { return cmp.Compare(a.GetCluster(), b.GetCluster()) })
 	return out, g.err
-}
-
-// price of an amount for an hour, in micro-units of currency.
-func price(c *portolanv1.ClusterCapacity, cpuMilli, memoryBytes int64) int64 {
-	return int64(float64(cpuMilli)/1000*float64(c.GetCpuCoreHourMicros()) + float64(memoryBytes)/(1<<30)*float64(c.GetMemoryGibHourMicros()))
 }
 
 // begin names the caller and what is done, and checks what needs no state.

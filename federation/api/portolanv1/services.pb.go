@@ -4660,7 +4660,8 @@ type ClusterCapacity struct {
 	Pools               []*PoolStatus          `protobuf:"bytes,8,rep,name=pools,proto3" json:"pools,omitempty"`
 	CpuCoreHourMicros   int64                  `protobuf:"varint,9,opt,name=cpu_core_hour_micros,json=cpuCoreHourMicros,proto3" json:"cpu_core_hour_micros,omitempty"`
 	MemoryGibHourMicros int64                  `protobuf:"varint,10,opt,name=memory_gib_hour_micros,json=memoryGibHourMicros,proto3" json:"memory_gib_hour_micros,omitempty"`
-	// Of what is reserved, and of the whole capacity, micro-units per hour.
+	// Of what is reserved, and of the whole capacity, micro-units per hour, at the mean
+	// price of its pools by size.
 	ReservedCostMicros int64 `protobuf:"varint,11,opt,name=reserved_cost_micros,json=reservedCostMicros,proto3" json:"reserved_cost_micros,omitempty"`
 	CapacityCostMicros int64 `protobuf:"varint,12,opt,name=capacity_cost_micros,json=capacityCostMicros,proto3" json:"capacity_cost_micros,omitempty"`
 	unknownFields      protoimpl.UnknownFields

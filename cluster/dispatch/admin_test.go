@@ -82,10 +82,16 @@ func TestPendingIsExplainedWithNearestAndRemedies(t *testing.T) {
 			{Replica: "r1", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n2", Remedies: []state.Remedy{{Code: "AskLessCPU", Message: "ask for 500m"}}},
 			{Replica: "r1", Code: "NodeCordoned", Message: "m", Count: 1},
 		}})
-		r.store.SetNotes(state.Notes{Waiting: map[string]state.Blocked{"t/w": {Code: "VolumeNodeLost", Message: "its volume is on n9"}}})
+		r.store.SetNotes(state.Notes{
+			Waiting:  map[string]state.Blocked{"t/w": {Code: "VolumeNodeLost", Message: "its volume is on n9"}},
+			Requests: map[string]*portolanv1.RequestAdvice{"t/w": {Target: &portolanv1.ReplicaResources{CpuMilli: 70}}},
+		})
 		res, err := (&adminServer{d: r.d}).ExplainPending(t.Context(), &linkv1.ExplainPendingRequest{Workload: "tenants/t/workloads/w"})
 		if err != nil || len(res.GetVerdicts()) != 2 {
 			t.Fatalf("%v, %v", res, err)
+		}
+		if got := res.GetRequests().GetTarget().GetCpuMilli(); got != 70 {
+			t.Errorf("%dm should be requested", got)
 		}
 		if v := res.GetVerdicts()[0]; v.GetReasons()[0].GetCode() != "VolumeNodeLost" {
 			t.Errorf("%v", v)

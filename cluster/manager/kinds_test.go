@@ -395,6 +395,11 @@ func TestRequestsAreAdvised(t *testing.T) {
 		if got := advice().GetTarget().GetMemoryBytes() >> 20; got < 480 {
 			t.Errorf("killed for want of memory at 400 MiB: %v", advice())
 		}
+		r.want("web", "r1", 0, spec(service, "500m"))
+		time.Sleep(adviseEvery + learnEvery)
+		if q := advice(); q.GetRequested().GetCpuMilli() != 500 {
+			t.Errorf("of a workload that has no replicas for now: %v", q)
+		}
 		r.unwant("web")
 		time.Sleep(adviseEvery + learnEvery)
 		if q := advice(); q != nil {

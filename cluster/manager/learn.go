@@ -59,8 +59,8 @@ func (m *Manager) learn(s *state.Snapshot, in *reconcile.Input, now time.Time, c
 		return
 	}
 	l.next = now.Add(learnEvery)
-	was := l.profiles
-	l.profiles = make(map[reconcile.Key]*profile, len(was))
+	// One that has no replicas for now is not forgotten.
+	maps.DeleteFunc(l.profiles, func(k reconcile.Key, p *profile) bool { return in.Workloads[k].Intent.GetUid() != p.uid })
 	for id, a := range s.Allocations {
 		k := reconcile.Key{Tenant: a.GetTenant(), Workload: a.GetWorkload()}
 		w, known := in.Workloads[k]
@@ -69,12 +69,10 @@ func (m *Manager) learn(s *state.Snapshot, in *reconcile.Input, now time.Time, c
 		}
 		p := l.profiles[k]
 		if p == nil {
-			p = was[k].next(w.Intent.GetUid(), in.States[k], now)
+			p = newProfile(a.GetUid(), in.States[k], now)
 			l.profiles[k] = p
 		}
-		if st := s.NodeStatus[a.GetNode()]; st != nil {
-			p.add(id, a, st)
-		}
+		p.add(id, a, a.GetRevision() == w.Intent.GetCurrentRevision(), s.NodeStatus[a.GetNode()])
 	}
 	for _, p := range l.profiles {
 		maps.DeleteFunc(p.read, func(id string, _ time.Time) bool { return s.Allocations[id] == nil })
@@ -87,13 +85,9 @@ func (m *Manager) learn(s *state.Snapshot, in *reconcile.Input, now time.Time, c
 	l.save(in, now, c)
 }
 
-// next is the profile to go on with: itself, or the one that was written, or a new
-// one when the workload is another.
-func (p *profile) next(uid string, st *clusterv1.WorkloadState, now time.Time) *profile {
-	if p != nil && p.uid == uid {
-		return p
-	}
-	p = &profile{uid: uid, saved: now, read: map[string]time.Time{}, killed: map[string]time.Time{}}
+// newProfile goes on with the one that was written, if that is of the same workload.
+func newProfile(uid string, st *clusterv1.WorkloadState, now time.Time) *profile {
+	p := &profile{uid: uid, saved: now, read: map[string]time.Time{}, killed: map[string]time.Time{}}
 	if st.GetUid() == uid && len(st.GetProfile()) > 0 {
 		if err := p.UnmarshalBinary(st.GetProfile()); err != nil {
 			p.Profile = autoscale.Profile{} // of another version: it learns anew
@@ -102,14 +96,20 @@ func (p *profile) next(uid string, st *clusterv1.WorkloadState, now time.Time) *
 	return p
 }
 
-// add takes in what is new of one replica.
-func (p *profile) add(id string, a *clusterv1.Allocation, st *state.NodeStatus) {
-	o := st.Allocations[id]
+// add takes in what is new of one replica; current says that it is of the revision
+// that should run.
+func (p *profile) add(id string, a *clusterv1.Allocation, current bool, st *state.NodeStatus) {
 	r, err := api.RequestsOf(a.GetSpec())
 	if err != nil {
 		return
 	}
-	p.requested = r
+	if current || p.requested == (api.Resources{}) {
+		p.requested = r
+	}
+	if st == nil {
+		return
+	}
+	o := st.Allocations[id]
 	if at := o.GetUsage().GetTime().AsTime(); o.GetUsage() != nil && at.After(p.read[id]) {
 		p.read[id] = at
 		p.Observe(o.GetUsage(), r)

@@ -147,7 +147,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	return &Manager{
 		cfg: cfg, cidr: netip.MustParsePrefix(cfg.CIDR).Masked(), events: newRing(cfg.MaxEvents), rand: rand.New(rand.NewPCG(cfg.Seed, streamOf(cfg.Cluster))),
-		mirror: newMirror(cfg.Seed, *cfg.Overhead), waiting: map[string]*waiting{}, scaled: map[reconcile.Key]scaling{},
+		mirror: newMirror(cfg.Seed, *cfg.Overhead), waiting: map[string]*waiting{}, scaled: map[reconcile.Key]scaling{}, learnt: learnt{profiles: map[reconcile.Key]*profile{}},
 		halted: map[reconcile.Key]reconcile.Note{}, pending: map[string]bool{},
 	}, nil
 }

@@ -316,15 +316,18 @@ func testPending(t *testing.T, o Opened) {
 	if got := o.Store.Snapshot(); got.Generation != gen || len(got.Pending["t/w"]) != 1 {
 		t.Errorf("equal reasons gave generation %d after %d, %v", got.Generation, gen, got.Pending)
 	}
-	notes := state.Notes{Wishes: map[string]state.PoolWish{"gpu": {Nodes: 2, Reason: "r"}}, Blocked: map[string][]state.Blocked{"n": {{Code: "Budget", Count: 1}}}}
+	advice := func() map[string]*portolanv1.RequestAdvice {
+		return map[string]*portolanv1.RequestAdvice{"t/w": {Target: &portolanv1.ReplicaResources{CpuMilli: 70}}}
+	}
+	notes := state.Notes{Wishes: map[string]state.PoolWish{"gpu": {Nodes: 2, Reason: "r"}}, Blocked: map[string][]state.Blocked{"n": {{Code: "Budget", Count: 1}}}, Requests: advice()}
 	o.Store.SetNotes(notes)
 	gen = o.Store.Snapshot().Generation
-	o.Store.SetNotes(state.Notes{Wishes: maps.Clone(notes.Wishes), Blocked: map[string][]state.Blocked{"n": {{Code: "Budget", Count: 1}}}})
-	if got := o.Store.Snapshot(); got.Generation != gen || got.Notes.Wishes["gpu"].Nodes != 2 || got.Notes.Blocked["n"][0].Count != 1 {
+	o.Store.SetNotes(state.Notes{Wishes: maps.Clone(notes.Wishes), Blocked: map[string][]state.Blocked{"n": {{Code: "Budget", Count: 1}}}, Requests: advice()})
+	if got := o.Store.Snapshot(); got.Generation != gen || got.Notes.Wishes["gpu"].Nodes != 2 || got.Notes.Blocked["n"][0].Count != 1 || got.Notes.Requests["t/w"].GetTarget().GetCpuMilli() != 70 {
 		t.Errorf("equal notes gave generation %d after %d, %v", got.Generation, gen, got.Notes)
 	}
 	o.Store.SetNotes(state.Notes{})
-	if got := o.Store.Snapshot(); got.Generation <= gen || len(got.Notes.Wishes)+len(got.Notes.Blocked) != 0 {
+	if got := o.Store.Snapshot(); got.Generation <= gen || len(got.Notes.Wishes)+len(got.Notes.Blocked)+len(got.Notes.Requests) != 0 {
 		t.Errorf("cleared notes gave %v", got.Notes)
 	}
 	gen = o.Store.Snapshot().Generation

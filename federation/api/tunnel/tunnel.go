@@ -130,10 +130,11 @@ func Serve(ctx context.Context, s Stream, srv *grpc.Server) error {
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	l := &oneListener{conn: make(chan net.Conn, 1), done: c.closed}
 	l.conn <- c
-	// Serve returns when Accept fails, which is when the connection is closed. The
-	// server itself may serve other tunnels; it is not stopped here.
+	// Serve returns when Accept fails, which is when the connection is closed, and at
+	// once when the server was stopped before. The server itself may serve other
+	// tunnels; it is not stopped here.
 	_ = srv.Serve(l)
-	<-c.closed
+	_ = c.Close()
 	if errors.Is(c.err, io.EOF) {
 		return nil
 	}

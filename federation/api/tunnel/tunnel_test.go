@@ -129,5 +129,8 @@ func TestEndingDoesNotWaitForTheStream(t *testing.T) {
 		if err != nil || time.Since(began) > 0 {
 			t.Errorf("this side closed it; after %v it ended with %v", time.Since(began), err)
 		}
+		if err := Serve(t.Context(), mute{t.Context()}, served); err != nil || time.Since(began) > 0 {
+			t.Errorf("by a server that was stopped before it was served for %v, and ended with %v", time.Since(began), err)
+		}
 	})
 }

@@ -11,6 +11,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
@@ -328,6 +330,49 @@ func TestGapIsAnsweredByResync(t *testing.T) {
 		}
 		exchange(t, s, &linkv1.StatusReport{Session: 5, Sequence: 7, Full: true, Cluster: &linkv1.ClusterSummary{Nodes: 3}})
 		w.eventually(time.Second, "three nodes", func() bool { return nodes() == 3 })
+	})
+}
+
+// All that a cluster sums up about itself is in its status, field by field of the
+// same name.
+func TestTheWholeSummaryIsTheStatus(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		w.put(store.Cluster, "clusters/eu", &portolanv1.Cluster{Name: "clusters/eu"})
+		synctest.Wait()
+		<-time.After(time.Second)
+		s, end := w.raw("eu")
+		defer end()
+		sum := &linkv1.ClusterSummary{
+			CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 3, NodesReady: 2,
+			GatewayAddresses: []string{"192.0.2.1:7443"}, IngressAddresses: []string{"192.0.2.1:8080"},
+			Pools: []*portolanv1.PoolStatus{{Pool: "spot", Nodes: 2, NodesReady: 2, CpuMilli: 8000, Spot: true, CpuCoreHourMicros: 9000, Devices: map[string]int32{"gpu/T4": 2}, WantedNodes: 1}},
+		}
+		// One is kept in the lease row, the other only read through.
+		elsewhere := map[protoreflect.Name]bool{"applied_revision": true, "laggards": true}
+		fields := sum.ProtoReflect().Descriptor().Fields()
+		for i := range fields.Len() {
+			if f := fields.Get(i); !elsewhere[f.Name()] && !sum.ProtoReflect().Has(f) {
+				t.Fatalf("the summary of this test lacks %s", f.Name())
+			}
+		}
+		exchange(t, s, &linkv1.StatusReport{Session: 5, Sequence: 1, Full: true, Cluster: proto.CloneOf(sum)})
+		w.eventually(time.Second, "three nodes", func() bool {
+			c, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+			return c.GetStatus().GetNodes() == 3
+		})
+		c, _ := get[*storev1.ClusterStatusRecord](w, store.ClusterStatus, "clusters/eu")
+		status := c.GetStatus().ProtoReflect()
+		for i := range fields.Len() {
+			f := fields.Get(i)
+			is := status.Descriptor().Fields().ByName(f.Name())
+			if is == nil || elsewhere[f.Name()] {
+				continue
+			}
+			if !status.Get(is).Equal(sum.ProtoReflect().Get(f)) {
+				t.Errorf("%s was reported as %v, and is %v", f.Name(), sum.ProtoReflect().Get(f), status.Get(is))
+			}
+		}
 	})
 }
 

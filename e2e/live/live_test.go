@@ -32,6 +32,9 @@ func Test01ApplyToRunning(t *testing.T) {
 	if out := cli(t, "get", "workloads", "-t", "shop", "-o", "wide"); !strings.Contains(out, "catalog") || !strings.Contains(out, "4/4") {
 		t.Errorf("get workloads:\n%s", out)
 	}
+	if out := cli(t, "capacity"); strings.Count(out, "default") != 2 || strings.Count(out, "2/2") != 4 {
+		t.Errorf("capacity does not show the pool of each cluster with its two nodes:\n%s", out)
+	}
 	out := cli(t, "describe", "workload", "redis", "-t", "shop")
 	for _, want := range []string{"Placements:", "eu-west", "Replicas:", "resolved to", "sha256:"} {
 		if !strings.Contains(out, want) {

@@ -135,7 +135,7 @@ func clusterWrite(v *store.View, cluster string, session int64, s *linkv1.Cluste
 	want := &storev1.ClusterStatusRecord{
 		Status: &portolanv1.ClusterStatus{
 			State: portolanv1.ClusterState_CLUSTER_STATE_READY, CpuMilli: s.GetCpuMilli(), MemoryBytes: s.GetMemoryBytes(),
-			Nodes: s.GetNodes(), NodesReady: s.GetNodesReady(), Session: session, IngressAddresses: s.GetIngressAddresses(),
+			Nodes: s.GetNodes(), NodesReady: s.GetNodesReady(), Pools: s.GetPools(), Session: session, IngressAddresses: s.GetIngressAddresses(),
 			LastSeenTime: have.GetStatus().GetLastSeenTime(), Conditions: have.GetStatus().GetConditions(),
 		},
 		GatewayAddresses: s.GetGatewayAddresses(), Uid: c.GetUid(),

@@ -34,20 +34,17 @@ func (d *decider) address(node, allocation string) (string, error) {
 	for i := range uint32(hosts) {
 		base[3] = byte(firstHost + (h.Sum32()%hosts+i)%hosts)
 		ip := netip.AddrFrom4(base)
-		if _, used := d.m.mirror.taken[node][ip]; used || d.taken[node][ip] {
+		if _, used := d.m.mirror.taken[node][ip]; used || d.taken[ip] {
 			continue
 		}
-		if d.taken[node] == nil {
-			d.taken[node] = map[netip.Addr]bool{}
-		}
-		d.taken[node][ip] = true
+		d.taken[ip] = true
 		return ip.String(), nil
 	}
 	return "", fmt.Errorf("range %s of node %s is used up", p, node)
 }
 
 // bind makes the record of a new replica, and those of its volumes.
-func (d *decider) bind(st reconcile.Step, to schedule.Binding) {
+func (d *decider) bind(st *reconcile.Step, to schedule.Binding) {
 	w, spec := st.Workload, st.Revision.GetSpec()
 	id := st.Name
 	if id == "" {
@@ -70,13 +67,13 @@ func (d *decider) bind(st reconcile.Step, to schedule.Binding) {
 	}
 	a := &clusterv1.Allocation{
 		Allocation: id, Tenant: st.Key.Tenant, Workload: st.Key.Workload, Revision: st.Revision.GetRevision(), Epoch: w.Intent.GetEpoch(),
-		Node: to.Node, Address: address, Spec: spec, AtCluster: timestamppb.New(at), Bound: timestamppb.New(d.now), Index: st.Index, Run: st.Run,
+		Node: to.Node, Address: address, Spec: spec, AtCluster: timestamppb.New(at), Bound: d.stamp, Index: st.Index, Run: st.Run,
 		FederationRevision: w.Revision, Uid: w.Intent.GetUid(), Volumes: d.bindVolumes(st, to.Node),
 	}
 	for _, s := range to.Devices {
 		a.Devices = append(a.Devices, &nodev1.DeviceShare{Kind: s.Kind, Index: s.Index, Milli: s.Milli})
 	}
-	d.put[id] = a
+	d.keep(id, a)
 	d.event(st.Key, id, "Bound", st.Code+": "+st.Reason)
 	if st.Allocation != "" {
 		old := d.edit(st.Allocation)
@@ -96,7 +93,7 @@ func volumeID(k reconcile.Key, index int32, name string) string {
 
 // volumesOf gives the IDs of a replica's volumes; here says that all of them are
 // there.
-func (d *decider) volumesOf(st reconcile.Step) (ids []string, here bool) {
+func (d *decider) volumesOf(st *reconcile.Step) (ids []string, here bool) {
 	here = true
 	for _, v := range st.Revision.GetSpec().GetVolumes() {
 		id := volumeID(st.Key, st.Index, v.GetName())
@@ -108,7 +105,7 @@ func (d *decider) volumesOf(st reconcile.Step) (ids []string, here bool) {
 
 // bindVolumes makes the records of the volumes that a replica does not have yet: its
 // first node keeps them.
-func (d *decider) bindVolumes(st reconcile.Step, node string) []string {
+func (d *decider) bindVolumes(st *reconcile.Step, node string) []string {
 	ids, _ := d.volumesOf(st)
 	for i, v := range st.Revision.GetSpec().GetVolumes() {
 		if was := d.s.Volumes[ids[i]]; was != nil && !was.GetDelete() {
@@ -120,7 +117,7 @@ func (d *decider) bindVolumes(st reconcile.Step, node string) []string {
 		}
 		d.volumes[ids[i]] = &clusterv1.Volume{
 			Volume: ids[i], Tenant: st.Key.Tenant, Workload: st.Key.Workload, Uid: st.Workload.Intent.GetUid(), Index: st.Index, Name: v.GetName(),
-			Node: node, SizeBytes: size, CreateTime: timestamppb.New(d.now),
+			Node: node, SizeBytes: size, CreateTime: d.stamp,
 		}
 	}
 	return ids

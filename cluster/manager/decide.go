@@ -35,39 +35,49 @@ type decider struct {
 	m   *Manager
 	s   *state.Snapshot
 	now time.Time
-	out decision
-	// put are changed and new allocations by ID, states and volumes likewise.
+	// stamp is now as the records of this decision share it.
+	stamp *timestamppb.Timestamp
+	out   decision
+	// put are changed and new allocations by ID, edited their IDs in the order of the
+	// steps; states and volumes likewise.
 	put     map[string]*clusterv1.Allocation
+	edited  []string
 	states  map[reconcile.Key]*clusterv1.WorkloadState
 	volumes map[string]*clusterv1.Volume
-	// taken are the addresses that this decision gives, by node.
-	taken map[string]map[netip.Addr]bool
+	// taken are the addresses that this decision gives: nodes have ranges apart.
+	taken map[netip.Addr]bool
 }
 
 // decide turns the steps of a plan into a change: it finds nodes, names and
 // addresses for what is to be created. states are those that autoscaling changed.
 func (m *Manager) decide(s *state.Snapshot, plan reconcile.Plan, states map[reconcile.Key]*clusterv1.WorkloadState, now time.Time) *decision {
+	n := len(plan.Steps)
 	d := &decider{
-		m: m, s: s, now: now, put: map[string]*clusterv1.Allocation{}, states: maps.Clone(states), volumes: map[string]*clusterv1.Volume{},
-		taken: map[string]map[netip.Addr]bool{}, out: decision{change: state.Change{Base: s.Generation}},
+		m: m, s: s, now: now, stamp: timestamppb.New(now), put: make(map[string]*clusterv1.Allocation, n), edited: make([]string, 0, n),
+		states: maps.Clone(states), volumes: map[string]*clusterv1.Volume{},
+		taken: map[netip.Addr]bool{}, out: decision{change: state.Change{Base: s.Generation}, events: make([]*portolanv1.Event, 0, n)},
 	}
 	if d.states == nil {
 		d.states = map[reconcile.Key]*clusterv1.WorkloadState{}
 	}
-	var create []reconcile.Step
-	for _, st := range plan.Steps {
-		if st.Kind == reconcile.Create {
+	create := make([]*reconcile.Step, 0, n)
+	for i := range plan.Steps {
+		if st := &plan.Steps[i]; st.Kind == reconcile.Create {
 			create = append(create, st)
 		} else {
-			d.apply(st)
+			d.apply(*st)
 		}
 	}
 	d.create(create, plan.Allowances)
 	d.removedVolumes()
 	d.check()
 	c := &d.out.change
-	for _, id := range slices.Sorted(maps.Keys(d.put)) {
-		c.PutAllocations = append(c.PutAllocations, d.put[id])
+	c.PutAllocations = make([]*clusterv1.Allocation, 0, len(d.put))
+	for _, id := range d.edited {
+		if a, ok := d.put[id]; ok {
+			c.PutAllocations = append(c.PutAllocations, a)
+			delete(d.put, id) // an ID stands twice when it was removed in between
+		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(d.volumes)) {
 		c.PutVolumes = append(c.PutVolumes, d.volumes[id])
@@ -87,9 +97,15 @@ func (d *decider) edit(id string) *clusterv1.Allocation {
 	a, ok := d.put[id]
 	if !ok {
 		a = copyAllocation(d.s.Allocations[id])
-		d.put[id] = a
+		d.keep(id, a)
 	}
 	return a
+}
+
+// keep makes a record part of the change.
+func (d *decider) keep(id string, a *clusterv1.Allocation) {
+	d.put[id] = a
+	d.edited = append(d.edited, id)
 }
 
 // copyAllocation copies a record, sharing the messages in it.
@@ -114,7 +130,7 @@ func (d *decider) apply(st reconcile.Step) {
 		d.event(st.Key, st.Allocation, "Stopped", st.Reason)
 	case reconcile.Finish:
 		a := d.edit(st.Allocation)
-		a.Final, a.EndTime = st.Final, timestamppb.New(d.now)
+		a.Final, a.EndTime = st.Final, d.stamp
 		d.event(st.Key, st.Allocation, "Finished", stateName(st.Final.GetState()))
 	case reconcile.Renew:
 		a := d.edit(st.Allocation)
@@ -151,7 +167,7 @@ var stopEvents = map[string]string{
 
 func (d *decider) stop(st reconcile.Step) {
 	a := d.edit(st.Allocation)
-	a.Stop, a.StopReason, a.StopTime = true, st.Code+": "+st.Reason, timestamppb.New(d.now)
+	a.Stop, a.StopReason, a.StopTime = true, st.Code+": "+st.Reason, d.stamp
 	a.Disrupted = a.GetDisrupted() || st.Disrupt
 	typ, known := stopEvents[st.Code]
 	switch {
@@ -183,7 +199,7 @@ func (d *decider) disrupted(k reconcile.Key, uid string, n int) {
 		st = proto.CloneOf(was)
 	}
 	for range n {
-		st.Disruptions = append(st.Disruptions, timestamppb.New(d.now))
+		st.Disruptions = append(st.Disruptions, d.stamp)
 	}
 	st.Disruptions = st.Disruptions[max(0, len(st.Disruptions)-maxDisruptions):]
 	d.states[k] = st
@@ -228,7 +244,7 @@ func (d *decider) event(k reconcile.Key, allocation, typ, message string) {
 		a = d.s.Allocations[allocation]
 	}
 	d.out.events = append(d.out.events, &portolanv1.Event{
-		Time: timestamppb.New(d.now), Object: api.ReplicaName(k.Tenant, k.Workload, allocation), Type: typ, Message: message,
+		Time: d.stamp, Object: api.ReplicaName(k.Tenant, k.Workload, allocation), Type: typ, Message: message,
 		Cluster: d.m.cfg.Cluster, Count: 1, Node: a.GetNode(),
 	})
 }

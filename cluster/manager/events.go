@@ -2,6 +2,7 @@ package manager
 
 import (
 	"fmt"
+	"hash/maphash"
 	"maps"
 	"slices"
 	"strings"
@@ -24,36 +25,51 @@ const mergeWithin = 64
 
 // ring holds the newest events, bounded.
 type ring struct {
-	mu     sync.Mutex
-	max    int
-	events []*portolanv1.Event // oldest first; never changed in place
+	mu  sync.Mutex
+	max int
+	// events, oldest first; never changed in place. There may be up to twice max: the
+	// old half goes at once. sums are the hashes of what they say.
+	events []*portolanv1.Event
+	sums   []uint64
+	seed   maphash.Seed
 }
 
-func newRing(limit int) *ring { return &ring{max: limit} }
+func newRing(limit int) *ring { return &ring{max: limit, seed: maphash.MakeSeed()} }
+
+// sum hashes what an event says.
+func (r *ring) sum(e *portolanv1.Event) uint64 {
+	return maphash.Comparable(r.seed, [3]string{e.GetObject(), e.GetType(), e.GetMessage()})
+}
 
 func (r *ring) add(e *portolanv1.Event) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	sum := r.sum(e)
 	for i := len(r.events) - 1; i >= max(0, len(r.events)-mergeWithin); i-- {
 		o := r.events[i]
-		if o.GetObject() == e.GetObject() && o.GetType() == e.GetType() && o.GetMessage() == e.GetMessage() {
+		if r.sums[i] == sum && o.GetObject() == e.GetObject() && o.GetType() == e.GetType() && o.GetMessage() == e.GetMessage() {
 			e = proto.CloneOf(e)
 			e.Count = max(1, e.GetCount()) + o.GetCount()
-			r.events = slices.Delete(r.events, i, i+1)
+			r.events, r.sums = slices.Delete(r.events, i, i+1), slices.Delete(r.sums, i, i+1)
 			break
 		}
 	}
-	r.events = append(r.events, e)
-	if len(r.events) > r.max {
-		r.events = slices.Delete(r.events, 0, len(r.events)-r.max)
+	r.events, r.sums = append(r.events, e), append(r.sums, sum)
+	if old := len(r.events) - r.max; old >= r.max {
+		r.events, r.sums = slices.Delete(r.events, 0, old), slices.Delete(r.sums, 0, old)
 	}
+}
+
+// newest gives the newest max events, oldest first.
+func (r *ring) newest() []*portolanv1.Event {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.events[max(0, len(r.events)-r.max):])
 }
 
 // Events gives the newest events, oldest first. They may not be changed.
 func (m *Manager) Events() []*portolanv1.Event {
-	m.events.mu.Lock()
-	defer m.events.mu.Unlock()
-	return slices.Clone(m.events.events)
+	return m.events.newest()
 }
 
 // AddEvents takes events, the nodes' among them. An event that says what a recent

@@ -2,6 +2,7 @@ package manager
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -202,23 +203,20 @@ func (c *leaseChange) edit(n *clusterv1.Node) *clusterv1.Node {
 // the second half of the timeout, in which a live node reports at least once.
 func (m *Manager) leases(s *state.Snapshot, now time.Time) leaseChange {
 	var c leaseChange
-	silent := make(map[string]bool, len(s.Nodes))
+	silent := 0
 	var heard time.Time
-	for id, n := range s.Nodes {
+	for _, n := range s.Nodes {
 		seen := m.seen(s, n)
 		if seen.After(heard) {
 			heard = seen
 		}
-		until := seen.Add(m.cfg.NodeTimeout)
-		if silent[id] = now.After(until); !silent[id] {
-			c.next = earlier(c.next, until.Add(time.Millisecond))
+		if until := seen.Add(m.cfg.NodeTimeout); now.After(until) {
+			silent++
 		} else {
-			c.dark = true
+			c.next = earlier(c.next, until.Add(time.Millisecond))
 		}
 	}
-	for _, is := range silent {
-		c.dark = c.dark && is
-	}
+	c.dark = silent > 0 && silent == len(s.Nodes)
 	judge := !c.dark && !m.dark && !now.Before(m.graceUntil)
 	switch {
 	case now.Before(m.graceUntil):
@@ -227,29 +225,35 @@ func (m *Manager) leases(s *state.Snapshot, now time.Time) leaseChange {
 		judge = false
 		c.next = earlier(c.next, now.Add(m.cfg.NodeTimeout/10))
 	}
-	for _, id := range slices.Sorted(maps.Keys(s.Nodes)) {
-		n := s.Nodes[id]
-		st := s.NodeStatus[id]
-		switch {
-		case silent[id] && judge && n.GetLostTime() == nil:
-			c.edit(n).LostTime = timestamppb.New(now)
-			c.events = append(c.events, m.nodeEvent(id, "NodeLost", fmt.Sprintf("silent for more than %v", m.cfg.NodeTimeout), now))
-		case !silent[id] && st != nil && n.GetLostTime() != nil:
-			c.edit(n).LostTime = nil
-			c.events = append(c.events, m.nodeEvent(id, "NodeReturned", fmt.Sprintf("it was lost for %v", now.Sub(n.GetLostTime().AsTime()).Round(time.Millisecond)), now))
-		}
-		if st != nil && st.Facts != nil && !proto.Equal(st.Facts, n.GetFacts()) {
-			c.edit(n).Facts = st.Facts
-		}
-		facts := n.GetFacts()
-		if st != nil && st.Facts != nil {
-			facts = st.Facts
-		}
-		if times := taintTimes(n.GetTaintTimes(), facts.GetTaints(), now); !maps.EqualFunc(times, n.GetTaintTimes(), sameTime) {
-			c.edit(n).TaintTimes = times
+	for _, n := range s.Nodes {
+		m.lease(&c, s, n, judge, now)
+	}
+	slices.SortFunc(c.put, func(a, b *clusterv1.Node) int { return cmp.Compare(a.GetNode(), b.GetNode()) })
+	slices.SortFunc(c.events, func(a, b *portolanv1.Event) int { return cmp.Compare(a.GetObject(), b.GetObject()) })
+	return c
+}
+
+// lease compares one node with its record. judge says that it may be called lost.
+func (m *Manager) lease(c *leaseChange, s *state.Snapshot, n *clusterv1.Node, judge bool, now time.Time) {
+	id, st := n.GetNode(), s.NodeStatus[n.GetNode()]
+	silent := now.After(m.seen(s, n).Add(m.cfg.NodeTimeout))
+	switch {
+	case silent && judge && n.GetLostTime() == nil:
+		c.edit(n).LostTime = timestamppb.New(now)
+		c.events = append(c.events, m.nodeEvent(id, "NodeLost", fmt.Sprintf("silent for more than %v", m.cfg.NodeTimeout), now))
+	case !silent && st != nil && n.GetLostTime() != nil:
+		c.edit(n).LostTime = nil
+		c.events = append(c.events, m.nodeEvent(id, "NodeReturned", fmt.Sprintf("it was lost for %v", now.Sub(n.GetLostTime().AsTime()).Round(time.Millisecond)), now))
+	}
+	facts := n.GetFacts()
+	if st != nil && st.Facts != nil {
+		if facts = st.Facts; facts != n.GetFacts() && !proto.Equal(facts, n.GetFacts()) {
+			c.edit(n).Facts = facts
 		}
 	}
-	return c
+	if times := taintTimes(n.GetTaintTimes(), facts.GetTaints(), now); !maps.EqualFunc(times, n.GetTaintTimes(), sameTime) {
+		c.edit(n).TaintTimes = times
+	}
 }
 
 // seen is when a node gave its last sign of life; a node that this process has

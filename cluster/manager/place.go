@@ -18,7 +18,7 @@ import (
 // waiting is a group of identical replicas that need nodes. It lives from the pass
 // that first asks for them to the one that does not.
 type waiting struct {
-	steps []reconcile.Step
+	steps []*reconcile.Step
 	group schedule.Group
 	since time.Time
 	// bad is what is wrong with the spec.
@@ -38,7 +38,7 @@ func (w *waiting) owner() schedule.Owner {
 
 // create finds nodes for new replicas. Groups that wait for what has not come stay
 // as they are.
-func (d *decider) create(steps []reconcile.Step, allowances map[reconcile.Key]int) {
+func (d *decider) create(steps []*reconcile.Step, allowances map[reconcile.Key]int) {
 	d.gather(steps)
 	d.wakeForBudgets(allowances)
 	b := schedule.Batch{Allowance: make(map[string]int, len(allowances))}
@@ -63,19 +63,24 @@ func (d *decider) create(steps []reconcile.Step, allowances map[reconcile.Key]in
 }
 
 // gather brings the waiting groups to what is asked for now.
-func (d *decider) gather(steps []reconcile.Step) {
+func (d *decider) gather(steps []*reconcile.Step) {
 	m := d.m
 	now := map[string]*waiting{}
 	var order []string
-	for _, st := range steps {
+	var w *waiting
+	for i, st := range steps {
+		if i > 0 && w.alike(steps[i-1], st) {
+			w.steps = append(w.steps, st)
+			w.group.Count++
+			continue
+		}
 		key, g := d.group(st)
-		w := now[key]
-		if w == nil {
+		if w = now[key]; w == nil {
 			w = &waiting{since: d.now}
 			if was := m.waiting[key]; was != nil {
 				*w = *was
 			}
-			w.steps, w.group, w.bad = nil, g, nil
+			w.steps, w.group, w.bad = make([]*reconcile.Step, 0, len(steps)-i), g, nil
 			w.group.Class, w.bad = m.mirror.class(schedule.Owner{Tenant: st.Key.Tenant, Workload: st.Key.Workload, Revision: st.Revision.GetRevision()}, st.Revision.GetSpec())
 			now[key] = w
 			order = append(order, key)
@@ -106,8 +111,15 @@ func (d *decider) gather(steps []reconcile.Step) {
 	}
 }
 
+// alike says that the step after one of this group is of the same group, as nothing
+// but the workload's revision decides about it.
+func (w *waiting) alike(was, st *reconcile.Step) bool {
+	return st.Revision == was.Revision && st.Key == was.Key && w.group.Node == "" && w.group.NotOn == "" &&
+		st.Node == "" && st.Allocation == "" && len(st.Revision.GetSpec().GetVolumes()) == 0
+}
+
 // group is what a step's replica belongs to.
-func (d *decider) group(st reconcile.Step) (string, schedule.Group) {
+func (d *decider) group(st *reconcile.Step) (string, schedule.Group) {
 	g := schedule.Group{Node: st.Node}
 	if ids, here := d.volumesOf(st); here {
 		// Its volumes bind it, whoever asks for it.
@@ -154,8 +166,17 @@ func (d *decider) served(w *waiting, p schedule.Placed) {
 	key := w.group.Key
 	for i, b := range p.Bindings {
 		d.bind(w.steps[i], schedule.Binding{Node: b.Node, Devices: slices.Clone(b.Devices)})
-		node := b.Node
-		d.out.committed = append(d.out.committed, func() { x.table.Withdraw(key, node) })
+	}
+	if x.table.Nominations(key) > 0 {
+		bound := make([]string, 0, len(p.Bindings))
+		for _, b := range p.Bindings {
+			bound = append(bound, b.Node)
+		}
+		d.out.committed = append(d.out.committed, func() {
+			for _, node := range bound {
+				x.table.Withdraw(key, node)
+			}
+		})
 	}
 	for _, n := range p.Nominations {
 		d.displace(w, n)

@@ -109,6 +109,10 @@ func evictedFor(a, by *clusterv1.Allocation) bool {
 // replace makes a step the replacement of a lost replica; false when the rate or
 // the state of its zone does not allow it now.
 func (p *planner) replace(k Key, s *Step, lost *replica) bool {
+	if p.evictions == nil { // counting takes a look at every node: only where one is lost
+		budget := p.in.evictionBudget()
+		p.evictions = &budget
+	}
 	zone := p.in.zoneOf(lost.GetNode())
 	if p.evictions.dark[zone] {
 		p.plan.Waiting[k] = Note{ZoneDark, fmt.Sprintf("every node of zone %q is silent, so that the fault is likelier on the way there: %s is not replaced", zone, lost.GetAllocation())}

@@ -39,7 +39,8 @@ type planner struct {
 	in   Input
 	plan Plan
 	// evictions is how many replicas of lost nodes may still be replaced.
-	evictions evictions
+	// Nil before the first was asked for.
+	evictions *evictions
 	// moves is how many replicas the rebalancer may still move within the hour.
 	moves int
 	// states are the changed ones.
@@ -70,7 +71,6 @@ func Reconcile(in Input) Plan {
 		return p.plan
 	}
 	byKey := group(in.Allocations)
-	p.evictions = in.evictionBudget()
 	p.moves = in.moveBudget()
 	p.count()
 	for _, k := range in.keys(byKey) {

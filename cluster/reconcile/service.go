@@ -89,6 +89,7 @@ func (p *planner) createMissing(k Key, w Workload, d desired, b *budget, rs []*r
 			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on a node that is lost, and may live on: at most one may run", lost[0].GetAllocation())}
 		}
 		leavers := leaversOf(want, leave)
+		p.plan.Steps = slices.Grow(p.plan.Steps, max(0, min(need, room)))
 		for i := 0; i < need && room > 0; i++ {
 			s := Step{Kind: Create, Key: k, Workload: w, Revision: want, Index: int32(i), Code: ScaleUp, Reason: fmt.Sprintf("%d of %d replicas are there", int(want.GetReplicas())-need+i, want.GetReplicas())}
 			if want == d.current && !d.frozen && hasOther(rs, want) {

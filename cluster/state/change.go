@@ -1,7 +1,7 @@
 package state
 
 import (
-	"slices"
+	"iter"
 
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
 )
@@ -51,25 +51,27 @@ type recordKey struct {
 	id   string
 }
 
-func (k recordKey) String() string { return string(k.kind) + " " + k.id }
-
-// touched lists the records that a change writes or deletes.
-func (c Change) touched() []recordKey {
-	return slices.Concat(
-		keysOf(kindAllocation, c.PutAllocations, (*clusterv1.Allocation).GetAllocation, c.DeleteAllocations),
-		keysOf(kindNode, c.PutNodes, (*clusterv1.Node).GetNode, c.DeleteNodes),
-		keysOf(kindVolume, c.PutVolumes, (*clusterv1.Volume).GetVolume, c.DeleteVolumes),
-		keysOf(kindState, c.PutStates, StateKey, c.DeleteStates),
-	)
+// touched gives the records that a change writes or deletes.
+func (c Change) touched() iter.Seq[recordKey] {
+	return func(yield func(recordKey) bool) {
+		_ = keysOf(yield, kindAllocation, c.PutAllocations, (*clusterv1.Allocation).GetAllocation, c.DeleteAllocations) &&
+			keysOf(yield, kindNode, c.PutNodes, (*clusterv1.Node).GetNode, c.DeleteNodes) &&
+			keysOf(yield, kindVolume, c.PutVolumes, (*clusterv1.Volume).GetVolume, c.DeleteVolumes) &&
+			keysOf(yield, kindState, c.PutStates, StateKey, c.DeleteStates)
+	}
 }
 
-func keysOf[M any](kind recordKind, put []M, id func(M) string, del []string) []recordKey {
-	out := make([]recordKey, 0, len(put)+len(del))
+// keysOf yields the keys of one kind; false when no more are wanted.
+func keysOf[M any](yield func(recordKey) bool, kind recordKind, put []M, id func(M) string, del []string) bool {
 	for _, m := range put {
-		out = append(out, recordKey{kind, id(m)})
+		if !yield(recordKey{kind, id(m)}) {
+			return false
+		}
 	}
 	for _, d := range del {
-		out = append(out, recordKey{kind, d})
+		if !yield(recordKey{kind, d}) {
+			return false
+		}
 	}
-	return out
+	return true
 }

@@ -38,7 +38,7 @@ type Index struct {
 	volumeGen  map[string]int64
 	stateGen   map[string]int64
 	tombstones []tombstone // oldest first
-	dead       map[string]int64
+	dead       map[recordKey]int64
 	// forgotten is the generation of the newest deletion that is remembered no
 	// more.
 	forgotten int64
@@ -48,7 +48,7 @@ type Index struct {
 }
 
 type tombstone struct {
-	key string
+	key recordKey
 	gen int64
 }
 
@@ -91,7 +91,7 @@ func NewIndex(l Loaded) *Index {
 			NodeStatus: map[string]*NodeStatus{}, Pending: map[string][]PendingReason{},
 		},
 		shared: map[section]bool{}, nodeGen: make(map[string]int64, len(l.Nodes)),
-		volumeGen: make(map[string]int64, len(l.Volumes)), stateGen: make(map[string]int64, len(l.States)), dead: map[string]int64{}, wake: make(chan struct{}),
+		volumeGen: make(map[string]int64, len(l.Volumes)), stateGen: make(map[string]int64, len(l.States)), dead: map[recordKey]int64{}, wake: make(chan struct{}),
 	}
 	for id := range x.now.Allocations {
 		x.now.Modified[id] = x.now.Generation
@@ -245,7 +245,7 @@ func (x *Index) Check(c Change) error {
 	if c.Settled > x.now.IntentRevision {
 		return api.E(api.Invalid, doing, "settled %d is beyond the intents' revision %d", c.Settled, x.now.IntentRevision)
 	}
-	for _, k := range c.touched() {
+	for k := range c.touched() {
 		if g := x.lastTouched(k); g > c.Base {
 			return api.E(api.Conflict, doing, "%s %s changed at generation %d, after %d", k.kind, k.id, g, c.Base)
 		}
@@ -259,7 +259,7 @@ func (x *Index) lastTouched(k recordKey) int64 {
 	if gen := x.generations(k.kind)[k.id]; gen > 0 {
 		return gen
 	}
-	return max(x.dead[k.String()], x.forgotten)
+	return max(x.dead[k], x.forgotten)
 }
 
 // generations says at which one each record of a kind changed last.
@@ -301,7 +301,7 @@ func (x *Index) applyAllocations(c Change, gen int64) {
 	allocs, mod := own(x, secAllocations, &x.now.Allocations), own(x, secModified, &x.now.Modified)
 	for _, a := range c.PutAllocations {
 		allocs[a.GetAllocation()], mod[a.GetAllocation()] = a, gen
-		delete(x.dead, recordKey{kindAllocation, a.GetAllocation()}.String())
+		delete(x.dead, recordKey{kindAllocation, a.GetAllocation()})
 	}
 	for _, id := range c.DeleteAllocations {
 		delete(allocs, id)
@@ -317,7 +317,7 @@ func (x *Index) applyNodes(c Change, gen int64) {
 	nodes := own(x, secNodes, &x.now.Nodes)
 	for _, n := range c.PutNodes {
 		nodes[n.GetNode()], x.nodeGen[n.GetNode()] = n, gen
-		delete(x.dead, recordKey{kindNode, n.GetNode()}.String())
+		delete(x.dead, recordKey{kindNode, n.GetNode()})
 	}
 	for _, id := range c.DeleteNodes {
 		delete(nodes, id)
@@ -336,7 +336,7 @@ func (x *Index) applyVolumes(c Change, gen int64) {
 	volumes := own(x, secVolumes, &x.now.Volumes)
 	for _, v := range c.PutVolumes {
 		volumes[v.GetVolume()], x.volumeGen[v.GetVolume()] = v, gen
-		delete(x.dead, recordKey{kindVolume, v.GetVolume()}.String())
+		delete(x.dead, recordKey{kindVolume, v.GetVolume()})
 	}
 	for _, id := range c.DeleteVolumes {
 		delete(volumes, id)
@@ -353,7 +353,7 @@ func (x *Index) applyStates(c Change, gen int64) {
 	for _, w := range c.PutStates {
 		key := StateKey(w)
 		states[key], x.stateGen[key] = w, gen
-		delete(x.dead, recordKey{kindState, key}.String())
+		delete(x.dead, recordKey{kindState, key})
 	}
 	for _, key := range c.DeleteStates {
 		delete(states, key)
@@ -363,9 +363,8 @@ func (x *Index) applyStates(c Change, gen int64) {
 }
 
 func (x *Index) bury(k recordKey, gen int64) {
-	key := k.String()
-	x.dead[key] = gen
-	x.tombstones = append(x.tombstones, tombstone{key, gen})
+	x.dead[k] = gen
+	x.tombstones = append(x.tombstones, tombstone{k, gen})
 	for len(x.tombstones) > maxTombstones {
 		t := x.tombstones[0]
 		x.tombstones = x.tombstones[1:]

@@ -35,10 +35,11 @@ import (
 )
 
 // Limits of one request to etcd, below its defaults of 128 operations and
-// 1.5 MiB.
+// 1.5 MiB. The embedded member is told to take more operations.
 const (
-	maxOps   = 100
-	maxBatch = 1 << 20
+	maxOps       = 100
+	maxMemberOps = 1000
+	maxBatch     = 1 << 20
 )
 
 // compactEvery is after how many writes etcd forgets the history before them.
@@ -97,6 +98,8 @@ type Store struct {
 	owner  string
 	client *clientv3.Client
 	member *member // nil with external endpoints
+	// ops is the most operations of one transaction.
+	ops int
 
 	// writer is held by the one write in progress; all below belongs to it.
 	writer chan struct{}
@@ -121,7 +124,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, api.E(api.Invalid, "open the cluster's state", "%w", err)
 	}
 	s := &Store{
-		cfg: cfg, owner: rand.Text(), writer: make(chan struct{}, 1),
+		cfg: cfg, owner: rand.Text(), ops: maxOps, writer: make(chan struct{}, 1),
 		byNode: map[string]map[string]*clusterv1.Allocation{}, chunked: map[string]bool{},
 	}
 	if err := s.connect(ctx); err != nil {
@@ -145,7 +148,7 @@ func (s *Store) connect(ctx context.Context) error {
 		if err != nil {
 			return api.E(api.Unavailable, "start etcd in "+s.cfg.Dir, "%w", err)
 		}
-		s.member, s.client = m, m.client()
+		s.member, s.client, s.ops = m, m.client(), maxMemberOps
 		return nil
 	}
 	c, err := clientv3.New(clientv3.Config{Endpoints: s.cfg.Endpoints, TLS: s.cfg.TLS, DialTimeout: s.cfg.Timeout, Logger: zapLogger(s.cfg.Log)})
@@ -341,7 +344,7 @@ func (s *Store) PutToken(ctx context.Context, hash string, t *clusterv1.NodeToke
 	for _, kv := range kvs {
 		old := &clusterv1.NodeToken{}
 		over := proto.Unmarshal(kv.Value, old) == nil && old.GetExpireTime().AsTime().Add(24*time.Hour).Before(t.GetExpireTime().AsTime())
-		if over && string(kv.Key) != s.key("token", hash) && len(ops) < maxOps {
+		if over && string(kv.Key) != s.key("token", hash) && len(ops) < s.ops {
 			ops = append(ops, clientv3.OpDelete(string(kv.Key)))
 		}
 	}

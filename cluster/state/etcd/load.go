@@ -182,7 +182,7 @@ func (s *Store) packParts(by map[string]*state.Change) []part {
 	for _, node := range slices.Sorted(maps.Keys(by)) {
 		ch := by[node]
 		p := s.pack(node, ch)
-		if len(cur.packs) > 0 && (len(cur.packs) >= maxOps/4 || size+len(p.data) > maxBatch) {
+		if len(cur.packs) > 0 && (len(cur.packs) >= s.ops/4 || size+len(p.data) > maxBatch) {
 			out, size, cur = append(out, cur), 0, part{}
 		}
 		size += len(p.data)

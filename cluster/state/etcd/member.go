@@ -32,6 +32,7 @@ func startMember(ctx context.Context, cfg Config) (*member, error) {
 	c.AdvertisePeerUrls = []url.URL{nowhere}
 	c.InitialCluster = c.InitialClusterFromName(c.Name)
 	c.QuotaBackendBytes = cfg.QuotaBytes
+	c.MaxTxnOps = maxMemberOps
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zapLogger(cfg.Log))
 	// Alone in its cluster, it needs no patience for votes.
 	c.TickMs, c.ElectionMs = 20, 200

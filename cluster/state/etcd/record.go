@@ -106,7 +106,7 @@ func (s *Store) putRecords(ctx context.Context, doing string, recs []record) err
 		if err != nil {
 			return err
 		}
-		if len(ops)+len(add) > maxOps || size+n > maxBatch {
+		if len(ops)+len(add) > s.ops || size+n > maxBatch {
 			if err := flush(); err != nil {
 				return err
 			}

@@ -323,17 +323,19 @@ func (l *loop) commit(ctx context.Context, batch []decision) (int64, error) {
 		if err := tx.CheckLease(PlaceLease, l.lease.Epoch); err != nil {
 			return err
 		}
-		for _, c := range l.growing(batch) {
-			if err := l.checkCluster(tx, c); err != nil {
-				return err
-			}
+		if err := l.checkClusters(tx, l.growing(batch)); err != nil {
+			return err
+		}
+		names := make([]string, 0, len(batch))
+		for _, d := range batch {
+			names = append(names, d.workload)
+		}
+		workloads, err := tx.GetAll(store.Workload, names)
+		if err != nil {
+			return err
 		}
 		for _, d := range batch {
-			rec, err := tx.Get(store.Workload, d.workload)
-			if err != nil && api.KindOf(err) != api.NotFound {
-				return err
-			}
-			if rec.Revision != d.basis {
+			if workloads[d.workload].Revision != d.basis {
 				if d.victim || len(d.victims) > 0 {
 					return api.E(api.Conflict, "place "+d.workload, "it changed while a displacement was decided")
 				}
@@ -352,43 +354,53 @@ func (l *loop) commit(ctx context.Context, batch []decision) (int64, error) {
 	return rev, err
 }
 
-// growing are the clusters in which something claims more than before.
+// growing are the names of the clusters in which something claims more than before.
 func (l *loop) growing(batch []decision) []string {
 	out := map[string]bool{}
 	for _, d := range batch {
 		for p, spec := range d.puts {
 			have, ok := l.view.Get(store.Placement, p)
 			if !ok || !reservation(spec).Fits(reservation(message[*portolanv1.Placement](have).GetSpec())) {
-				out[lastID(p)] = true
+				out[api.ClusterName(lastID(p))] = true
 			}
 		}
 	}
 	return slices.Sorted(maps.Keys(out))
 }
 
-// checkCluster: replicas are added only to a cluster that is still as it was, and
-// has room for all that is reserved. The sum is the ledger's: nobody else writes
-// reservations while the epoch holds.
-func (l *loop) checkCluster(tx store.Tx, cluster string) error {
-	name := api.ClusterName(cluster)
-	doing := "place in " + name
-	rec, err := tx.Get(store.Cluster, name)
-	if err != nil && api.KindOf(err) != api.NotFound {
+// checkClusters: replicas are added only to clusters that are still as they were,
+// and have room for all that is reserved.
+func (l *loop) checkClusters(tx store.Tx, names []string) error {
+	clusters, err := tx.GetAll(store.Cluster, names)
+	if err != nil {
 		return err
 	}
-	if seen, _ := l.view.Get(store.Cluster, name); err != nil || rec.Revision != seen.Revision {
+	states, err := tx.GetAll(store.ClusterStatus, names)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := l.checkCluster(name, clusters[name], states[name]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkCluster compares one with what was decided on; a record is zero when there is
+// none. The sum of what is reserved is the ledger's: nobody else writes reservations
+// while the epoch holds.
+func (l *loop) checkCluster(name string, cluster, state store.Record) error {
+	doing := "place in " + name
+	if seen, known := l.view.Get(store.Cluster, name); !known || cluster.Revision != seen.Revision {
 		return api.E(api.Conflict, doing, "the cluster changed")
 	}
-	rec, err = tx.Get(store.ClusterStatus, name)
-	if err != nil && api.KindOf(err) != api.NotFound {
-		return err
-	}
 	seen, _ := l.view.Get(store.ClusterStatus, name)
-	was, is := message[*storev1.ClusterStatusRecord](seen).GetStatus(), message[*storev1.ClusterStatusRecord](rec).GetStatus()
+	was, is := message[*storev1.ClusterStatusRecord](seen).GetStatus(), message[*storev1.ClusterStatusRecord](state).GetStatus()
 	room := func(s *portolanv1.ClusterStatus) api.Resources {
 		return api.Resources{CPUMilli: s.GetCpuMilli(), MemoryBytes: s.GetMemoryBytes()}
 	}
-	if was.GetState() != is.GetState() || !room(was).Fits(room(is)) && !l.ledger.total(cluster).Fits(room(is)) {
+	if was.GetState() != is.GetState() || !room(was).Fits(room(is)) && !l.ledger.total(lastID(name)).Fits(room(is)) {
 		return api.E(api.Conflict, doing, "it is %v with %dm CPU and %d bytes of memory now", is.GetState(), is.GetCpuMilli(), is.GetMemoryBytes())
 	}
 	return nil

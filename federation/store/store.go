@@ -42,6 +42,9 @@ type Reader interface {
 	Revision() int64
 	// Get gives one record, or an error of kind api.NotFound.
 	Get(kind Kind, name string) (Record, error)
+	// GetAll gives the records of those names that exist, by name, in one round trip
+	// however many there are.
+	GetAll(kind Kind, names []string) (map[string]Record, error)
 	// List gives records in order of name.
 	List(kind Kind, opts ListOptions) iter.Seq2[Record, error]
 }

@@ -232,6 +232,39 @@ func (t *tx) getOver(live, dead *store.Set, kind store.Kind, name string) (store
 	return r, err
 }
 
+// GetAll asks the database only for what this transaction has neither written nor
+// read.
+func (t *tx) GetAll(kind store.Kind, names []string) (map[string]store.Record, error) {
+	out := make(map[string]store.Record, len(names))
+	var ask []string
+	for _, name := range names {
+		if r, ok := t.live.Get(kind, name); ok {
+			out[name] = r
+			continue
+		}
+		if _, ok := t.dead.Get(kind, name); ok {
+			continue
+		}
+		if r, ok := t.group.cache[cacheKey{kind, name}]; !ok {
+			ask = append(ask, name)
+		} else if r.Message != nil {
+			out[name] = r
+		}
+	}
+	got, err := t.reader.GetAll(kind, ask)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range ask {
+		r, ok := got[name]
+		t.group.cache[cacheKey{kind, name}] = r
+		if ok {
+			out[name] = r
+		}
+	}
+	return out, nil
+}
+
 // List merges the database's pages with what the group wrote. It shows the state
 // at its beginning, whatever the caller writes while it walks.
 func (t *tx) List(kind store.Kind, opts store.ListOptions) iter.Seq2[store.Record, error] {

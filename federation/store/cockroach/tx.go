@@ -3,6 +3,7 @@ package cockroach
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"strconv"
 	"strings"
@@ -87,6 +88,30 @@ func (r *reader) Get(kind store.Kind, name string) (store.Record, error) {
 		return store.Record{}, r.fail(doing, err)
 	}
 	return rec, nil
+}
+
+func (r *reader) GetAll(kind store.Kind, names []string) (map[string]store.Record, error) {
+	if len(names) == 0 {
+		return map[string]store.Record{}, nil
+	}
+	keys := make([][]byte, len(names))
+	for i, name := range names {
+		keys[i] = []byte(name)
+	}
+	doing := fmt.Sprintf("get %d records, %s the first", len(names), names[0])
+	rows, err := r.q.Query(r.ctx, "SELECT name, tenant, revision, data FROM records WHERE kind = $1 AND name = ANY($2::BYTEA[])", string(kind), keys)
+	if err != nil {
+		return nil, r.fail(doing, err)
+	}
+	recs, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (store.Record, error) { return scan(row, kind) })
+	if err != nil {
+		return nil, r.fail(doing, err)
+	}
+	out := make(map[string]store.Record, len(recs))
+	for _, rec := range recs {
+		out[rec.Name] = rec
+	}
+	return out, nil
 }
 
 func scan(row pgx.Row, kind store.Kind) (store.Record, error) {

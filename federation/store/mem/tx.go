@@ -24,6 +24,16 @@ func (r reader) Get(kind store.Kind, name string) (store.Record, error) {
 	return rec, nil
 }
 
+func (r reader) GetAll(kind store.Kind, names []string) (map[string]store.Record, error) {
+	out := make(map[string]store.Record, len(names))
+	for _, name := range names {
+		if rec, ok := r.state.set.Get(kind, name); ok {
+			out[name] = rec
+		}
+	}
+	return out, nil
+}
+
 func (r reader) List(kind store.Kind, opts store.ListOptions) iter.Seq2[store.Record, error] {
 	return func(yield func(store.Record, error) bool) {
 		for rec := range r.state.set.List(kind, opts) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -52,6 +53,51 @@ func testRecords(t *testing.T, k *kit) {
 	wantKind(t, "put a message of another kind", err, api.Internal)
 	_, err = k.s.Update(k.ctx, func(tx store.Tx) error { return tx.Put("Nonsense", "tenants/a", service("a", "b")) })
 	wantKind(t, "put an unknown kind", err, api.Internal)
+}
+
+// testGetAll: it gives what Get gives, in a view and over what an update wrote, read
+// and deleted.
+func testGetAll(t *testing.T, k *kit) {
+	all := func(r store.Reader, ids ...string) map[string]string {
+		names := make([]string, 0, len(ids))
+		for _, id := range ids {
+			names = append(names, "tenants/"+id)
+		}
+		got, err := r.GetAll(store.Tenant, names)
+		if err != nil {
+			t.Error(err)
+		}
+		out := map[string]string{}
+		for name, rec := range got {
+			if one, err := r.Get(store.Tenant, name); err != nil || rec.Name != name || one.Revision != rec.Revision || one.Tenant != rec.Tenant {
+				t.Errorf("%s: all gives %+v, one %+v, %v", name, rec, one, err)
+			}
+			out[strings.TrimPrefix(name, "tenants/")] = rec.Message.(*portolanv1.Tenant).GetSpec().GetDisplayName()
+		}
+		return out
+	}
+	check := func(when string, got, want map[string]string) {
+		if !maps.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", when, got, want)
+		}
+	}
+	k.update(func(tx store.Tx) error { return errors.Join(put(tx, "a", "1"), put(tx, "b", "2"), put(tx, "c", "3")) })
+	k.view(func(r store.Reader) error {
+		check("none asked for", all(r), map[string]string{})
+		check("none there", all(r, "x", "y"), map[string]string{})
+		check("some there, one twice", all(r, "a", "x", "c", "a"), map[string]string{"a": "1", "c": "3"})
+		return nil
+	})
+	k.update(func(tx store.Tx) error {
+		_, _ = tx.Get(store.Tenant, "tenants/x") // known to be absent
+		if err := errors.Join(put(tx, "a", "new"), tx.Delete(store.Tenant, "tenants/b"), put(tx, "d", "new")); err != nil {
+			return err
+		}
+		want := map[string]string{"a": "new", "c": "3", "d": "new"}
+		check("in an update", all(tx, "a", "b", "c", "d", "x"), want)
+		check("in an update, again", all(tx, "d", "c", "b", "a"), want)
+		return nil
+	})
 }
 
 // testMessages: what is stored is a copy, with its revision, and of its tenant.

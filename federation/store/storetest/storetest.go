@@ -37,6 +37,7 @@ func Run(t *testing.T, fresh func(t testing.TB) Replicas) {
 	}{
 		{"Records", testRecords},
 		{"Messages", testMessages},
+		{"GetAll", testGetAll},
 		{"List", testList},
 		{"ListPages", testListPages},
 		{"Revisions", testRevisions},

@@ -203,6 +203,13 @@ func Overlay(revision, now *portolanv1.WorkloadSpec) *portolanv1.WorkloadSpec {
 	out := proto.CloneOf(revision)
 	out.Cron, out.Autoscale, out.Disruption, out.Priority, out.NeverPreempt = now.GetCron(), now.GetAutoscale(), now.GetDisruption(), now.GetPriority(), now.GetNeverPreempt()
 	out.Update = now.GetUpdate()
+	out.Placement = proto.CloneOf(now.GetPlacement())
+	if own := revision.GetPlacement().GetOverrides(); len(own) > 0 || len(out.GetPlacement().GetOverrides()) > 0 {
+		if out.Placement == nil {
+			out.Placement = &portolanv1.WorkloadSpec_Placement{}
+		}
+		out.Placement.Overrides = own
+	}
 	out.Scheduling = proto.CloneOf(now.GetScheduling())
 	if own := revision.GetScheduling().GetDevices(); len(own) > 0 || len(out.GetScheduling().GetDevices()) > 0 {
 		if out.Scheduling == nil {

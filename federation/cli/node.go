@@ -120,7 +120,7 @@ longer hold. The node stays drained until "portolan node uncordon".`,
 	f := c.Flags()
 	f.StringVar(&pool, "pool", "", "all nodes of a pool")
 	f.DurationVar(&deadline, "deadline", 0, "after this long, budgets no longer hold; never when 0")
-	f.BoolVar(&wait, "wait", true, "wait until they are empty, but for daemons")
+	f.BoolVar(&wait, "wait", true, "wait until they are empty; daemons leave last")
 	f.DurationVar(&timeout, "timeout", 30*time.Minute, "how long --wait waits")
 	return c
 }
@@ -165,11 +165,9 @@ func (a *app) waitDrained(ctx context.Context, cluster string, names map[string]
 		if err != nil {
 			return err
 		}
-		var blocked []string
-		for _, n := range nodes {
-			if names[n.GetName()] && len(n.GetBlocked()) > 0 {
-				blocked = append(blocked, last(n.GetName())+": "+reasonsText(n.GetBlocked()))
-			}
+		blocked, err := stillThere(nodes, names)
+		if err != nil {
+			return err
 		}
 		if len(blocked) == 0 {
 			a.printf("drained after %s\n", time.Since(began).Round(100*time.Millisecond))
@@ -185,4 +183,32 @@ func (a *app) waitDrained(ctx context.Context, cluster string, names map[string]
 		case <-time.After(pollNodes):
 		}
 	}
+}
+
+// stillThere says of drained nodes what still runs there. What runs is as of now;
+// the reasons are as of the cluster's last look, which may be one before the drain.
+func stillThere(nodes []*portolanv1.NodeInfo, drained map[string]bool) ([]string, error) {
+	var out []string
+	for _, n := range nodes {
+		if !drained[n.GetName()] || n.GetReplicas() == 0 {
+			continue
+		}
+		if n.GetMode() != portolanv1.NodeMode_NODE_MODE_DRAINING {
+			return nil, fmt.Errorf("%s is drained no more: it takes replicas again, and has %s", last(n.GetName()), replicasText(n.GetReplicas()))
+		}
+		why := replicasText(n.GetReplicas())
+		if len(n.GetBlocked()) > 0 {
+			why = reasonsText(n.GetBlocked())
+		}
+		out = append(out, last(n.GetName())+": "+why)
+	}
+	return out, nil
+}
+
+// replicasText counts replicas.
+func replicasText(n int32) string {
+	if n == 1 {
+		return "1 replica"
+	}
+	return fmt.Sprintf("%d replicas", n)
 }

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"maps"
 	"slices"
 
 	"github.com/portolan-io/portolan/federation/api"
@@ -40,6 +41,16 @@ func potOf(spec *portolanv1.WorkloadSpec) portolanv1.CapacityType {
 
 func newLedger() *ledger {
 	return &ledger{claims: map[string]claim{}, pots: map[string]*place.Pot{}, tenants: map[string]api.Resources{}, cuts: map[string]int{}}
+}
+
+// clone is for who goes on to book.
+func (l *ledger) clone() *ledger {
+	c := &ledger{claims: maps.Clone(l.claims), pots: map[string]*place.Pot{}, tenants: maps.Clone(l.tenants), cuts: maps.Clone(l.cuts)}
+	for cluster, pot := range l.pots {
+		p := *pot
+		c.pots[cluster] = &p
+	}
+	return c
 }
 
 // set books a placement's reservation; none is the zero value.

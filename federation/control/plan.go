@@ -37,6 +37,7 @@ func (c *Control) Plan(r store.Reader, what api.WhatIf) (*portolanv1.PlanRespons
 	workloads := src.under(store.Workload, "")
 	if p.asked != "" {
 		l.dirty[p.asked] = true
+		l.short = waiting(base) // for room that the change may make
 	} else {
 		for _, rec := range workloads {
 			l.dirty[rec.Name] = true
@@ -213,6 +214,20 @@ func desiredOf(w *portolanv1.Workload) int32 {
 		n = min(n, 1)
 	}
 	return n
+}
+
+// waiting are the workloads of which less is placed than is desired.
+func waiting(s source) map[string]bool {
+	placed, out := map[string]int32{}, map[string]bool{}
+	for _, rec := range s.under(store.Placement, "") {
+		placed[workloadOf(rec.Name)] += int32(place.PreviousOf(message[*portolanv1.Placement](rec).GetSpec()).Declared)
+	}
+	for _, rec := range s.under(store.Workload, "") {
+		if desiredOf(message[*portolanv1.Workload](rec)) > placed[rec.Name] {
+			out[rec.Name] = true
+		}
+	}
+	return out
 }
 
 // cost of a placement for an hour, in micro-units of currency, as placing counts it.

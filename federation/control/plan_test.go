@@ -101,6 +101,21 @@ func TestPlanTellsShortfall(t *testing.T) {
 	})
 }
 
+// TestPlanGivesRoom: room that a change makes goes to who waits for it.
+func TestPlanGivesRoom(t *testing.T) {
+	run(t, func(r *rig) {
+		c := r.start("one", r.s)
+		r.cluster("eu", "eu", 4)
+		r.workload("web", "v1", spec(4))
+		r.workload("waits", "v1", spec(2))
+		r.want("full", "web@eu v1×4")
+		r.foretells("scaled down", r.plan(c, wouldBe("web", "v1", spec(3))), "waits@eu 0→1, waits lacks 1, web@eu 4→3")
+		r.foretells("deleted", r.plan(c, api.WhatIf{Deleted: api.WorkloadName("t", "web")}), "waits@eu 0→2, web@eu 4→0")
+		r.update(func(tx store.Tx) error { return tx.Delete(store.Workload, api.WorkloadName("t", "web")) })
+		r.want("as it was foretold", "waits@eu v1×2")
+	})
+}
+
 // TestPlanFollowsAffinity: who must be near another is foretold to follow it, and
 // what is foretold comes about.
 func TestPlanFollowsAffinity(t *testing.T) {

@@ -32,7 +32,7 @@ each other. Repeating it is harmless.`,
 		Example: `  portolan apply -f shop/                  # a folder
   portolan apply -f web.yaml --dry-run     # what would happen, and whether it is allowed
   portolan apply -f web.yaml --wait        # return when it serves everywhere
-  portolan apply -f web.yaml --plan 5b2c…  # exactly what plan showed, or nothing
+  portolan apply -f web.yaml --plan 5b2c…  # what plan showed, or nothing
   cat web.yaml | portolan apply -f -`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			objs, err := manifest.ReadPaths(files, a.in)
@@ -43,11 +43,11 @@ each other. Repeating it is harmless.`,
 			if err != nil {
 				return err
 			}
-			plans, err := splitPlan(plan, objs)
-			if err != nil {
+			o := objects{cc: cc}
+			if o.plans, err = checkPlan(cmd.Context(), o, plan, objs); err != nil {
 				return err
 			}
-			newest, err := a.apply(cmd.Context(), objects{cc: cc, plans: plans}, objs, dryRun)
+			newest, err := a.apply(cmd.Context(), o, objs, dryRun)
 			if err != nil || !wait || dryRun {
 				return err
 			}
@@ -56,7 +56,7 @@ each other. Repeating it is harmless.`,
 	}
 	c.Flags().StringArrayVarP(&files, "filename", "f", nil, "file, folder or - for stdin; may be given again")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "check with the server, store nothing")
-	c.Flags().StringVar(&plan, "plan", "", "token of `portolan plan`: refuse when it would do something else by now")
+	c.Flags().StringVar(&plan, "plan", "", "token of `portolan plan`: store nothing when the workload's change would do something else by now")
 	c.Flags().BoolVar(&wait, "wait", false, "wait until every live proxy and node has it and workloads are ready")
 	c.Flags().DurationVar(&timeout, "timeout", 5*time.Minute, "how long --wait waits")
 	_ = c.MarkFlagRequired("filename")

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,11 +30,13 @@ func (a *app) planCommand() *cobra.Command {
 	var o planOptions
 	c := &cobra.Command{
 		Use: "plan (-f FILE… | --delete WORKLOAD | --lost CLUSTER | --drained CLUSTER | --added CLUSTER)", Short: "What a change would do: placements, cost, who is displaced", GroupID: "objects", Args: cobra.NoArgs,
-		Long: `Nothing is changed. For manifests it ends with a token: given to apply with
---plan, the change is refused when it would do something else by then.
+		Long: `Nothing is changed. The manifests may have one workload; of several, each would
+be planned as if the others were as they are. It ends with a token: given to
+apply with --plan, the workload is refused when its change would do something
+else by then, before anything of the files is stored.
 For a cluster it shows what moves and what would find no place.`,
 		Example: `  portolan plan -f web.yaml
-  portolan apply -f web.yaml --plan 5b2c…   # exactly what was shown, or nothing
+  portolan apply -f web.yaml --plan 5b2c…   # what was shown, or nothing
   portolan plan --delete web -t shop
   portolan plan --lost eu-west              # is there room elsewhere?
   portolan plan --added ap-south --region ap-south --cpu 64 --memory 256Gi`,
@@ -41,7 +44,7 @@ For a cluster it shows what moves and what would find no place.`,
 			if err := a.checkOutput(); err != nil {
 				return err
 			}
-			reqs, err := a.planRequests(o)
+			req, err := a.planRequest(o)
 			if err != nil {
 				return err
 			}
@@ -49,11 +52,11 @@ For a cluster it shows what moves and what would find no place.`,
 			if err != nil {
 				return err
 			}
-			return a.plan(cmd.Context(), cc, reqs, len(o.files) > 0)
+			return a.plan(cmd.Context(), cc, req, len(o.files) > 0)
 		},
 	}
 	f := c.Flags()
-	f.StringArrayVarP(&o.files, "filename", "f", nil, "file, folder or - for stdin, of which the workloads are planned")
+	f.StringArrayVarP(&o.files, "filename", "f", nil, "file, folder or - for stdin, of which the workload is planned")
 	f.StringVar(&o.remove, "delete", "", "workload that would be deleted")
 	f.StringVar(&o.lost, "lost", "", "cluster that would be silent")
 	f.StringVar(&o.drained, "drained", "", "cluster that everything would leave")
@@ -67,10 +70,10 @@ For a cluster it shows what moves and what would find no place.`,
 	return c
 }
 
-// planRequests turns the flags into what the server is asked.
-func (a *app) planRequests(o planOptions) ([]*portolanv1.PlanRequest, error) {
-	cluster := func(kind portolanv1.ClusterChange_Kind, c *portolanv1.Cluster) []*portolanv1.PlanRequest {
-		return []*portolanv1.PlanRequest{{Change: &portolanv1.PlanRequest_Cluster{Cluster: &portolanv1.ClusterChange{Kind: kind, Cluster: c}}}}
+// planRequest turns the flags into what the server is asked.
+func (a *app) planRequest(o planOptions) (*portolanv1.PlanRequest, error) {
+	cluster := func(kind portolanv1.ClusterChange_Kind, c *portolanv1.Cluster) *portolanv1.PlanRequest {
+		return &portolanv1.PlanRequest{Change: &portolanv1.PlanRequest_Cluster{Cluster: &portolanv1.ClusterChange{Kind: kind, Cluster: c}}}
 	}
 	switch {
 	case o.lost != "":
@@ -88,25 +91,40 @@ func (a *app) planRequests(o planOptions) ([]*portolanv1.PlanRequest, error) {
 		if err != nil {
 			return nil, err
 		}
-		return []*portolanv1.PlanRequest{{Change: &portolanv1.PlanRequest_DeleteWorkload{DeleteWorkload: name}}}, nil
+		return &portolanv1.PlanRequest{Change: &portolanv1.PlanRequest_DeleteWorkload{DeleteWorkload: name}}, nil
 	}
 	objs, err := manifest.ReadPaths(o.files, a.in)
 	if err != nil {
 		return nil, err
 	}
-	var out []*portolanv1.PlanRequest
-	for _, obj := range objs {
-		if w, ok := obj.Message.(*portolanv1.Workload); ok {
-			out = append(out, &portolanv1.PlanRequest{Change: &portolanv1.PlanRequest_Workload{Workload: w}})
-		}
+	w, err := plannedWorkload(objs)
+	if err != nil {
+		return nil, err
 	}
-	if len(out) == 0 {
-		return nil, errors.New("there is no workload in these files: other objects are not placed, see `portolan diff`")
-	}
-	return out, nil
+	return &portolanv1.PlanRequest{Change: &portolanv1.PlanRequest_Workload{Workload: w}}, nil
 }
 
-func (a *app) planAdded(o planOptions, cluster func(portolanv1.ClusterChange_Kind, *portolanv1.Cluster) []*portolanv1.PlanRequest) ([]*portolanv1.PlanRequest, error) {
+// plannedWorkload is the one workload of the objects. Plans of several, each made as
+// if the others were as they are, could promise one room twice.
+func plannedWorkload(objs []manifest.Object) (*portolanv1.Workload, error) {
+	var found []*portolanv1.Workload
+	var names []string
+	for _, obj := range objs {
+		if w, ok := obj.Message.(*portolanv1.Workload); ok {
+			found, names = append(found, w), append(names, short(w.GetName()))
+		}
+	}
+	switch len(found) {
+	case 0:
+		return nil, errors.New("there is no workload in these files: other objects are not placed, see `portolan diff`")
+	case 1:
+		return found[0], nil
+	}
+	return nil, fmt.Errorf("a plan is of one workload, and there are %d in these files (%s): give each a file, plan and apply it, and then the next",
+		len(found), strings.Join(names, ", "))
+}
+
+func (a *app) planAdded(o planOptions, cluster func(portolanv1.ClusterChange_Kind, *portolanv1.Cluster) *portolanv1.PlanRequest) (*portolanv1.PlanRequest, error) {
 	cpu, err := api.ParseCPU(o.cpu)
 	if err != nil {
 		return nil, err
@@ -123,31 +141,21 @@ func (a *app) planAdded(o planOptions, cluster func(portolanv1.ClusterChange_Kin
 	}), nil
 }
 
-func (a *app) plan(ctx context.Context, cc grpc.ClientConnInterface, reqs []*portolanv1.PlanRequest, tokens bool) error {
-	var answers []proto.Message
-	var token []string
-	refused := false
-	for _, req := range reqs {
-		r, err := portolanv1.NewWorkloadServiceClient(cc).Plan(ctx, req)
-		if err != nil {
-			return err
-		}
-		answers = append(answers, r)
-		token = append(token, r.GetToken())
-		refused = refused || len(r.GetAdmission()) > 0
-	}
-	if a.output == "json" || a.output == "yaml" {
-		_, err := a.machine(len(answers) == 1, answers)
+func (a *app) plan(ctx context.Context, cc grpc.ClientConnInterface, req *portolanv1.PlanRequest, token bool) error {
+	p, err := portolanv1.NewWorkloadServiceClient(cc).Plan(ctx, req)
+	if err != nil {
 		return err
 	}
-	for _, m := range answers {
-		a.showPlan(m.(*portolanv1.PlanResponse))
+	if a.output == "json" || a.output == "yaml" {
+		_, err := a.machine(true, []proto.Message{p})
+		return err
 	}
+	a.showPlan(p)
 	switch {
-	case refused:
+	case len(p.GetAdmission()) > 0:
 		return errors.New("admission would refuse this: see above")
-	case tokens:
-		a.printf("\nto do exactly this: portolan apply -f … --plan %s\n", strings.Join(token, "."))
+	case token:
+		a.printf("\nto do this: portolan apply -f … --plan %s\n", p.GetToken())
 	}
 	return nil
 }
@@ -163,7 +171,7 @@ func (a *app) showPlan(p *portolanv1.PlanResponse) {
 		}
 		t.add(name, "", fmt.Sprintf("%d wanted", w.GetDesiredReplicas()), moneyChange(w.GetCostBeforeMicros(), w.GetCostAfterMicros()), reasonsText(w.GetReasons()))
 		for _, d := range w.GetDisplaced() {
-			t.add("", d.GetCluster(), fmt.Sprintf("-%d", d.GetReplicas()), "", "displaces "+short(d.GetWorkload())+", of lower priority")
+			t.add("", d.GetCluster(), fmt.Sprintf("-%d", d.GetReplicas()), "", "displaces "+cmp.Or(short(d.GetWorkload()), "other tenants")+", of lower priority")
 		}
 		unplaced += int(w.GetUnplacedReplicas())
 	}
@@ -197,24 +205,23 @@ func moneyChange(before, after int64) string {
 	return fmt.Sprintf("%.4f → %.4f", float64(before)/1e6, float64(after)/1e6)
 }
 
-// splitPlan gives each workload of the objects its token.
-func splitPlan(token string, objs []manifest.Object) (map[string]string, error) {
+// checkPlan asks the server whether the workload of the objects may be changed under
+// a plan's token, before anything is stored. It gives the tokens by workload.
+func checkPlan(ctx context.Context, o objects, token string, objs []manifest.Object) (map[string]string, error) {
 	if token == "" {
 		return nil, nil
 	}
-	parts := strings.Split(token, ".")
-	out := map[string]string{}
+	w, err := plannedWorkload(objs)
+	if err != nil {
+		return nil, err
+	}
+	o.plans = map[string]string{w.GetName(): token}
 	for _, obj := range objs {
-		if obj.Kind.Name != "Workload" {
-			continue
+		if obj.Message == proto.Message(w) {
+			if _, err := o.put(ctx, obj, true); err != nil {
+				return nil, err
+			}
 		}
-		if len(parts) == 0 {
-			break
-		}
-		out[obj.Name()], parts = parts[0], parts[1:]
 	}
-	if len(parts) > 0 || len(out) == 0 || len(out) != strings.Count(token, ".")+1 {
-		return nil, errors.New("the plan is of other files: plan these again")
-	}
-	return out, nil
+	return o.plans, nil
 }

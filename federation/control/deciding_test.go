@@ -123,3 +123,22 @@ func TestSpot(t *testing.T) {
 		r.want("spot, and nothing is left on demand", "plain@eu v1×2, spot@eu v1×3")
 	})
 }
+
+// TestDemandIsDemand: who names on-demand nodes and who names none share them, and
+// displace each other.
+func TestDemandIsDemand(t *testing.T) {
+	run(t, func(r *rig) {
+		r.start("one", r.s)
+		r.cluster("eu", "eu", 4)
+		named := func(priority int32) *portolanv1.WorkloadSpec {
+			s := important(priority, 3)
+			s.Placement.Capacity = portolanv1.CapacityType_CAPACITY_TYPE_ON_DEMAND
+			return s
+		}
+		r.workload("low", "v1", important(0, 4))
+		r.workload("mid", "v1", named(5))
+		r.want("the named takes from the unnamed", "low@eu v1×1, mid@eu v1×3")
+		r.workload("high", "v1", important(10, 4))
+		r.want("and the other way round", "high@eu v1×4")
+	})
+}

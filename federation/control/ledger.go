@@ -1,6 +1,7 @@
 package control
 
 import (
+	"maps"
 	"slices"
 
 	"github.com/portolan-io/portolan/federation/api"
@@ -27,11 +28,29 @@ type claim struct {
 }
 
 func claimAs(r api.Resources, w *portolanv1.Workload) claim {
-	return claim{r, w.GetSpec().GetPlacement().GetCapacity(), w.GetSpec().GetPriority()}
+	return claim{r, potOf(w.GetSpec()), w.GetSpec().GetPriority()}
+}
+
+// potOf is the capacity type as claims are booked: who names none lies on demand.
+func potOf(spec *portolanv1.WorkloadSpec) portolanv1.CapacityType {
+	if t := spec.GetPlacement().GetCapacity(); t != portolanv1.CapacityType_CAPACITY_TYPE_UNSPECIFIED {
+		return t
+	}
+	return portolanv1.CapacityType_CAPACITY_TYPE_ON_DEMAND
 }
 
 func newLedger() *ledger {
 	return &ledger{claims: map[string]claim{}, pots: map[string]*place.Pot{}, tenants: map[string]api.Resources{}, cuts: map[string]int{}}
+}
+
+// clone is for who goes on to book.
+func (l *ledger) clone() *ledger {
+	c := &ledger{claims: maps.Clone(l.claims), pots: map[string]*place.Pot{}, tenants: maps.Clone(l.tenants), cuts: maps.Clone(l.cuts)}
+	for cluster, pot := range l.pots {
+		p := *pot
+		c.pots[cluster] = &p
+	}
+	return c
 }
 
 // set books a placement's reservation; none is the zero value.
@@ -118,7 +137,7 @@ func lower(s source, led *ledger, name string, snap place.Snapshot) bool {
 	some := false
 	for placement, have := range led.claims { // place puts them in order
 		c := clusters[lastID(placement)]
-		if have.priority >= spec.GetPriority() || have.on != spec.GetPlacement().GetCapacity() || c == nil || workloadOf(placement) == name {
+		if have.priority >= spec.GetPriority() || have.on != potOf(spec) || c == nil || workloadOf(placement) == name {
 			continue
 		}
 		if l, ok := claimant(s, led, placement, c); ok {

@@ -1,18 +1,11 @@
 package control
 
 import (
-	"cmp"
 	"log/slog"
 	"maps"
-	"math"
 	"slices"
-	"strings"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/timestamppb"
-
-	"github.com/portolan-io/portolan/federation/admit"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
@@ -20,111 +13,162 @@ import (
 	"github.com/portolan-io/portolan/federation/store"
 )
 
-// maxPlanned bounds the workloads of one answer.
-const maxPlanned = 1000
+const (
+	// maxPlanned bounds the workloads of one answer.
+	maxPlanned = 1000
+	// maxDecisions for each workload bound the way to a state that needs no other
+	// decision: workloads that never agree on one would go on for ever.
+	maxDecisions = 8
+)
 
 // Plan decides as the loop would if the change were made: in the loop's order, by
-// the loop's own steps, each decision seeing the claims of those before it, and
-// who is displaced decided anew. It writes nothing.
+// the loop's own steps, each step seeing what those before it claim, place and
+// displace, until nothing is left to decide. It writes nothing.
 func (c *Control) Plan(r store.Reader, what api.WhatIf) (*portolanv1.PlanResponse, error) {
 	base := &readerSource{r: r}
-	p := planner{src: changed{source: base, what: what, now: time.Now()}, out: &portolanv1.PlanResponse{}, asked: what.Deleted}
+	src := newChanged(base, what, time.Now())
+	l := &loop{cfg: c.cfg, log: slog.New(slog.DiscardHandler), whatIf: src}
+	l.reset()
+	l.ledger, l.near = ledgerOf(base), src.near
+	p := planner{src: src, out: &portolanv1.PlanResponse{}, asked: what.Deleted, told: map[string]*foretold{}, before: l.ledger.clone(), after: l.ledger}
 	if what.Workload != nil {
 		p.asked = what.Workload.GetName()
 	}
-	l := &loop{cfg: c.cfg, log: slog.New(slog.DiscardHandler), whatIf: p.src}
-	l.reset()
-	l.ledger = ledgerOf(base)
+	workloads := src.under(store.Workload, "")
 	if p.asked != "" {
 		l.dirty[p.asked] = true
+		l.short = waiting(base) // for room that the change may make
 	} else {
-		for _, rec := range p.src.under(store.Workload, "") {
+		for _, rec := range workloads {
 			l.dirty[rec.Name] = true
 		}
 	}
-	queue := l.queue()
-	for more := true; more; {
-		var made []decision
-		made, more = l.batch(queue, p.src.now)
-		for _, d := range made {
-			p.add(d)
-		}
+	for left := maxDecisions * (len(workloads) + 1); len(l.dirty) > 0 && left > 0 && base.err == nil; {
+		left -= p.step(l)
+	}
+	for _, name := range slices.Sorted(maps.Keys(p.told)) {
+		p.tell(name)
 	}
 	if base.err != nil {
 		return nil, base.err
 	}
-	slices.SortStableFunc(p.out.Workloads, func(a, b *portolanv1.WorkloadPlan) int { return cmp.Compare(a.GetWorkload(), b.GetWorkload()) })
 	p.out.Workloads = p.out.GetWorkloads()[:min(len(p.out.GetWorkloads()), maxPlanned)]
 	return p.out, nil
 }
 
+// planner follows the steps, and says what came of them.
 type planner struct {
-	src changed
+	src *changed
 	out *portolanv1.PlanResponse
 	// asked is the workload that the change is about; empty when it is a cluster.
 	asked string
+	told  map[string]*foretold
+	// before and after are what is reserved without the change and with it.
+	before, after *ledger
 }
 
-// add takes in what would be written for one workload.
+// foretold is what was decided for one workload.
+type foretold struct {
+	desired, unplaced int
+	// reasons, for each cluster and for none, are of the last decision that moves
+	// something: the next finds it there, and only says that it stays.
+	reasons   []place.Reason
+	verdicts  []place.Verdict
+	displaced []place.Displaced
+}
+
+// step is one turn of the loop: it decides what is marked, and marks what that
+// changes. It gives the number of decisions.
+func (p *planner) step(l *loop) int {
+	var made []decision
+	queue := l.queue()
+	for more := true; more; {
+		var some []decision
+		some, more = l.batch(queue, p.src.now)
+		made = append(made, some...)
+	}
+	for _, d := range made {
+		p.add(d)
+		if d.any() {
+			l.dirty[d.workload] = true
+		}
+		if len(d.puts)+len(d.deletes) > 0 {
+			for _, other := range l.near.of(d.workload) {
+				l.dirty[other] = true
+			}
+		}
+	}
+	return len(made)
+}
+
+// add takes in what would be decided for one workload.
 func (p *planner) add(d decision) {
-	after := p.before(d.workload)
-	for _, name := range d.deletes {
-		delete(after, lastID(name))
+	f := p.told[d.workload]
+	if f == nil {
+		f = &foretold{}
+		p.told[d.workload] = f
 	}
-	for name, spec := range d.puts {
-		after[lastID(name)] = spec
-	}
-	wp := &portolanv1.WorkloadPlan{
-		Workload: d.workload, DesiredReplicas: int32(d.plan.Desired), UnplacedReplicas: int32(d.plan.Unplaced + d.plan.FailoverUnplaced), Reasons: reasonsOf(d.plan.Reasons),
+	f.desired, f.unplaced = d.plan.Desired, d.plan.Unplaced+d.plan.FailoverUnplaced
+	if d.any() || f.verdicts == nil && (f.unplaced > 0 || d.workload == p.asked) {
+		f.reasons, f.verdicts = d.plan.Reasons, d.plan.Verdicts
 	}
 	for _, v := range d.plan.Displaced {
+		i := slices.IndexFunc(f.displaced, func(o place.Displaced) bool { return o.Workload == v.Workload && o.Cluster == v.Cluster })
+		if i < 0 {
+			f.displaced = append(f.displaced, v)
+		} else {
+			f.displaced[i].Replicas += v.Replicas
+		}
+	}
+	p.src.take(d)
+}
+
+// tell compares what is stored of a workload with what would be.
+func (p *planner) tell(name string) {
+	f := p.told[name]
+	wp := &portolanv1.WorkloadPlan{Workload: name, DesiredReplicas: int32(f.desired), UnplacedReplicas: int32(f.unplaced), Reasons: reasonsOf(f.reasons)}
+	for _, v := range f.displaced {
 		wp.Displaced = append(wp.Displaced, &portolanv1.Displaced{Workload: v.Workload, Cluster: v.Cluster, Replicas: int32(v.Replicas)})
 	}
 	reasons := map[string][]*portolanv1.Reason{}
-	for _, v := range d.plan.Verdicts {
+	for _, v := range f.verdicts {
 		reasons[v.Cluster] = reasonsOf(v.Reasons)
 	}
-	var w *portolanv1.Workload
-	if rec, ok := p.src.get(store.Workload, d.workload); ok {
-		w = message[*portolanv1.Workload](rec)
-	}
-	p.compare(wp, w, after, reasons)
-}
-
-// before is what is stored.
-func (p *planner) before(name string) map[string]*portolanv1.PlacementSpec {
-	out := map[string]*portolanv1.PlacementSpec{}
-	for _, rec := range p.src.under(store.Placement, name+"/placements/") {
-		out[lastID(rec.Name)] = message[*portolanv1.Placement](rec).GetSpec()
-	}
-	return out
-}
-
-func (p *planner) compare(wp *portolanv1.WorkloadPlan, w *portolanv1.Workload, after map[string]*portolanv1.PlacementSpec, reasons map[string][]*portolanv1.Reason) {
-	name := wp.GetWorkload()
-	before := p.before(name)
-	var stored *portolanv1.Workload
-	if rec, ok := p.src.source.get(store.Workload, name); ok {
-		stored = message[*portolanv1.Workload](rec)
-	}
+	before, after := placementsOf(p.src.source, name), placementsOf(p.src, name)
+	stored, next := workloadIn(p.src.source, name), workloadIn(p.src, name)
 	clusters := maps.Clone(before)
 	maps.Copy(clusters, after)
 	moved := false
 	for _, c := range slices.Sorted(maps.Keys(clusters)) {
 		pp := &portolanv1.PlacementPlan{Cluster: c, ReplicasBefore: replicasOf(before[c]), ReplicasAfter: replicasOf(after[c]), Reasons: reasons[c]}
-		moved = moved || pp.GetReplicasBefore() != pp.GetReplicasAfter()
+		moved = moved || pp.GetReplicasBefore() != pp.GetReplicasAfter() || (before[c] == nil) != (after[c] == nil)
 		wp.Placements = append(wp.Placements, pp)
-		wp.CostBeforeMicros += p.cost(name, stored, before[c], c)
-		wp.CostAfterMicros += p.cost(name, w, after[c], c)
+		wp.CostBeforeMicros += p.cost(p.before, name, stored, before[c], c)
+		wp.CostAfterMicros += p.cost(p.after, name, next, after[c], c)
 	}
-	if stored != nil && len(before) > 0 {
-		wp.UnplacedBefore = max(0, desiredOf(stored)-sum(before))
+	if stored != nil {
+		wp.UnplacedBefore = max(0, desiredOf(stored)-declared(before))
+	}
+	if name != p.asked && !moved && wp.GetUnplacedReplicas() <= wp.GetUnplacedBefore() {
+		return
 	}
 	p.out.CostBeforeMicros += wp.GetCostBeforeMicros()
 	p.out.CostAfterMicros += wp.GetCostAfterMicros()
-	if name == p.asked || moved || wp.GetUnplacedReplicas() > 0 {
-		p.out.Workloads = append(p.out.Workloads, wp)
+	p.out.Workloads = append(p.out.Workloads, wp)
+}
+
+func workloadIn(s source, name string) *portolanv1.Workload {
+	rec, _ := s.get(store.Workload, name)
+	return message[*portolanv1.Workload](rec)
+}
+
+// placementsOf a workload, by cluster.
+func placementsOf(s source, name string) map[string]*portolanv1.PlacementSpec {
+	out := map[string]*portolanv1.PlacementSpec{}
+	for _, rec := range s.under(store.Placement, name+"/placements/") {
+		out[lastID(rec.Name)] = message[*portolanv1.Placement](rec).GetSpec()
 	}
+	return out
 }
 
 // replicasOf counts them over all revisions.
@@ -136,142 +180,82 @@ func replicasOf(p *portolanv1.PlacementSpec) int32 {
 	return n
 }
 
-func sum(ps map[string]*portolanv1.PlacementSpec) int32 {
-	var n int32
+// declared counts replicas of each revision, without those that stand in for lost
+// clusters.
+func declared(ps map[string]*portolanv1.PlacementSpec) int32 {
+	n := 0
 	for _, p := range ps {
-		if rs := p.GetRevisions(); len(rs) > 0 {
-			n += rs[0].GetReplicas()
+		n += place.PreviousOf(p).Declared
+	}
+	return int32(n)
+}
+
+// desiredOf is what is to be placed: of a workload that scales by itself, its maximum.
+func desiredOf(w *portolanv1.Workload) int32 {
+	spec := w.GetSpec()
+	n := int32(1)
+	if spec != nil && spec.Replicas != nil {
+		n = spec.GetReplicas()
+	}
+	switch spec.GetKind() {
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON:
+		return 0
+	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, portolanv1.WorkloadKind_WORKLOAD_KIND_CRON:
+		n = max(1, spec.GetJob().GetCompletions())
+	default:
+		if a := spec.GetAutoscale(); a != nil {
+			n = a.GetMax()
+			for _, s := range a.GetSchedules() {
+				n = max(n, s.GetMax())
+			}
 		}
+	}
+	if spec.GetPlacement().GetExclusive() {
+		n = min(n, 1)
 	}
 	return n
 }
 
-func desiredOf(w *portolanv1.Workload) int32 {
-	switch w.GetSpec().GetKind() {
-	case portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON:
-		return 0
-	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, portolanv1.WorkloadKind_WORKLOAD_KIND_CRON:
-		return max(1, w.GetSpec().GetJob().GetCompletions())
-	default:
-		return w.GetSpec().GetReplicas()
+// waiting are the workloads of which less is placed than is desired.
+func waiting(s source) map[string]bool {
+	placed, out := map[string]int32{}, map[string]bool{}
+	for _, rec := range s.under(store.Placement, "") {
+		placed[workloadOf(rec.Name)] += int32(place.PreviousOf(message[*portolanv1.Placement](rec).GetSpec()).Declared)
 	}
-}
-
-// cost of a placement for an hour, in micro-units of currency: what its replicas
-// request at the cluster's prices; a daemon counts once for each node.
-func (p *planner) cost(name string, w *portolanv1.Workload, spec *portolanv1.PlacementSpec, cluster string) int64 {
-	if spec == nil || w == nil {
-		return 0
-	}
-	rec, ok := p.src.get(store.Cluster, api.ClusterName(cluster))
-	if !ok {
-		return 0
-	}
-	cl := message[*portolanv1.Cluster](rec)
-	total := 0.0
-	for _, r := range spec.GetRevisions() {
-		rs := w.GetSpec()
-		if r.GetRevision() != currentRevision(w) {
-			old, ok := p.src.get(store.Revision, name+"/revisions/"+r.GetRevision())
-			if !ok {
-				continue
-			}
-			rs = admit.Overlay(message[*portolanv1.WorkloadRevision](old).GetSpec(), w.GetSpec())
+	for _, rec := range s.under(store.Workload, "") {
+		if desiredOf(message[*portolanv1.Workload](rec)) > placed[rec.Name] {
+			out[rec.Name] = true
 		}
-		req, err := api.RequestsOf(place.Override(rs, cluster, cl.GetSpec(), cl.GetLabels()))
-		if err != nil {
-			continue // admission let it in: it parses
-		}
-		n := int64(r.GetReplicas())
-		if spec.GetDaemon() {
-			n = p.nodes(cluster)
-		}
-		req = req.Times(n)
-		total += float64(req.CPUMilli)/1000*float64(cl.GetSpec().GetCpuCoreHourMicros()) + float64(req.MemoryBytes)/(1<<30)*float64(cl.GetSpec().GetMemoryGibHourMicros())
 	}
-	return int64(math.Round(total))
-}
-
-func (p *planner) nodes(cluster string) int64 {
-	rec, ok := p.src.get(store.ClusterStatus, api.ClusterName(cluster))
-	if !ok {
-		return 0
-	}
-	return int64(message[*storev1.ClusterStatusRecord](rec).GetStatus().GetNodes())
-}
-
-// changed is a source in which one thing is otherwise.
-type changed struct {
-	source
-	what api.WhatIf
-	now  time.Time
-}
-
-func (s changed) get(kind store.Kind, name string) (store.Record, bool) {
-	rec, ok := s.source.get(kind, name)
-	switch {
-	case kind == store.Workload && name == s.what.Deleted:
-		return store.Record{}, false
-	case kind == store.Workload && s.what.Workload != nil && name == s.what.Workload.GetName():
-		rec.Kind, rec.Name, rec.Message = kind, name, s.what.Workload
-		return rec, true
-	case s.what.Cluster != nil && name == s.what.Cluster.GetCluster().GetName():
-		return s.otherwise(kind, rec, ok)
-	}
-	return rec, ok
-}
-
-func (s changed) under(kind store.Kind, prefix string) []store.Record {
-	recs := s.source.under(kind, prefix)
-	var name string
-	switch {
-	case kind == store.Workload && s.what.Workload != nil:
-		name = s.what.Workload.GetName()
-	case kind == store.Workload:
-		name = s.what.Deleted
-	case kind == store.Cluster || kind == store.ClusterStatus:
-		name = s.what.Cluster.GetCluster().GetName()
-	default:
-	}
-	if name == "" || !strings.HasPrefix(name, prefix) {
-		return recs
-	}
-	out := slices.DeleteFunc(slices.Clone(recs), func(r store.Record) bool { return r.Name == name })
-	if rec, ok := s.get(kind, name); ok {
-		out = append(out, rec)
-	}
-	slices.SortFunc(out, func(a, b store.Record) int { return cmp.Compare(a.Name, b.Name) })
 	return out
 }
 
-// otherwise is the changed cluster's record, or its status'.
-func (s changed) otherwise(kind store.Kind, rec store.Record, ok bool) (store.Record, bool) {
-	added := s.what.Cluster.GetKind() == portolanv1.ClusterChange_KIND_ADDED
-	switch kind {
-	case store.Cluster:
-		cl := proto.CloneOf(message[*portolanv1.Cluster](rec))
-		if added {
-			cl, ok = proto.CloneOf(s.what.Cluster.GetCluster()), true
-		}
-		if s.what.Cluster.GetKind() == portolanv1.ClusterChange_KIND_DRAINED && cl.GetSpec() != nil {
-			cl.Spec.Taints = append(cl.Spec.Taints, &portolanv1.Taint{Key: place.DrainTaint, Effect: portolanv1.TaintEffect_TAINT_EFFECT_NO_EXECUTE})
-		}
-		rec.Name, rec.Message = s.what.Cluster.GetCluster().GetName(), cl
-	case store.ClusterStatus:
-		st := &storev1.ClusterStatusRecord{Status: &portolanv1.ClusterStatus{}}
-		if ok {
-			st = proto.CloneOf(message[*storev1.ClusterStatusRecord](rec))
-		}
-		if added {
-			st.Status = proto.CloneOf(s.what.Cluster.GetCluster().GetStatus())
-			st.Status.State, st.Status.LastSeenTime, ok = portolanv1.ClusterState_CLUSTER_STATE_READY, timestamppb.New(s.now), true
-		}
-		if s.what.Cluster.GetKind() == portolanv1.ClusterChange_KIND_LOST {
-			// Long enough for every failover to be due.
-			st.Status.State, st.Status.LastSeenTime = portolanv1.ClusterState_CLUSTER_STATE_LOST, timestamppb.New(s.now.AddDate(-1, 0, 0))
-		}
-		rec.Name, rec.Message = s.what.Cluster.GetCluster().GetName(), st
-	default:
+// cost of a placement for an hour, in micro-units of currency, as placing counts it.
+func (p *planner) cost(led *ledger, name string, w *portolanv1.Workload, spec *portolanv1.PlacementSpec, cluster string) int64 {
+	rec, ok := p.src.get(store.Cluster, api.ClusterName(cluster))
+	if spec == nil || w == nil || !ok {
+		return 0
 	}
-	return rec, ok
+	var ids []string
+	for _, r := range spec.GetRevisions() {
+		ids = append(ids, r.GetRevision())
+	}
+	revs, err := runningRevisions(p.src, name, w, ids)
+	if err != nil {
+		return 0 // admission let it in: it parses
+	}
+	// A route may name others, which this placement does not run.
+	revs = slices.DeleteFunc(revs, func(r place.Revision) bool { return !slices.Contains(ids, r.ID) })
+	cl := message[*portolanv1.Cluster](rec)
+	c := place.Cluster{ID: cluster, Labels: cl.GetLabels(), Spec: cl.GetSpec()}
+	if st, ok := p.src.get(store.ClusterStatus, rec.Name); ok {
+		status := message[*storev1.ClusterStatusRecord](st).GetStatus()
+		c.Nodes, c.Pools = int(status.GetNodes()), status.GetPools()
+		_, c.Spot = led.free(cluster, place.PotOf(status), led.claims[name+"/placements/"+cluster])
+	}
+	n := 0
+	for _, r := range spec.GetRevisions() {
+		n = max(n, int(r.GetReplicas()))
+	}
+	return place.Workload{ID: lastID(name), Spec: w.GetSpec(), Revisions: revs}.HourMicros(&c, n)
 }

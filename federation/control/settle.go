@@ -50,9 +50,9 @@ func (l *loop) settle(ctx context.Context, now time.Time) error {
 	view, queue := l.view, l.queue()
 	var last int64
 	for more := true; more; {
-		var write []decision
-		write, more = l.batch(queue, now)
-		if len(write) > 0 {
+		var made []decision
+		made, more = l.batch(queue, now)
+		if write := slices.DeleteFunc(made, func(d decision) bool { return !d.any() }); len(write) > 0 {
 			rev, err := l.commit(ctx, write)
 			if err != nil {
 				return err
@@ -94,47 +94,46 @@ func (l *loop) queue() *place.Fair {
 	return q
 }
 
-// batch decides the next workloads; more is false when it is the last. A
+// batch decides the next workloads, also those for which nothing is to be written;
+// more is false when it is the last. A
 // displacement is always the last: who lost something is decided and stored
 // together with who took it, and what follows must see both.
-func (l *loop) batch(queue *place.Fair, now time.Time) (write []decision, more bool) {
+func (l *loop) batch(queue *place.Fair, now time.Time) (made []decision, more bool) {
 	for range l.cfg.MaxBatch {
 		turn, ok := queue.Next()
 		if !ok {
-			return write, false
+			return made, false
 		}
 		tenant := api.TenantOf(turn.Name)
 		before := l.ledger.tenants[tenant]
 		chain, displaced := l.chain(turn.Name, now)
-		write = append(write, chain...)
+		made = append(made, chain...)
 		if displaced {
-			return write, false
+			return made, false
 		}
 		after := l.ledger.tenants[tenant]
 		queue.Use(tenant, api.Resources{CPUMilli: after.CPUMilli - before.CPUMilli, MemoryBytes: after.MemoryBytes - before.MemoryBytes})
 	}
-	return write, true
+	return made, true
 }
 
 // chain decides one workload, and whom it displaces, whom these displace, and so
 // on: the highest priority first, so that none is decided before the last that
 // takes something from it.
-func (l *loop) chain(name string, now time.Time) (write []decision, displaced bool) {
+func (l *loop) chain(name string, now time.Time) (made []decision, displaced bool) {
 	todo := map[string]bool{name: true}
 	for len(todo) > 0 {
 		next := slices.MinFunc(slices.Sorted(maps.Keys(todo)), func(a, b string) int { return cmp.Compare(l.priority(b), l.priority(a)) })
 		delete(todo, next)
 		delete(l.dirty, next) // before, because it may be marked again
-		d, ok := l.decide(next, now)
+		d := l.decide(next, now)
 		d.victim = displaced
 		for _, v := range d.victims {
 			todo[v], displaced = true, true
 		}
-		if ok {
-			write = append(write, d)
-		}
+		made = append(made, d)
 	}
-	return write, displaced
+	return made, displaced
 }
 
 func (l *loop) priority(name string) int32 {
@@ -151,10 +150,10 @@ func (l *loop) source() source {
 }
 
 // decide makes one decision on the view and books it in the ledger, so that the
-// next one sees what it takes. ok is false when nothing is to be written.
-func (l *loop) decide(name string, now time.Time) (d decision, ok bool) {
+// next one sees what it takes.
+func (l *loop) decide(name string, now time.Time) decision {
 	src := l.source()
-	d = decision{workload: name, puts: map[string]*portolanv1.PlacementSpec{}}
+	d := decision{workload: name, puts: map[string]*portolanv1.PlacementSpec{}}
 	have := src.under(store.Placement, name+"/placements/")
 	delete(l.short, name)
 	delete(l.standing, name)
@@ -171,7 +170,7 @@ func (l *loop) decide(name string, now time.Time) (d decision, ok bool) {
 		snap, err := snapshot(src, l.ledger, name, w, step.Revisions)
 		if err != nil {
 			l.log.Error("workload cannot be placed", "workload", name, "error", err)
-			return d, false
+			return d
 		}
 		plan := place.Place(snap, now)
 		if plan.Unplaced > 0 && lower(src, l.ledger, name, snap) {
@@ -185,7 +184,7 @@ func (l *loop) decide(name string, now time.Time) (d decision, ok bool) {
 			l.log.Error("every cluster looks dead: nothing is changed", "alarm", true)
 		}
 		if l.frozen = plan.Frozen; plan.Frozen {
-			return decision{workload: name, plan: plan}, false
+			return decision{workload: name, plan: plan}
 		}
 		l.note(name, plan)
 		l.noteRollout(name, roll, step)
@@ -218,7 +217,7 @@ func (l *loop) decide(name string, now time.Time) (d decision, ok bool) {
 	for _, p := range d.deletes {
 		l.book(p, claim{})
 	}
-	return d, d.any()
+	return d
 }
 
 // noteRollout remembers what else moves a rollout on.

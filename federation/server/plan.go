@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"maps"
 	"slices"
 
 	"google.golang.org/protobuf/proto"
@@ -153,6 +154,10 @@ func (s *Server) planCluster(ctx context.Context, cc *portolanv1.ClusterChange) 
 }
 
 func (s *Server) whatIf(ctx context.Context, what api.WhatIf) (*portolanv1.PlanResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
 	var resp *portolanv1.PlanResponse
 	rev, err := s.cfg.Store.View(ctx, func(r store.Reader) error {
 		var err error
@@ -162,9 +167,34 @@ func (s *Server) whatIf(ctx context.Context, what api.WhatIf) (*portolanv1.PlanR
 	if err != nil {
 		return nil, err
 	}
+	if !c.fleet {
+		c.withoutForeign(resp)
+	}
 	resp.Revision = rev
 	resp.Token, err = planToken(resp)
 	return resp, err
+}
+
+// withoutForeign leaves of a plan what the caller may read. Of the workloads of other
+// tenants it shows only how many replicas they would lose in each cluster.
+func (c *caller) withoutForeign(p *portolanv1.PlanResponse) {
+	p.Workloads = slices.DeleteFunc(p.Workloads, func(w *portolanv1.WorkloadPlan) bool { return !c.owns(api.TenantOf(w.GetWorkload())) })
+	p.CostBeforeMicros, p.CostAfterMicros = 0, 0
+	for _, w := range p.GetWorkloads() {
+		p.CostBeforeMicros += w.GetCostBeforeMicros()
+		p.CostAfterMicros += w.GetCostAfterMicros()
+		foreign := map[string]int32{}
+		w.Displaced = slices.DeleteFunc(w.Displaced, func(d *portolanv1.Displaced) bool {
+			if c.owns(api.TenantOf(d.GetWorkload())) {
+				return false
+			}
+			foreign[d.GetCluster()] += d.GetReplicas()
+			return true
+		})
+		for _, cluster := range slices.Sorted(maps.Keys(foreign)) {
+			w.Displaced = append(w.Displaced, &portolanv1.Displaced{Cluster: cluster, Replicas: foreign[cluster]})
+		}
+	}
 }
 
 // planToken names what a plan does, not when it was made: two plans with one token

@@ -4228,7 +4228,8 @@ func (x *ClusterChange) GetCluster() *Cluster {
 type PlanResponse struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Workloads []*WorkloadPlan        `protobuf:"bytes,1,rep,name=workloads,proto3" json:"workloads,omitempty"`
-	// Micro-units of currency per hour, over all workloads of the answer.
+	// Micro-units of currency per hour, over all workloads of the answer. Workloads
+	// that the caller may not read are left out.
 	CostBeforeMicros int64 `protobuf:"varint,2,opt,name=cost_before_micros,json=costBeforeMicros,proto3" json:"cost_before_micros,omitempty"`
 	CostAfterMicros  int64 `protobuf:"varint,3,opt,name=cost_after_micros,json=costAfterMicros,proto3" json:"cost_after_micros,omitempty"`
 	// Revision that it was worked out on.
@@ -4424,10 +4425,11 @@ func (x *WorkloadPlan) GetDisplaced() []*Displaced {
 }
 
 type Displaced struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Workload      string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
-	Cluster       string                 `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Replicas      int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty for all workloads that the caller may not read, together.
+	Workload      string `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	Cluster       string `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Replicas      int32  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

@@ -237,9 +237,9 @@ func (x *cell) priceOf(n int) int64 {
 	return x.price
 }
 
-// free is what the workload's capacity type may use.
+// free is what the workload's capacity type may use; a daemon is on every node.
 func (d *decision) free(x *cell) api.Resources {
-	switch d.plain.GetCapacity() {
+	switch CapacityOf(d.w.Spec) {
 	case portolanv1.CapacityType_CAPACITY_TYPE_SPOT_ONLY:
 		return x.Spot
 	case portolanv1.CapacityType_CAPACITY_TYPE_SPOT_PREFERRED:

@@ -188,7 +188,8 @@ type Displaced struct {
 // Plan is the decision.
 type Plan struct {
 	// Desired replicas of each revision over the fleet, and how many of them no
-	// cluster could take; of a workload that scales by itself, of its maximum.
+	// cluster could take; of a workload that scales by itself, of its maximum. Of a
+	// daemon they are clusters: that are to have it, and that have no room.
 	Desired, Unplaced int
 	// FailoverUnplaced replicas of lost clusters could not be placed elsewhere.
 	FailoverUnplaced int

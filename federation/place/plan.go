@@ -43,7 +43,7 @@ func (d *decision) verdict(x *cell, reasons []Reason) Verdict {
 		v.Score = -x.latency
 	}
 	v.Feasible = !x.barred && (x.n+x.extra > 0 || x.room > 0)
-	if !v.Feasible || d.missing > 0 {
+	if !v.Feasible || d.missing > 0 && !d.isDaemon() {
 		v.Remedies = d.remedies(x)
 	}
 	return v

@@ -211,6 +211,8 @@ type Plan struct {
 	Reasons []Reason
 	// Frozen: everything looks dead, so the plan is what was there before.
 	Frozen bool
+	// Scored is what scores measure: OBJECTIVE_LATENCY or OBJECTIVE_COST.
+	Scored portolanv1.Objective
 	// Again is when time alone may change the decision; zero when it cannot.
 	Again time.Time
 }

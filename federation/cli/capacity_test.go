@@ -72,14 +72,35 @@ func (fakeFleet) ListPlacements(_ context.Context, req *portolanv1.ListPlacement
 	return out, nil
 }
 
-func (fakeFleet) ExplainWorkload(context.Context, *portolanv1.ExplainWorkloadRequest) (*portolanv1.ExplainWorkloadResponse, error) {
+func (fakeFleet) ExplainWorkload(_ context.Context, req *portolanv1.ExplainWorkloadRequest) (*portolanv1.ExplainWorkloadResponse, error) {
+	switch last(req.GetName()) {
+	case "near":
+		return &portolanv1.ExplainWorkloadResponse{
+			DesiredReplicas: 4, FailoverUnplacedReplicas: 2, ScoreOf: portolanv1.Objective_OBJECTIVE_LATENCY,
+			Clusters: []*portolanv1.ClusterVerdict{{Cluster: "eu", Feasible: true, Replicas: 4, Score: -12500, Reasons: []*portolanv1.Reason{{Code: "overflow", Message: "fallback group away takes what earlier groups have no room for", Count: 4}}}},
+			Reasons: []*portolanv1.Reason{
+				{Code: "min-groups", Message: "the spread asks for 3 regions, 2 can be used"},
+				{Code: "failover", Message: "not every replica of the lost clusters found room elsewhere", Count: 2},
+				{Code: "displaces", Message: "3 replicas of lower priority make room", Count: 3},
+			},
+		}, nil
+	case "agent":
+		return &portolanv1.ExplainWorkloadResponse{
+			DesiredReplicas: 2, UnplacedReplicas: 1, Kind: portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON, ScoreOf: portolanv1.Objective_OBJECTIVE_COST,
+			Clusters: []*portolanv1.ClusterVerdict{
+				{Cluster: "eu", Feasible: true, Reasons: []*portolanv1.Reason{{Code: "chosen", Message: "one replica on each eligible node"}}},
+				{Cluster: "us", Reasons: []*portolanv1.Reason{{Code: "capacity", Message: "one replica on each node would need 200m CPU more than is free"}}, Remedies: []*portolanv1.Reason{{Message: "free 200m CPU"}}},
+			},
+			Reasons: []*portolanv1.Reason{{Code: "capacity", Message: "1 of 2 clusters have no room for one replica on each node", Count: 1}},
+		}, nil
+	}
 	amount := func(milli, mib int64) *portolanv1.ReplicaResources {
 		return &portolanv1.ReplicaResources{CpuMilli: milli, MemoryBytes: mib << 20}
 	}
 	return &portolanv1.ExplainWorkloadResponse{
-		DesiredReplicas: 5, UnplacedReplicas: 1,
+		DesiredReplicas: 5, UnplacedReplicas: 1, ScoreOf: portolanv1.Objective_OBJECTIVE_COST,
 		Clusters: []*portolanv1.ClusterVerdict{
-			{Cluster: "clusters/eu", Feasible: true, Replicas: 4, Reasons: []*portolanv1.Reason{{Code: "kept", Message: "4 replicas were here before"}}},
+			{Cluster: "clusters/eu", Feasible: true, Replicas: 4, Score: -48500, Reasons: []*portolanv1.Reason{{Code: "kept", Message: "4 replicas were here before", Count: 4}}},
 			{Cluster: "clusters/us", Reasons: []*portolanv1.Reason{{Code: "lost", Message: "the cluster is silent"}}, Remedies: []*portolanv1.Reason{{Code: "lost", Message: "connect the cluster again"}}},
 		},
 		Nodes: []*portolanv1.NodeVerdict{{

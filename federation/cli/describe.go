@@ -3,7 +3,9 @@ package cli
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sort"
+	"strconv"
 	"strings"
 	"time"
 
@@ -353,21 +355,19 @@ func (a *app) explainCommand() *cobra.Command {
 }
 
 func (a *app) explain(name string, r *portolanv1.ExplainWorkloadResponse) {
-	a.printf("%s wants %d replicas", short(name), r.GetDesiredReplicas())
+	a.printf("%s wants %s", short(name), wanted(r))
 	if r.GetUnplacedReplicas() > 0 {
 		a.printf("; %d without a place", r.GetUnplacedReplicas())
 	}
-	a.printf("\n\n")
-	t := newTable("CLUSTER", "POSSIBLE", "REPLICAS", "SCORE")
-	for _, c := range r.GetClusters() {
-		possible := "no"
-		if c.GetFeasible() {
-			possible = "yes"
-		}
-		t.add(last(c.GetCluster()), possible, fmt.Sprint(c.GetReplicas()), fmt.Sprint(c.GetScore()))
+	if r.GetFailoverUnplacedReplicas() > 0 {
+		a.printf("; %d of lost clusters without another", r.GetFailoverUnplacedReplicas())
 	}
-	a.print(t)
+	a.printf("\n\n")
+	a.verdicts(r)
 	a.printf("\nWhy:\n")
+	for _, m := range r.GetReasons() {
+		a.printf("  %s\n", reasonsText([]*portolanv1.Reason{m}))
+	}
 	for _, c := range r.GetClusters() {
 		a.printf("  %s: %s\n", last(c.GetCluster()), orDash(reasonsText(c.GetReasons())))
 		if len(c.GetRemedies()) > 0 && !c.GetFeasible() {
@@ -393,6 +393,39 @@ func (a *app) explain(name string, r *portolanv1.ExplainWorkloadResponse) {
 		}
 	}
 	a.requests(r.GetRequests())
+}
+
+// wanted is how many replicas there are to be; of a daemon, in how many clusters.
+func wanted(r *portolanv1.ExplainWorkloadResponse) string {
+	if r.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
+		return fmt.Sprintf("to be in %d clusters", r.GetDesiredReplicas())
+	}
+	return fmt.Sprintf("%d replicas", r.GetDesiredReplicas())
+}
+
+// verdicts is the table of clusters, with what they were compared by: scores grow
+// with what is better, so that they are prices and times below zero.
+func (a *app) verdicts(r *portolanv1.ExplainWorkloadResponse) {
+	heads, by := []string{"CLUSTER", "POSSIBLE", "REPLICAS"}, func(int64) string { return "" }
+	plain := func(f float64) string { return strconv.FormatFloat(f, 'f', -1, 64) }
+	switch scored := slices.ContainsFunc(r.GetClusters(), func(c *portolanv1.ClusterVerdict) bool { return c.GetScore() != 0 }); {
+	case !scored: // there are no prices
+	case r.GetScoreOf() == portolanv1.Objective_OBJECTIVE_COST:
+		heads, by = append(heads, "PER REPLICA-HOUR"), func(micros int64) string { return plain(float64(micros) / 1e6) }
+	case r.GetScoreOf() == portolanv1.Objective_OBJECTIVE_LATENCY:
+		heads, by = append(heads, "LATENCY"), func(micros int64) string { return plain(float64(micros)/1000) + "ms" }
+	default: // from a server that does not say
+	}
+	t := newTable(heads...)
+	for _, c := range r.GetClusters() {
+		possible := "no"
+		if c.GetFeasible() {
+			possible = "yes"
+		}
+		row := []string{last(c.GetCluster()), possible, fmt.Sprint(c.GetReplicas()), by(-c.GetScore())}
+		t.add(row[:len(heads)]...)
+	}
+	a.print(t)
 }
 
 // requests says what replicas should request by what they used.

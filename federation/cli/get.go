@@ -293,7 +293,8 @@ func reasonsText(rs []*portolanv1.Reason) string {
 		if s == "" {
 			s = r.GetCode()
 		}
-		if r.GetCount() > 1 {
+		// Most sentences begin with their number.
+		if r.GetCount() > 1 && !strings.HasPrefix(s, fmt.Sprintf("%d ", r.GetCount())) {
 			s = fmt.Sprintf("%s (%d)", s, r.GetCount())
 		}
 		out = append(out, s)

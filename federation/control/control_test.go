@@ -491,6 +491,9 @@ func TestExplain(t *testing.T) {
 			if got.GetDesiredReplicas() != 20 || got.GetUnplacedReplicas() != 11 || len(got.GetClusters()) != 2 || got.GetClusters()[0].GetReplicas() != 8 || len(got.GetClusters()[1].GetReasons()) == 0 {
 				t.Errorf("got %v", got)
 			}
+			if rs := got.GetReasons(); len(rs) != 1 || rs[0].GetCode() != place.Capacity || rs[0].GetCount() != 11 || got.GetScoreOf() != portolanv1.Objective_OBJECTIVE_COST {
+				t.Errorf("about no single cluster it says %v, scores are of %v", rs, got.GetScoreOf())
+			}
 			w.Spec.Containers[0].Limits.Cpu = "lots"
 			_, err = c.Explain(rd, w)
 			if api.KindOf(err) != api.Invalid {

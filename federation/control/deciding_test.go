@@ -4,6 +4,8 @@ import (
 	"errors"
 	"testing"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
 	"github.com/portolan-io/portolan/federation/store"
@@ -35,6 +37,29 @@ func TestDisplacement(t *testing.T) {
 		r.want("the displaced go elsewhere", "equal@us v1×1, high@eu v1×3, low@eu v1×1, low@us v1×3, polite@us v1×1")
 		r.workload("top", "v1", important(20, 6))
 		r.want("a chain: who is displaced displaces", "equal@us v1×1, high@eu v1×3, low@us v1×1, polite@us v1×1, top@eu v1×1, top@us v1×5")
+	})
+}
+
+// TestDisplacementEverywhere: a daemon and replicas that every cluster has make room
+// in each.
+func TestDisplacementEverywhere(t *testing.T) {
+	run(t, func(r *rig) {
+		r.start("one", r.s)
+		r.cluster("eu", "eu", 4)
+		r.cluster("us", "us", 4)
+		r.workload("low", "v1", important(0, 8))
+		agent := important(0, 1)
+		agent.Kind = portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON
+		r.workload("agent", "v1", agent)
+		r.want("equals wait", "low@eu v1×4, low@us v1×4")
+		agent = proto.CloneOf(agent)
+		agent.Priority = 10
+		r.workload("agent", "v1", agent) // on two nodes
+		r.want("it takes two in each", "agent@eu v1×0, agent@us v1×0, low@eu v1×2, low@us v1×2")
+		all := important(5, 1)
+		all.Placement.Division = portolanv1.Division_DIVISION_DUPLICATED
+		r.workload("all", "v1", all)
+		r.want("they take one in each", "agent@eu v1×0, agent@us v1×0, all@eu v1×1, all@us v1×1, low@eu v1×1, low@us v1×1")
 	})
 }
 

@@ -458,6 +458,7 @@ func (c *Control) Explain(r store.Reader, w *portolanv1.Workload) (*portolanv1.E
 	}
 	out := &portolanv1.ExplainWorkloadResponse{
 		DesiredReplicas: int32(plan.Desired), UnplacedReplicas: int32(plan.Unplaced), Revision: r.Revision(),
+		FailoverUnplacedReplicas: int32(plan.FailoverUnplaced), Reasons: reasonsOf(plan.Reasons), Kind: w.GetSpec().GetKind(), ScoreOf: plan.Scored,
 	}
 	for _, v := range plan.Verdicts {
 		out.Clusters = append(out.Clusters, &portolanv1.ClusterVerdict{

@@ -134,7 +134,7 @@ func (a *all) book(i int, sign int64) {
 func (a *all) bookOne(i int, cluster string, r api.Resources) {
 	it := &a.items[i]
 	if c, ok := a.index[cluster]; ok {
-		a.pots[c].Book(it.Workload.Spec.GetPlacement().GetCapacity(), r)
+		a.pots[c].Book(CapacityOf(it.Workload.Spec), r)
 	}
 	a.fair.Use(it.Tenant, r)
 }
@@ -202,7 +202,7 @@ func (a *all) fillLower(i int) bool {
 		for _, o := range a.holders[c] {
 			other := &a.items[o]
 			low := a.priority(int(o)) < a.priority(i) || plant.displacesEquals && a.priority(int(o)) <= a.priority(i)
-			if !low || int(o) == i || class(other.Workload.Spec.GetPlacement().GetCapacity()) != class(a.items[i].Workload.Spec.GetPlacement().GetCapacity()) {
+			if !low || int(o) == i || !makesRoom(other, &a.items[i]) {
 				continue
 			}
 			for _, h := range a.held[o] {
@@ -213,6 +213,12 @@ func (a *all) fillLower(i int) bool {
 		}
 	}
 	return some
+}
+
+// makesRoom says whether what a claim leaves is of use to another: it lies on nodes
+// of the same kind. A daemon's are all.
+func makesRoom(of, to *Item) bool {
+	return isDaemon(to.Workload.Spec) || class(CapacityOf(of.Workload.Spec)) == class(CapacityOf(to.Workload.Spec))
 }
 
 // cut takes from a victim what it loses.

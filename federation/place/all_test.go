@@ -131,6 +131,9 @@ func drawWorld(t *rapid.T) World {
 		if oneIn(t, 6, "affinity") {
 			p.Affinity = []*portolanv1.WorkloadSpec_ClusterAffinity{{Workload: "w0", Anti: rapid.Bool().Draw(t, "anti")}}
 		}
+		if !p.GetExclusive() && oneIn(t, 8, "daemon") {
+			it.Workload.Spec.Kind = portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON
+		}
 		w.Workloads = append(w.Workloads, it)
 	}
 	return w
@@ -149,7 +152,7 @@ func checkWorld(t *rapid.T, w World, plans []Plan) {
 	}
 	for i, p := range plans {
 		for _, a := range p.Assignments {
-			pots[a.Cluster].Book(w.Workloads[i].Workload.Spec.GetPlacement().GetCapacity(), a.Claim)
+			pots[a.Cluster].Book(CapacityOf(w.Workloads[i].Workload.Spec), a.Claim)
 		}
 		for _, v := range p.Displaced {
 			me, victim := w.Workloads[i].Workload.Spec, byName[v.Workload].Workload.Spec

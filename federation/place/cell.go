@@ -158,7 +158,7 @@ func (d *decision) judges() {
 		d.price(x)
 		x.room = d.roomIn(x)
 		if d.order == byFree {
-			x.weight = int64(x.room)
+			x.weight = d.weightByFree(x)
 		}
 	}
 }
@@ -237,9 +237,9 @@ func (x *cell) priceOf(n int) int64 {
 	return x.price
 }
 
-// free is what the workload's capacity type may use.
+// free is what the workload's capacity type may use; a daemon is on every node.
 func (d *decision) free(x *cell) api.Resources {
-	switch d.plain.GetCapacity() {
+	switch CapacityOf(d.w.Spec) {
 	case portolanv1.CapacityType_CAPACITY_TYPE_SPOT_ONLY:
 		return x.Spot
 	case portolanv1.CapacityType_CAPACITY_TYPE_SPOT_PREFERRED:
@@ -302,6 +302,15 @@ func (d *decision) freeFor(x *cell) api.Resources {
 		}
 	}
 	return f
+}
+
+// weightByFree is how many units fit into what is free, whatever is wanted: bounded
+// by that, clusters of every size that could hold all would weigh the same.
+func (d *decision) weightByFree(x *cell) int64 {
+	if x.barred {
+		return 0
+	}
+	return int64(min(fit(x.unit, x.surge, d.free(x), math.MaxInt32), d.devices(x, math.MaxInt32)))
 }
 
 // group finds the groups of every spread, and each cell's place in them.

@@ -6,7 +6,6 @@ import (
 	"slices"
 
 	"github.com/portolan-io/portolan/federation/api"
-	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
 // lower are the claims in a cluster that this workload may displace, the first
@@ -54,6 +53,32 @@ func (d *decision) displace() {
 	d.roomFromLower = false
 }
 
+// displaceEach does the same for what every cluster is to have by itself, a daemon or
+// all replicas: one makes no room for another, so that only the order within each
+// counts.
+func (d *decision) displaceEach() {
+	if d.missing == 0 {
+		return
+	}
+	d.roomFromLower, d.level = true, math.MaxInt
+	for i := range d.cells {
+		x := &d.cells[i]
+		if x.barred || x.closed || len(x.Lower) == 0 {
+			continue
+		}
+		want := d.want
+		if d.isDaemon() {
+			want = 1
+		}
+		if n := min(want, d.roomIn(x)); n > x.n {
+			d.missing -= n - x.n
+			x.n, x.room = n, max(x.room, n)
+			d.victims(x)
+		}
+	}
+	d.roomFromLower = false
+}
+
 // levels are the priorities that may be displaced, the lowest first: a higher one
 // loses nothing while a lower one anywhere could.
 func (d *decision) levels() []int {
@@ -84,6 +109,9 @@ func (d *decision) spreadOver(room []int) {
 // displaces nobody.
 func (d *decision) victims(x *cell) {
 	claim := x.claim(x.n)
+	if d.isDaemon() {
+		claim = d.daemonClaim(x)
+	}
 	if claim.Fits(x.Previous.Claim) {
 		return
 	}
@@ -123,7 +151,7 @@ func replicasFor(need api.Resources, l Claimant) int {
 func (w Workload) Claimant(name string, c *Cluster, p Previous) (l Claimant, ok bool) {
 	d := newUnits(w.Spec)
 	n := (p.Declared + p.Failover) / d.perUnit
-	if n <= 0 || p.Claim == (api.Resources{}) || len(w.Spec.GetVolumes()) > 0 || w.Spec.GetPlacement().GetExclusive() || w.Spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
+	if n <= 0 || p.Claim == (api.Resources{}) || len(w.Spec.GetVolumes()) > 0 || w.Spec.GetPlacement().GetExclusive() || isDaemon(w.Spec) {
 		return Claimant{}, false
 	}
 	l = Claimant{Workload: name, Priority: int(w.Spec.GetPriority()), Replicas: n, Claim: p.Claim, per: d.perUnit}

@@ -21,6 +21,8 @@ func (d *decision) report() {
 	}
 	if d.missing > 0 && d.plain.GetExclusive() && d.leaves() {
 		d.reasons = append(d.reasons, Reason{Code: Leaving, Message: "it begins elsewhere when its cluster is known to have stopped it"})
+	} else if d.missing > 0 && d.isDaemon() {
+		d.reasons = append(d.reasons, Reason{Code: Capacity, Message: fmt.Sprintf("%d of %d clusters have no room for one replica on each node", d.missing, d.desired), Count: d.missing})
 	} else if d.missing > 0 {
 		d.reasons = append(d.reasons, Reason{Code: Capacity, Message: "not every replica found a cluster", Count: d.missing * d.perUnit})
 	}
@@ -143,7 +145,7 @@ func (d *decision) explain(x *cell) []Reason {
 		if x.n > 0 {
 			note(Chosen, 0, "one replica on each eligible node")
 		}
-		return out
+		return d.explainDisplaced(x, out)
 	}
 	if kept := min(x.had, x.n) * d.perUnit; kept > 0 {
 		note(Kept, kept, d.phrase(kept, " replicas were here before", ""))
@@ -166,12 +168,14 @@ func (d *decision) explainLimit(x *cell, out []Reason) []Reason {
 	if x.n+x.extra > 0 && len(d.displaced) == 0 && !x.claim(x.n+x.extra).Fits(d.free(x)) {
 		return append(out, Reason{Code: OverCapacity, Message: "holds more than is free now; nothing is moved for that"})
 	}
-	for _, v := range d.displaced {
-		if v.Cluster == x.ID {
-			out = append(out, Reason{Code: Displaces, Message: strconv.Itoa(v.Replicas) + " replicas of " + v.Workload + " make room", Count: v.Replicas})
+	if d.isDaemon() {
+		if d.has(x) {
+			out = append(out, Reason{Code: Capacity, Message: d.lacks(x)})
 		}
+		return out
 	}
-	if x.n > 0 && d.missing == 0 || x.closed || len(out) > before && d.missing == 0 {
+	out = d.explainDisplaced(x, out)
+	if x.n > 0 && d.missing == 0 || x.n >= d.want && d.duplicated() && d.want > 0 || x.closed || len(out) > before && d.missing == 0 {
 		return out
 	}
 	add := func(code, message string) []Reason { return append(out, Reason{Code: code, Message: message}) }
@@ -188,6 +192,21 @@ func (d *decision) explainLimit(x *cell, out []Reason) []Reason {
 		return add(Spread, "one more here would break "+d.broken(x))
 	}
 	return add(NotNeeded, d.phrase(0, "has room, but ", d.because()))
+}
+
+// explainDisplaced says what makes room in a cluster, but not whose it is: that may
+// be another tenant's.
+func (d *decision) explainDisplaced(x *cell, out []Reason) []Reason {
+	n := 0
+	for _, v := range d.displaced {
+		if v.Cluster == x.ID {
+			n += v.Replicas
+		}
+	}
+	if n == 0 {
+		return out
+	}
+	return append(out, Reason{Code: Displaces, Message: strconv.Itoa(n) + " replicas of lower priority make room", Count: n})
 }
 
 // reserve gives room for some reasons, out of one piece for many clusters.
@@ -260,11 +279,15 @@ func (d *decision) lacks(x *cell) string {
 		}
 		return "as many as are wanted"
 	}
-	return "one more would need " + strings.Join(parts, " and ") + " more than is free" + d.capacityName()
+	more := "one more would need "
+	if d.isDaemon() {
+		more = "one replica on each node would need "
+	}
+	return more + strings.Join(parts, " and ") + " more than is free" + d.capacityName()
 }
 
 func (d *decision) capacityName() string {
-	if d.plain.GetCapacity() == portolanv1.CapacityType_CAPACITY_TYPE_SPOT_ONLY {
+	if CapacityOf(d.w.Spec) == portolanv1.CapacityType_CAPACITY_TYPE_SPOT_ONLY {
 		return " on spot nodes"
 	}
 	return ""

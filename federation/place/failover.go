@@ -14,9 +14,11 @@ func (d *decision) decide() {
 		d.freeze()
 	case d.isDaemon():
 		d.daemon()
+		d.displaceEach()
 	case d.duplicated():
 		d.keepLost()
 		d.duplicate()
+		d.displaceEach()
 	case d.plain.GetExclusive():
 		d.exclusive()
 	default:
@@ -79,7 +81,7 @@ func (d *decision) duplicate() {
 	d.desired = 0
 	for i := range d.cells {
 		x := &d.cells[i]
-		if x.barred || x.closed && !x.Previous.Present {
+		if !d.has(x) {
 			continue
 		}
 		want := d.want

@@ -271,20 +271,26 @@ func (d *decision) judgeState(x *cell) {
 	}
 }
 
-func (d *decision) isDaemon() bool {
-	return d.w.Spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON
+func isDaemon(spec *portolanv1.WorkloadSpec) bool {
+	return spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON
 }
 
-// daemon runs on every cluster that may have it.
+func (d *decision) isDaemon() bool { return isDaemon(d.w.Spec) }
+
+// daemon runs on every cluster that may have it. Its unit is a cluster.
 func (d *decision) daemon() {
 	d.desired = 0
 	for i := range d.cells {
-		x := &d.cells[i]
-		if !x.barred && x.room > 0 && (!x.closed || x.Previous.Present) {
-			x.n = 1
+		if x := &d.cells[i]; d.has(x) {
+			x.n = min(1, x.room)
+			d.desired++
+			d.missing += 1 - x.n
 		}
 	}
 }
+
+// has says whether a cluster is to have by itself what every cluster is to.
+func (d *decision) has(x *cell) bool { return !x.barred && (!x.closed || x.Previous.Present) }
 
 // daemonClaim is one replica of each revision on every node.
 func (d *decision) daemonClaim(x *cell) api.Resources { return x.unit.Times(int64(x.Nodes)) }
@@ -293,7 +299,7 @@ func (d *decision) daemonClaim(x *cell) api.Resources { return x.unit.Times(int6
 // size is already held.
 func (d *decision) daemonRoom(x *cell) int {
 	c := d.daemonClaim(x)
-	if c.Fits(d.free(x)) || x.Previous.Present && c.Fits(x.Previous.Claim) {
+	if c.Fits(d.freeFor(x)) || x.Previous.Present && c.Fits(x.Previous.Claim) {
 		return 1
 	}
 	return 0

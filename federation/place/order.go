@@ -60,8 +60,12 @@ func (d *decision) because() string {
 	}
 }
 
-func (d *decision) duplicated() bool {
-	return d.plain.GetDivision() == portolanv1.Division_DIVISION_DUPLICATED && !isJob(d.w.Spec) && !d.plain.GetExclusive()
+func (d *decision) duplicated() bool { return duplicated(d.w.Spec) }
+
+// duplicated says whether every cluster has all replicas.
+func duplicated(spec *portolanv1.WorkloadSpec) bool {
+	p := spec.GetPlacement()
+	return p.GetDivision() == portolanv1.Division_DIVISION_DUPLICATED && !isJob(spec) && !p.GetExclusive()
 }
 
 // Fields of a key. Units number at most 100,000, so 20 bits hold a count.

@@ -188,7 +188,8 @@ type Displaced struct {
 // Plan is the decision.
 type Plan struct {
 	// Desired replicas of each revision over the fleet, and how many of them no
-	// cluster could take; of a workload that scales by itself, of its maximum.
+	// cluster could take; of a workload that scales by itself, of its maximum. Of a
+	// daemon they are clusters: that are to have it, and that have no room.
 	Desired, Unplaced int
 	// FailoverUnplaced replicas of lost clusters could not be placed elsewhere.
 	FailoverUnplaced int
@@ -210,6 +211,8 @@ type Plan struct {
 	Reasons []Reason
 	// Frozen: everything looks dead, so the plan is what was there before.
 	Frozen bool
+	// Scored is what scores measure: OBJECTIVE_LATENCY or OBJECTIVE_COST.
+	Scored portolanv1.Objective
 	// Again is when time alone may change the decision; zero when it cannot.
 	Again time.Time
 }

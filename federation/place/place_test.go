@@ -87,6 +87,9 @@ func (wd *world) cluster(t *testing.T, d *datadriven.TestData) {
 		if len(a.Vals) > 0 {
 			v = a.Vals[0]
 		}
+		if v == "none" {
+			a.Vals = nil
+		}
 		var err error
 		switch a.Key {
 		case "region":
@@ -122,6 +125,7 @@ func (wd *world) cluster(t *testing.T, d *datadriven.TestData) {
 			n, _ := strconv.Atoi(v)
 			c.Pools = append(c.Pools, &portolanv1.PoolStatus{Devices: map[string]int32{"gpu/A100": int32(n)}})
 		case "lower":
+			c.Lower = nil
 			for _, l := range a.Vals {
 				f := strings.Split(l, ":")
 				priority, _ := strconv.Atoi(f[1])

@@ -2,6 +2,7 @@ package place
 
 import (
 	"github.com/portolan-io/portolan/federation/api"
+	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
 // plan turns the state into the answer.
@@ -9,6 +10,10 @@ func (d *decision) plan() Plan {
 	p := Plan{
 		Desired: d.desired * d.perUnit, Unplaced: d.missing * d.perUnit, FailoverUnplaced: d.extraMissing * d.perUnit,
 		Basis: d.basis, Reasons: d.reasons, Frozen: d.frozen, Again: d.again, Displaced: d.displaced,
+	}
+	p.Scored = portolanv1.Objective_OBJECTIVE_COST
+	if d.order == byLatency {
+		p.Scored = portolanv1.Objective_OBJECTIVE_LATENCY
 	}
 	bounds := d.divide()
 	if !d.s.Brief {
@@ -43,7 +48,7 @@ func (d *decision) verdict(x *cell, reasons []Reason) Verdict {
 		v.Score = -x.latency
 	}
 	v.Feasible = !x.barred && (x.n+x.extra > 0 || x.room > 0)
-	if !v.Feasible || d.missing > 0 {
+	if !v.Feasible || d.missing > 0 && !d.isDaemon() {
 		v.Remedies = d.remedies(x)
 	}
 	return v

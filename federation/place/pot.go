@@ -44,6 +44,15 @@ func (p *Pot) Free() (onDemand, spot api.Resources) {
 	return minus(p.OnDemand, p.claims[0].Add(minus(p.claims[1], onSpot))), minus(spot, onSpot)
 }
 
+// CapacityOf is on what nodes the claims of a workload lie: a daemon's on every
+// node, spot or not, whatever its placement says.
+func CapacityOf(spec *portolanv1.WorkloadSpec) portolanv1.CapacityType {
+	if spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
+		return portolanv1.CapacityType_CAPACITY_TYPE_SPOT_PREFERRED
+	}
+	return spec.GetPlacement().GetCapacity()
+}
+
 func class(t portolanv1.CapacityType) int {
 	switch t {
 	case portolanv1.CapacityType_CAPACITY_TYPE_SPOT_PREFERRED:

@@ -404,6 +404,9 @@ func (k *checker) checkInvariants() {
 }
 
 func (k *checker) free(c Cluster) api.Resources {
+	if k.daemon() { // on every node
+		return c.Free.Add(c.Spot)
+	}
 	switch k.spec.GetPlacement().GetCapacity() {
 	case portolanv1.CapacityType_CAPACITY_TYPE_SPOT_ONLY:
 		return c.Spot
@@ -454,6 +457,9 @@ func (k *checker) checkExclusive(running int) {
 // of a scaled workload add up.
 func (k *checker) checkCounts() {
 	if k.daemon() {
+		if n := len(k.p.Assignments); n+k.p.Unplaced != k.p.Desired || k.p.Unplaced < 0 {
+			k.Errorf("%d clusters have it and %d have no room, of %d", n, k.p.Unplaced, k.p.Desired)
+		}
 		return
 	}
 	declared, extra, owed, hadExtra, low := 0, 0, 0, 0, 0
@@ -560,7 +566,8 @@ func TestRemedies(t *testing.T) {
 			back = back || p.says(MinGroups) && !after.says(MinGroups) || slices.ContainsFunc(after.Verdicts, func(w Verdict) bool {
 				return w.Cluster != v.Cluster && w.Feasible && !p.feasible(w.Cluster)
 			})
-			if w := after.Verdicts[i]; !w.Feasible || p.Unplaced > 0 && !back && after.Unplaced >= p.Unplaced && after.declared(v.Cluster) <= p.declared(v.Cluster) {
+			placed := after.declared(v.Cluster) > p.declared(v.Cluster) || isDaemon(s.Workload.Spec) && after.feasible(v.Cluster)
+			if w := after.Verdicts[i]; !w.Feasible || p.Unplaced > 0 && !back && after.Unplaced >= p.Unplaced && !placed {
 				t.Errorf("%s: after %+v it has %d of %d before, %d are unplaced of %d: %+v", v.Cluster, v.Remedies, w.Replicas, v.Replicas, after.Unplaced, p.Unplaced, w.Reasons)
 			}
 		}

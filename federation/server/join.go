@@ -13,6 +13,7 @@ import (
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/place"
 	"github.com/portolan-io/portolan/federation/store"
 )
 
@@ -129,7 +130,9 @@ func (j *joiner) workload(w *portolanv1.Workload) error {
 	}
 	st := &portolanv1.WorkloadStatus{CurrentRevision: w.GetStatus().GetCurrentRevision()}
 	tally, carried := revisionTally{}, len(j.placements[w.GetName()]) > 0
+	var specs []*portolanv1.PlacementSpec
 	for _, p := range j.placements[w.GetName()] {
+		specs = append(specs, p.GetSpec())
 		said := j.statusOf(p)
 		carried = carried && said != nil
 		sum := &portolanv1.PlacementSummary{Cluster: lastID(p.GetName())}
@@ -150,8 +153,12 @@ func (j *joiner) workload(w *portolanv1.Workload) error {
 		}
 		st.Placements = append(st.Placements, sum)
 	}
-	st.DesiredReplicas = desired(w, st.Replicas)
-	st.UnplacedReplicas = unplaced(w, tally.of(st.GetCurrentRevision()).placed)
+	tally.of(st.GetCurrentRevision()) // it is judged also when nobody has it
+	counts := place.Count(w.GetSpec(), st.GetCurrentRevision(), specs)
+	st.DesiredReplicas, st.UnplacedReplicas = int32(counts.Desired), int32(counts.Unplaced)
+	if w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
+		st.DesiredReplicas = st.Replicas
+	}
 	if carried && st.UnplacedReplicas == 0 {
 		st.ObservedGeneration = w.GetGeneration()
 	} else {
@@ -204,26 +211,6 @@ func (t revisionTally) of(revision string) *revisionCount {
 	return t[revision]
 }
 
-// desired is how many replicas there should be at a time; a daemon's number is
-// known only by those that have it.
-func desired(w *portolanv1.Workload, have int32) int32 {
-	switch w.GetSpec().GetKind() {
-	case portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON:
-		return have
-	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB:
-		return w.GetSpec().GetJob().GetParallelism()
-	default:
-		return w.GetSpec().GetReplicas()
-	}
-}
-
-func unplaced(w *portolanv1.Workload, placed int32) int32 {
-	if w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
-		return 0
-	}
-	return max(desired(w, 0)-placed, 0)
-}
-
 // workloadConditions judges the workload as a whole: each type stands once. What
 // single clusters say is with their placements.
 func workloadConditions(w *portolanv1.Workload, st *portolanv1.WorkloadStatus, tally revisionTally) []*portolanv1.Condition {
@@ -231,6 +218,9 @@ func workloadConditions(w *portolanv1.Workload, st *portolanv1.WorkloadStatus, t
 	if st.GetUnplacedReplicas() > 0 {
 		placed.Reason = "Unplaced"
 		placed.Message = fmt.Sprintf("%d of %d replicas have no cluster: explain says why", st.GetUnplacedReplicas(), st.GetDesiredReplicas())
+		if w.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_CRON {
+			placed.Message = "no cluster has it, so that it does not run: explain says why"
+		}
 	}
 	out := []*portolanv1.Condition{placed}
 	if w.GetSpec().GetKind() != portolanv1.WorkloadKind_WORKLOAD_KIND_JOB {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/api/storev1"
+	"github.com/portolan-io/portolan/federation/place"
 	"github.com/portolan-io/portolan/federation/store"
 )
 
@@ -123,5 +124,58 @@ func TestJobIsCompleteWhenEveryClusterSaysSo(t *testing.T) {
 	st.Placements[1].Conditions = []*portolanv1.Condition{cond("Complete", true, "2 of 2")}
 	if got := rollUp(&portolanv1.Workload{}, st); len(got) != 1 || !proto.Equal(got[0], cond("Complete", true, "eu: 2 of 2; us: 2 of 2")) {
 		t.Error(got)
+	}
+}
+
+// TestShortfallIsOfTheKind: what a workload lacks is counted as its kind is placed.
+func TestShortfallIsOfTheKind(t *testing.T) {
+	cases := []struct {
+		name             string
+		spec             func(*portolanv1.WorkloadSpec)
+		placed           []string
+		standsIn         int32
+		desired, lacking int32
+		says             string
+	}{
+		{"a cron in no cluster", func(s *portolanv1.WorkloadSpec) {
+			s.Kind, s.Replicas, s.Update = portolanv1.WorkloadKind_WORKLOAD_KIND_CRON, nil, nil
+			s.Job = &portolanv1.WorkloadSpec_JobSpec{Completions: 1, Parallelism: 1}
+			s.Cron = &portolanv1.WorkloadSpec_CronSpec{Schedule: "0 3 * * *"}
+		}, nil, 0, 0, 1, "no cluster has it"},
+		{"all in every cluster", func(s *portolanv1.WorkloadSpec) {
+			s.Placement = &portolanv1.WorkloadSpec_Placement{Division: portolanv1.Division_DIVISION_DUPLICATED}
+		}, []string{"r1=2", "r1=2"}, 0, 4, 0, "every replica"},
+		{"not all in one", func(s *portolanv1.WorkloadSpec) {
+			s.Placement = &portolanv1.WorkloadSpec_Placement{Division: portolanv1.Division_DIVISION_DUPLICATED}
+		}, []string{"r1=2", "r1=1"}, 0, 4, 1, "1 of 4"},
+		{"what stands in hides nothing", func(*portolanv1.WorkloadSpec) {}, []string{"r1=1", "r1=1"}, 1, 2, 1, "1 of 2"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			e := newEnv(t)
+			e.tenant("shop")
+			w := workload("shop", "web")
+			c.spec(w.Spec)
+			e.create("shop", w)
+			for i, decided := range c.placed {
+				name := fmt.Sprintf("c%d", i)
+				e.place(name, 1, decided, 1, "")
+				if full := "tenants/shop/workloads/web/placements/" + name; i == 1 && c.standsIn > 0 {
+					spec := &portolanv1.PlacementSpec{
+						Epoch: 1, Revisions: []*portolanv1.RevisionReplicas{{Revision: "r1", Replicas: c.standsIn}},
+						Reasons: []*portolanv1.Reason{{Code: place.Failover, Count: c.standsIn}},
+					}
+					e.put(store.Placement, full, &portolanv1.Placement{Name: full, Spec: spec})
+				}
+			}
+			got := must[*portolanv1.Workload](t)(e.workloads().GetWorkload(e.as("shop"), &portolanv1.GetWorkloadRequest{Name: "tenants/shop/workloads/web"})).GetStatus()
+			if got.GetDesiredReplicas() != c.desired || got.GetUnplacedReplicas() != c.lacking {
+				t.Errorf("%d of %d are unplaced, want %d of %d", got.GetUnplacedReplicas(), got.GetDesiredReplicas(), c.lacking, c.desired)
+			}
+			placed := got.GetConditions()[0]
+			if is := placed.GetState() == portolanv1.ConditionState_CONDITION_STATE_TRUE; is != (c.lacking == 0) || !strings.Contains(placed.GetMessage(), c.says) {
+				t.Error(placed)
+			}
+		})
 	}
 }

@@ -1359,7 +1359,9 @@ type WorkloadStatus struct {
 	Replicas        int32               `protobuf:"varint,5,opt,name=replicas,proto3" json:"replicas,omitempty"`
 	ReadyReplicas   int32               `protobuf:"varint,6,opt,name=ready_replicas,json=readyReplicas,proto3" json:"ready_replicas,omitempty"`
 	Placements      []*PlacementSummary `protobuf:"bytes,7,rep,name=placements,proto3" json:"placements,omitempty"`
-	// Replicas that no cluster could take, and why in conditions.
+	// Replicas that no cluster could take, and why in conditions. What stands in for
+	// a lost cluster does not count as placed. A cron desires nothing between its
+	// runs, and may have no cluster all the same.
 	UnplacedReplicas int32          `protobuf:"varint,8,opt,name=unplaced_replicas,json=unplacedReplicas,proto3" json:"unplaced_replicas,omitempty"`
 	Rollout          *RolloutStatus `protobuf:"bytes,9,opt,name=rollout,proto3" json:"rollout,omitempty"`
 	unknownFields    protoimpl.UnknownFields

@@ -4837,7 +4837,17 @@ type ExplainWorkloadResponse struct {
 	// Node-level verdicts of pending replicas, by cluster, read through.
 	Nodes []*NodeVerdict `protobuf:"bytes,5,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	// What its replicas should request by what they used, by cluster, read through.
-	Requests      []*RequestAdvice `protobuf:"bytes,6,rep,name=requests,proto3" json:"requests,omitempty"`
+	Requests []*RequestAdvice `protobuf:"bytes,6,rep,name=requests,proto3" json:"requests,omitempty"`
+	// Why that is about no single cluster: what is missing, waits, or makes room.
+	Reasons []*Reason `protobuf:"bytes,7,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	// Replicas of lost clusters that found no room elsewhere.
+	FailoverUnplacedReplicas int32 `protobuf:"varint,8,opt,name=failover_unplaced_replicas,json=failoverUnplacedReplicas,proto3" json:"failover_unplaced_replicas,omitempty"`
+	// Of a daemon the numbers count clusters, not replicas.
+	Kind WorkloadKind `protobuf:"varint,9,opt,name=kind,proto3,enum=portolan.v1.WorkloadKind" json:"kind,omitempty"`
+	// What scores measure: OBJECTIVE_LATENCY is the mean round trip, in microseconds;
+	// OBJECTIVE_COST the price of the next replica for an hour, in micro-units of
+	// currency.
+	ScoreOf       Objective `protobuf:"varint,10,opt,name=score_of,json=scoreOf,proto3,enum=portolan.v1.Objective" json:"score_of,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4912,6 +4922,34 @@ func (x *ExplainWorkloadResponse) GetRequests() []*RequestAdvice {
 		return x.Requests
 	}
 	return nil
+}
+
+func (x *ExplainWorkloadResponse) GetReasons() []*Reason {
+	if x != nil {
+		return x.Reasons
+	}
+	return nil
+}
+
+func (x *ExplainWorkloadResponse) GetFailoverUnplacedReplicas() int32 {
+	if x != nil {
+		return x.FailoverUnplacedReplicas
+	}
+	return 0
+}
+
+func (x *ExplainWorkloadResponse) GetKind() WorkloadKind {
+	if x != nil {
+		return x.Kind
+	}
+	return WorkloadKind_WORKLOAD_KIND_UNSPECIFIED
+}
+
+func (x *ExplainWorkloadResponse) GetScoreOf() Objective {
+	if x != nil {
+		return x.ScoreOf
+	}
+	return Objective_OBJECTIVE_UNSPECIFIED
 }
 
 // RequestAdvice is of one replica, all its containers together.
@@ -5059,8 +5097,9 @@ type ClusterVerdict struct {
 	Cluster  string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Feasible bool                   `protobuf:"varint,2,opt,name=feasible,proto3" json:"feasible,omitempty"`
 	Replicas int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`
-	Score    int64                  `protobuf:"varint,4,opt,name=score,proto3" json:"score,omitempty"`
-	Reasons  []*Reason              `protobuf:"bytes,5,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	// Higher is better: what score_of names, negative.
+	Score   int64     `protobuf:"varint,4,opt,name=score,proto3" json:"score,omitempty"`
+	Reasons []*Reason `protobuf:"bytes,5,rep,name=reasons,proto3" json:"reasons,omitempty"`
 	// The smallest changes that would make it fit, all of them together.
 	Remedies      []*Reason `protobuf:"bytes,6,rep,name=remedies,proto3" json:"remedies,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -7301,14 +7340,19 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x14reserved_cost_micros\x18\v \x01(\x03R\x12reservedCostMicros\x120\n" +
 	"\x14capacity_cost_micros\x18\f \x01(\x03R\x12capacityCostMicros\",\n" +
 	"\x16ExplainWorkloadRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\xae\x02\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\xfd\x03\n" +
 	"\x17ExplainWorkloadResponse\x127\n" +
 	"\bclusters\x18\x01 \x03(\v2\x1b.portolan.v1.ClusterVerdictR\bclusters\x12)\n" +
 	"\x10desired_replicas\x18\x02 \x01(\x05R\x0fdesiredReplicas\x12+\n" +
 	"\x11unplaced_replicas\x18\x03 \x01(\x05R\x10unplacedReplicas\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x03R\brevision\x12.\n" +
 	"\x05nodes\x18\x05 \x03(\v2\x18.portolan.v1.NodeVerdictR\x05nodes\x126\n" +
-	"\brequests\x18\x06 \x03(\v2\x1a.portolan.v1.RequestAdviceR\brequests\"\xb4\x02\n" +
+	"\brequests\x18\x06 \x03(\v2\x1a.portolan.v1.RequestAdviceR\brequests\x12-\n" +
+	"\areasons\x18\a \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12<\n" +
+	"\x1afailover_unplaced_replicas\x18\b \x01(\x05R\x18failoverUnplacedReplicas\x12-\n" +
+	"\x04kind\x18\t \x01(\x0e2\x19.portolan.v1.WorkloadKindR\x04kind\x121\n" +
+	"\bscore_of\x18\n" +
+	" \x01(\x0e2\x16.portolan.v1.ObjectiveR\ascoreOf\"\xb4\x02\n" +
 	"\rRequestAdvice\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12;\n" +
 	"\trequested\x18\x02 \x01(\v2\x1d.portolan.v1.ReplicaResourcesR\trequested\x123\n" +
@@ -7687,9 +7731,11 @@ var file_portolan_v1_services_proto_goTypes = []any{
 	(*durationpb.Duration)(nil),            // 128: google.protobuf.Duration
 	(ClusterState)(0),                      // 129: portolan.v1.ClusterState
 	(*PoolStatus)(nil),                     // 130: portolan.v1.PoolStatus
-	(*Laggard)(nil),                        // 131: portolan.v1.Laggard
-	(*anypb.Any)(nil),                      // 132: google.protobuf.Any
-	(*emptypb.Empty)(nil),                  // 133: google.protobuf.Empty
+	(WorkloadKind)(0),                      // 131: portolan.v1.WorkloadKind
+	(Objective)(0),                         // 132: portolan.v1.Objective
+	(*Laggard)(nil),                        // 133: portolan.v1.Laggard
+	(*anypb.Any)(nil),                      // 134: google.protobuf.Any
+	(*emptypb.Empty)(nil),                  // 135: google.protobuf.Empty
 }
 var file_portolan_v1_services_proto_depIdxs = []int32{
 	95,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
@@ -7761,158 +7807,161 @@ var file_portolan_v1_services_proto_depIdxs = []int32{
 	76,  // 66: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
 	77,  // 67: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
 	74,  // 68: portolan.v1.ExplainWorkloadResponse.requests:type_name -> portolan.v1.RequestAdvice
-	75,  // 69: portolan.v1.RequestAdvice.requested:type_name -> portolan.v1.ReplicaResources
-	75,  // 70: portolan.v1.RequestAdvice.lower:type_name -> portolan.v1.ReplicaResources
-	75,  // 71: portolan.v1.RequestAdvice.target:type_name -> portolan.v1.ReplicaResources
-	75,  // 72: portolan.v1.RequestAdvice.upper:type_name -> portolan.v1.ReplicaResources
-	127, // 73: portolan.v1.RequestAdvice.reason:type_name -> portolan.v1.Reason
-	127, // 74: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
-	127, // 75: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
-	127, // 76: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
-	127, // 77: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
-	108, // 78: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
-	109, // 79: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
-	110, // 80: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
-	111, // 81: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
-	128, // 82: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
-	131, // 83: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
-	1,   // 84: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
-	127, // 85: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
-	83,  // 86: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
-	84,  // 87: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
-	1,   // 88: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
-	124, // 89: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
-	124, // 90: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
-	124, // 91: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
-	124, // 92: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
-	124, // 93: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
-	124, // 94: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
-	124, // 95: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
-	124, // 96: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
-	124, // 97: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
-	124, // 98: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
-	124, // 99: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
-	82,  // 100: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
-	85,  // 101: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
-	112, // 102: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
-	93,  // 103: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
-	0,   // 104: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
-	132, // 105: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
-	3,   // 106: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
-	4,   // 107: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
-	6,   // 108: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
-	7,   // 109: portolan.v1.TenantService.UpdateTenant:input_type -> portolan.v1.UpdateTenantRequest
-	8,   // 110: portolan.v1.TenantService.DeleteTenant:input_type -> portolan.v1.DeleteTenantRequest
-	15,  // 111: portolan.v1.TenantService.GetRoleBinding:input_type -> portolan.v1.GetRoleBindingRequest
-	16,  // 112: portolan.v1.TenantService.ListRoleBindings:input_type -> portolan.v1.ListRoleBindingsRequest
-	18,  // 113: portolan.v1.TenantService.CreateRoleBinding:input_type -> portolan.v1.CreateRoleBindingRequest
-	19,  // 114: portolan.v1.TenantService.UpdateRoleBinding:input_type -> portolan.v1.UpdateRoleBindingRequest
-	20,  // 115: portolan.v1.TenantService.DeleteRoleBinding:input_type -> portolan.v1.DeleteRoleBindingRequest
-	9,   // 116: portolan.v1.ClusterService.GetCluster:input_type -> portolan.v1.GetClusterRequest
-	10,  // 117: portolan.v1.ClusterService.ListClusters:input_type -> portolan.v1.ListClustersRequest
-	12,  // 118: portolan.v1.ClusterService.CreateCluster:input_type -> portolan.v1.CreateClusterRequest
-	13,  // 119: portolan.v1.ClusterService.UpdateCluster:input_type -> portolan.v1.UpdateClusterRequest
-	14,  // 120: portolan.v1.ClusterService.DeleteCluster:input_type -> portolan.v1.DeleteClusterRequest
-	54,  // 121: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
-	56,  // 122: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
-	58,  // 123: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
-	62,  // 124: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
-	69,  // 125: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
-	59,  // 126: portolan.v1.ClusterService.DeleteNode:input_type -> portolan.v1.DeleteNodeRequest
-	21,  // 127: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
-	22,  // 128: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
-	24,  // 129: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
-	25,  // 130: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
-	26,  // 131: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
-	45,  // 132: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
-	46,  // 133: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
-	48,  // 134: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
-	49,  // 135: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
-	72,  // 136: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
-	63,  // 137: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
-	27,  // 138: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
-	28,  // 139: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
-	30,  // 140: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
-	31,  // 141: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
-	32,  // 142: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
-	33,  // 143: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
-	34,  // 144: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
-	36,  // 145: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
-	37,  // 146: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
-	38,  // 147: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
-	39,  // 148: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
-	40,  // 149: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
-	42,  // 150: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
-	43,  // 151: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
-	44,  // 152: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
-	51,  // 153: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
-	52,  // 154: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
-	78,  // 155: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
-	80,  // 156: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
-	86,  // 157: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
-	88,  // 158: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
-	90,  // 159: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
-	92,  // 160: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
-	113, // 161: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
-	5,   // 162: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
-	113, // 163: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
-	113, // 164: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
-	133, // 165: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
-	116, // 166: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
-	17,  // 167: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
-	116, // 168: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
-	116, // 169: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
-	133, // 170: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
-	115, // 171: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
-	11,  // 172: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
-	115, // 173: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
-	115, // 174: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
-	133, // 175: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
-	55,  // 176: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
-	57,  // 177: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
-	60,  // 178: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
-	60,  // 179: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
-	70,  // 180: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
-	133, // 181: portolan.v1.ClusterService.DeleteNode:output_type -> google.protobuf.Empty
-	117, // 182: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
-	23,  // 183: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
-	117, // 184: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
-	117, // 185: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
-	133, // 186: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
-	121, // 187: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
-	47,  // 188: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
-	122, // 189: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
-	50,  // 190: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
-	73,  // 191: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
-	65,  // 192: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
-	118, // 193: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
-	29,  // 194: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
-	118, // 195: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
-	118, // 196: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
-	133, // 197: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
-	119, // 198: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
-	35,  // 199: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
-	119, // 200: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
-	119, // 201: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
-	133, // 202: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
-	120, // 203: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
-	41,  // 204: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
-	120, // 205: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	120, // 206: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	133, // 207: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
-	123, // 208: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
-	53,  // 209: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
-	79,  // 210: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
-	81,  // 211: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
-	87,  // 212: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
-	89,  // 213: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
-	91,  // 214: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
-	94,  // 215: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
-	161, // [161:216] is the sub-list for method output_type
-	106, // [106:161] is the sub-list for method input_type
-	106, // [106:106] is the sub-list for extension type_name
-	106, // [106:106] is the sub-list for extension extendee
-	0,   // [0:106] is the sub-list for field type_name
+	127, // 69: portolan.v1.ExplainWorkloadResponse.reasons:type_name -> portolan.v1.Reason
+	131, // 70: portolan.v1.ExplainWorkloadResponse.kind:type_name -> portolan.v1.WorkloadKind
+	132, // 71: portolan.v1.ExplainWorkloadResponse.score_of:type_name -> portolan.v1.Objective
+	75,  // 72: portolan.v1.RequestAdvice.requested:type_name -> portolan.v1.ReplicaResources
+	75,  // 73: portolan.v1.RequestAdvice.lower:type_name -> portolan.v1.ReplicaResources
+	75,  // 74: portolan.v1.RequestAdvice.target:type_name -> portolan.v1.ReplicaResources
+	75,  // 75: portolan.v1.RequestAdvice.upper:type_name -> portolan.v1.ReplicaResources
+	127, // 76: portolan.v1.RequestAdvice.reason:type_name -> portolan.v1.Reason
+	127, // 77: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
+	127, // 78: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
+	127, // 79: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
+	127, // 80: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
+	108, // 81: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
+	109, // 82: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
+	110, // 83: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
+	111, // 84: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
+	128, // 85: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
+	133, // 86: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
+	1,   // 87: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
+	127, // 88: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
+	83,  // 89: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
+	84,  // 90: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
+	1,   // 91: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
+	124, // 92: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
+	124, // 93: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
+	124, // 94: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
+	124, // 95: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
+	124, // 96: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
+	124, // 97: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
+	124, // 98: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
+	124, // 99: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
+	124, // 100: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
+	124, // 101: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
+	124, // 102: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
+	82,  // 103: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
+	85,  // 104: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
+	112, // 105: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
+	93,  // 106: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
+	0,   // 107: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
+	134, // 108: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
+	3,   // 109: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
+	4,   // 110: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
+	6,   // 111: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
+	7,   // 112: portolan.v1.TenantService.UpdateTenant:input_type -> portolan.v1.UpdateTenantRequest
+	8,   // 113: portolan.v1.TenantService.DeleteTenant:input_type -> portolan.v1.DeleteTenantRequest
+	15,  // 114: portolan.v1.TenantService.GetRoleBinding:input_type -> portolan.v1.GetRoleBindingRequest
+	16,  // 115: portolan.v1.TenantService.ListRoleBindings:input_type -> portolan.v1.ListRoleBindingsRequest
+	18,  // 116: portolan.v1.TenantService.CreateRoleBinding:input_type -> portolan.v1.CreateRoleBindingRequest
+	19,  // 117: portolan.v1.TenantService.UpdateRoleBinding:input_type -> portolan.v1.UpdateRoleBindingRequest
+	20,  // 118: portolan.v1.TenantService.DeleteRoleBinding:input_type -> portolan.v1.DeleteRoleBindingRequest
+	9,   // 119: portolan.v1.ClusterService.GetCluster:input_type -> portolan.v1.GetClusterRequest
+	10,  // 120: portolan.v1.ClusterService.ListClusters:input_type -> portolan.v1.ListClustersRequest
+	12,  // 121: portolan.v1.ClusterService.CreateCluster:input_type -> portolan.v1.CreateClusterRequest
+	13,  // 122: portolan.v1.ClusterService.UpdateCluster:input_type -> portolan.v1.UpdateClusterRequest
+	14,  // 123: portolan.v1.ClusterService.DeleteCluster:input_type -> portolan.v1.DeleteClusterRequest
+	54,  // 124: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
+	56,  // 125: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
+	58,  // 126: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
+	62,  // 127: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
+	69,  // 128: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
+	59,  // 129: portolan.v1.ClusterService.DeleteNode:input_type -> portolan.v1.DeleteNodeRequest
+	21,  // 130: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
+	22,  // 131: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
+	24,  // 132: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
+	25,  // 133: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
+	26,  // 134: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
+	45,  // 135: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
+	46,  // 136: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
+	48,  // 137: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
+	49,  // 138: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
+	72,  // 139: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
+	63,  // 140: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
+	27,  // 141: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
+	28,  // 142: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
+	30,  // 143: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
+	31,  // 144: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
+	32,  // 145: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
+	33,  // 146: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
+	34,  // 147: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
+	36,  // 148: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
+	37,  // 149: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
+	38,  // 150: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
+	39,  // 151: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
+	40,  // 152: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
+	42,  // 153: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
+	43,  // 154: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
+	44,  // 155: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
+	51,  // 156: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
+	52,  // 157: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
+	78,  // 158: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
+	80,  // 159: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
+	86,  // 160: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
+	88,  // 161: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
+	90,  // 162: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
+	92,  // 163: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
+	113, // 164: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
+	5,   // 165: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
+	113, // 166: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
+	113, // 167: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
+	135, // 168: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
+	116, // 169: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
+	17,  // 170: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
+	116, // 171: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
+	116, // 172: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
+	135, // 173: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
+	115, // 174: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
+	11,  // 175: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
+	115, // 176: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
+	115, // 177: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
+	135, // 178: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
+	55,  // 179: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
+	57,  // 180: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
+	60,  // 181: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
+	60,  // 182: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
+	70,  // 183: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
+	135, // 184: portolan.v1.ClusterService.DeleteNode:output_type -> google.protobuf.Empty
+	117, // 185: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
+	23,  // 186: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
+	117, // 187: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
+	117, // 188: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
+	135, // 189: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
+	121, // 190: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
+	47,  // 191: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
+	122, // 192: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
+	50,  // 193: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
+	73,  // 194: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
+	65,  // 195: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
+	118, // 196: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
+	29,  // 197: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
+	118, // 198: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
+	118, // 199: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
+	135, // 200: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
+	119, // 201: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
+	35,  // 202: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
+	119, // 203: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
+	119, // 204: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
+	135, // 205: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
+	120, // 206: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
+	41,  // 207: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
+	120, // 208: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	120, // 209: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	135, // 210: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
+	123, // 211: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
+	53,  // 212: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
+	79,  // 213: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
+	81,  // 214: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
+	87,  // 215: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
+	89,  // 216: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
+	91,  // 217: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
+	94,  // 218: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
+	164, // [164:219] is the sub-list for method output_type
+	109, // [109:164] is the sub-list for method input_type
+	109, // [109:109] is the sub-list for extension type_name
+	109, // [109:109] is the sub-list for extension extendee
+	0,   // [0:109] is the sub-list for field type_name
 }
 
 func init() { file_portolan_v1_services_proto_init() }

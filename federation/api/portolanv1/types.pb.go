@@ -418,7 +418,7 @@ const (
 	// As the objective says. The default.
 	Division_DIVISION_OBJECTIVE Division = 1
 	Division_DIVISION_WEIGHTED  Division = 2
-	// In proportion to what is free.
+	// In proportion to how many replicas fit into what is free.
 	Division_DIVISION_FREE_CAPACITY Division = 3
 	// All replicas in every cluster that may have them.
 	Division_DIVISION_DUPLICATED Division = 4
@@ -1407,7 +1407,8 @@ type WorkloadSpec struct {
 	// workloads. They keep their content while the workload exists.
 	Volumes []*Volume `protobuf:"bytes,15,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	// Higher is served first, over clusters and over nodes, and may displace lower
-	// where nothing else helps; bounded by the tenant's max_priority. 0 when absent.
+	// where nothing else helps (a daemon and replicas that every cluster has, in each
+	// of them); bounded by the tenant's max_priority. 0 when absent.
 	Priority int32 `protobuf:"varint,16,opt,name=priority,proto3" json:"priority,omitempty"`
 	// Never displaces others, whatever its priority.
 	NeverPreempt  bool `protobuf:"varint,17,opt,name=never_preempt,json=neverPreempt,proto3" json:"never_preempt,omitempty"`

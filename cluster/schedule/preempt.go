@@ -71,14 +71,15 @@ func (t *Table) preempt(u *run, n int) []Nomination {
 			continue
 		}
 		out = append(out, t.displace(u, now.node))
-		if len(u.r.spreads) > 0 || len(u.r.affinity) > 0 {
+		if u.related() {
 			queue = t.tollsAgain(u, queue)
 		}
 	}
 	return out
 }
 
-// tollsAgain is for groups whose own replicas change what other nodes ask.
+// tollsAgain is for groups whose own replicas, or whose victims, change what other
+// nodes ask.
 func (t *Table) tollsAgain(u *run, queue []toll) []toll {
 	queue = queue[:0]
 	for i := range int32(len(t.ids)) {

@@ -21,6 +21,8 @@ type world struct {
 	pools    Pools
 	replicas map[string]*guest
 	volumes  map[string]volume
+	asked    []asked
+	learned  *fragments // nil when the cost of fragmentation is any
 }
 
 // guest is a bound replica. promised: it waits for its victims, whose room is
@@ -396,7 +398,7 @@ func (w *world) against(q *wanted, n Node, without map[string]bool) (codes Code,
 		codes |= InsufficientDevices
 	}
 	codes |= w.related(q, n, without, &c)
-	c.load = w.loadOf(q, n, free, a)
+	c.load = w.loadOf(q, n, free, a, devices)
 	if cmp.Or(w.pool(n).GetScoring(), portolanv1.Scoring_SCORING_SPREAD) == portolanv1.Scoring_SCORING_SPREAD || slices.ContainsFunc(allSpreads(q.spec.GetScheduling()), func(s spread) bool { return s.key == "node" }) {
 		c.own = float64(w.inDomain(n, "node", without, q.sameRevision))
 	}
@@ -469,7 +471,7 @@ func (w *world) related(q *wanted, n Node, without map[string]bool, c *cost) (co
 	return codes
 }
 
-func (w *world) loadOf(q *wanted, n Node, free, a room) float64 {
+func (w *world) loadOf(q *wanted, n Node, free, a room, devices map[Share]int32) float64 {
 	c := w.capacity(n)
 	share := func(free, ask, capacity int64) float64 {
 		if capacity <= 0 {
@@ -478,10 +480,16 @@ func (w *world) loadOf(q *wanted, n Node, free, a room) float64 {
 		return 1 - float64(free-ask)/float64(capacity)
 	}
 	load := min(max(share(free.cpu, a.cpu, c.cpu), share(free.memory, a.memory, c.memory), 0), 1)
-	p := w.pool(n)
+	p, extra := w.pool(n), 0.0
 	switch p.GetScoring() {
 	case portolanv1.Scoring_SCORING_PACK:
 		load = 1 - load
+	case portolanv1.Scoring_SCORING_LEAST_FRAGMENTATION:
+		if w.learned == nil {
+			return 0
+		}
+		load = w.fragmentLoad(q, n, free, a, devices, 1-load)
+		extra = w.modelPrice(q, n)
 	case portolanv1.Scoring_SCORING_PRICE:
 		dearest := 0.0
 		for _, o := range w.nodes {
@@ -504,7 +512,7 @@ func (w *world) loadOf(q *wanted, n Node, free, a room) float64 {
 		}
 	}
 	if len(images) == 0 {
-		return load
+		return min(load+extra, 1)
 	}
 	absent := 0
 	for _, there := range images {
@@ -512,7 +520,7 @@ func (w *world) loadOf(q *wanted, n Node, free, a room) float64 {
 			absent++
 		}
 	}
-	return load*0.9 + 0.1*float64(absent*255/len(images))/255
+	return min(load*0.9+0.1*float64(absent*255/len(images))/255+extra, 1)
 }
 
 // price is per hour, in micro-units: whole cores and GiB at the pool's price, or the

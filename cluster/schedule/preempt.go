@@ -71,7 +71,7 @@ func (t *Table) preempt(u *run, n int) []Nomination {
 			continue
 		}
 		out = append(out, t.displace(u, now.node))
-		if u.related() {
+		if u.related() && !t.faults.tollsOnce {
 			queue = t.tollsAgain(u, queue)
 		}
 	}
@@ -178,9 +178,9 @@ func (t *Table) readVictims(i, priority int32) {
 		case r.Ended:
 		case r.Leaving:
 			v.coming = append(v.coming, r)
-		case r.Class.priority < priority:
+		case r.Class.priority < priority || t.faults.equalsDisplaced && r.Class.priority == priority:
 			k := r.res.key
-			if t.work.batch.Allowance[k]-t.work.spent[k] > 0 {
+			if t.work.batch.Allowance[k]-t.work.spent[k] > 0 || t.faults.budgetIgnored {
 				v.candidates = append(v.candidates, r)
 			}
 		}
@@ -223,7 +223,7 @@ func (t *Table) trySets(u *run, i int32, from, size int) (found bool) {
 		if u.check(i) != 0 {
 			return false
 		}
-		if len(v.best) == 0 || t.compareTolls(worth(v.chosen, i), worth(v.best, i)) < 0 {
+		if len(v.best) == 0 || (t.compareTolls(worth(v.chosen, i), worth(v.best, i)) < 0) != t.faults.dearVictims {
 			v.best = append(v.best[:0], v.chosen...)
 		}
 		return true
@@ -252,7 +252,7 @@ func (t *Table) mayDisplace(r *replica) bool {
 			n++
 		}
 	}
-	return n <= t.work.batch.Allowance[k]
+	return n <= t.work.batch.Allowance[k] || t.faults.budgetIgnored
 }
 
 // peel takes all that may go and gives back, the most valuable first, whoever is
@@ -294,6 +294,7 @@ func worth(victims []*replica, i int32) toll {
 func (t *Table) displace(u *run, i int32) Nomination {
 	w := &t.work
 	n := Nomination{Node: t.ids[i]}
+	t.plantVictims(&n)
 	if w.spent == nil {
 		w.spent = map[string]int{}
 	}

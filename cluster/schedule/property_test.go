@@ -42,6 +42,7 @@ type scene struct {
 	wanted  []*wanted
 	batch   Batch
 	seed    uint64
+	faults  faults
 }
 
 func pick[T any](t *rapid.T, label string, of ...T) T { return rapid.SampledFrom(of).Draw(t, label) }
@@ -190,10 +191,12 @@ func drawScene(t *rapid.T) *scene {
 	}
 	workloads := []string{"w0", "w1", "w2"}
 	specs := map[string]*portolanv1.WorkloadSpec{}
+	kind := pick(t, "scene", anything, anything, ofGangs, crowded, ofShares)
 	for _, name := range workloads {
 		specs[name] = drawSpec(t, workloads, gpus)
 		sc.batch.Allowance["t/"+name] = rapid.IntRange(0, 3).Draw(t, "allowance")
 	}
+	kind.shape(t, sc, specs)
 	for i := range rapid.IntRange(0, 6).Draw(t, "bound") {
 		sc.drawBound(t, i, specs, workloads)
 	}
@@ -203,7 +206,7 @@ func drawScene(t *rapid.T) *scene {
 		if rarely(t, 10, "port") {
 			q.ports = []int32{80}
 		}
-		g := Group{Key: "t/" + name + "/r1", Count: rapid.IntRange(0, 4).Draw(t, "replicas")}
+		g := Group{Key: "t/" + name + "/r1", Count: rapid.IntRange(kind.least(), 4).Draw(t, "replicas")}
 		if rarely(t, 10, "pinned") {
 			g.Node = fmt.Sprintf("n%d", rapid.IntRange(0, 4).Draw(t, "pin"))
 			g.VolumesThere = rapid.Bool().Draw(t, "there")
@@ -213,6 +216,16 @@ func drawScene(t *rapid.T) *scene {
 		}
 		q.node, q.notOn, q.volumesThere = g.Node, g.NotOn, g.VolumesThere
 		sc.groups, sc.wanted = append(sc.groups, g), append(sc.wanted, q)
+	}
+	if kind == ofShares {
+		// The last tells enough for all to be learned, whatever was known before.
+		for i, q := range sc.wanted {
+			n := rapid.IntRange(1, 4).Draw(t, "asked")
+			if i == len(sc.wanted)-1 {
+				n = firstLearn
+			}
+			sc.w.asked = append(sc.w.asked, asked{q, n})
+		}
 	}
 	sc.batch.NoPreemption = rarely(t, 4, "nopreemption")
 	return sc
@@ -250,6 +263,7 @@ func (sc *scene) class(t *rapid.T, q *wanted) *Class {
 // table makes the world into a table, in a drawn order and with detours.
 func (sc *scene) table(t *rapid.T, label string) *Table {
 	tab := NewTable(sc.seed)
+	tab.faults = sc.faults
 	var steps []func()
 	for _, n := range sorted(sc.w.nodes) {
 		steps = append(steps, func() { tab.PutNode(n) })
@@ -280,6 +294,10 @@ func (sc *scene) table(t *rapid.T, label string) *Table {
 	}
 	for _, n := range sc.w.nodes {
 		tab.PutNode(n)
+	}
+	for _, x := range sc.w.asked {
+		tab.Observe(sc.class(t, x.q), x.n)
+		sc.w.learned = &tab.fragments
 	}
 	return tab
 }

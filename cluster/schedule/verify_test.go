@@ -63,15 +63,26 @@ func (sc *scene) verifyBinding(t failer, q *wanted, bd Binding) {
 		return
 	}
 	for _, o := range w.takers(q) {
-		// What fragmentation costs has no dumb form here: its load is any.
+		// The price of a model is no part of a key: it counts between nodes of pools
+		// that have it. Which devices a promised replica holds is not known yet.
 		_, better := w.against(q, o, nil)
-		if w.pool(o).GetName() == "frag" || w.pool(n).GetName() == "frag" {
+		here, there := w.pool(n).GetName() == "frag", w.pool(o).GetName() == "frag"
+		if here != there || here && (w.learned == nil || w.promisedOn(n.ID) || w.promisedOn(o.ID)) {
 			better.load, c.load = 0, 0
 		}
 		if better.compare(c) < 0 {
 			t.Fatalf("%v is bound to %s at %+v, and %s has %+v", q.owner, bd.Node, c, o.ID, better)
 		}
 	}
+}
+
+func (w *world) promisedOn(node string) bool {
+	for _, g := range w.replicas {
+		if g.Node == node && g.promised {
+			return true
+		}
+	}
+	return false
 }
 
 // verifyGang: all or none; all only where they can come one by one in some order,

@@ -389,7 +389,7 @@ func (t *Table) taintVerdict(m *mask, set int32) taintVerdict {
 		if taint.GetEffect() == portolanv1.TaintEffect_TAINT_EFFECT_PREFER_NO_SCHEDULE {
 			v.dislikes += dislike
 		} else {
-			v.refused = true
+			v.refused = !t.faults.taintIgnored
 		}
 	}
 	return *v

@@ -81,7 +81,7 @@ const maxAssign = 4096
 // assign chooses devices for the asks and appends the shares to out. Whole ones
 // take the lowest index, shares the device that is left with least.
 func (t *Table) assign(i int32, asks []deviceAsk, out []Share) ([]Share, bool) {
-	s := assignment{devices: t.devices[i], asks: asks, left: maxAssign, out: out}
+	s := assignment{devices: t.devices[i], asks: asks, left: maxAssign, out: out, anyModel: t.faults.modelIgnored}
 	ok := s.next(0, 0, -1)
 	return s.out, ok
 }
@@ -91,6 +91,8 @@ type assignment struct {
 	asks    []deviceAsk
 	left    int
 	out     []Share
+
+	anyModel bool // planted
 }
 
 // next chooses a device for the n-th unit of an ask; whole ones after the device
@@ -129,7 +131,7 @@ func (s *assignment) best(a *deviceAsk, milli int32, last, tried int) int {
 	best := -1
 	for k := last + 1; k < len(s.devices); k++ {
 		d := &s.devices[k]
-		if d.free < milli || d.kept != 0 || !a.takes(d) || (tried >= 0 && !s.less(tried, k)) {
+		if d.free < milli || d.kept != 0 || !(a.takes(d) || s.anyModel) || (tried >= 0 && !s.less(tried, k)) {
 			continue
 		}
 		if best < 0 || s.less(k, best) {

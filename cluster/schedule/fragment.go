@@ -124,6 +124,10 @@ func (f *fragments) prepare(t *Table) {
 		return
 	}
 	f.used = true
+	// Indexes that were made before do not tell models apart.
+	for _, r := range t.known {
+		r.x = nil
+	}
 	for i := 1; i <= one; i++ {
 		f.power[i] = int32(math.Round(one * math.Pow(float64(i)/one, concave)))
 	}

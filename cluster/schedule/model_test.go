@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"math"
 	"math/bits"
@@ -20,6 +21,8 @@ type world struct {
 	pools    Pools
 	replicas map[string]*guest
 	volumes  map[string]volume
+	asked    []asked
+	learned  *fragments // nil when the cost of fragmentation is any
 }
 
 // guest is a bound replica. promised: it waits for its victims, whose room is
@@ -132,42 +135,63 @@ func (w *world) free(n Node, without map[string]bool) (free room, ports map[int3
 	return free, ports, devices
 }
 
-// devicesFit tries every way of giving devices to requests.
-func devicesFit(n Node, free map[Share]int32, asks []*portolanv1.DeviceRequest) bool {
-	type unit struct {
-		ask   *portolanv1.DeviceRequest
-		milli int32
-	}
-	var units []unit
+// unit is what one device has to give.
+type unit struct {
+	ask   *portolanv1.DeviceRequest
+	milli int32
+}
+
+func unitsOf(asks []*portolanv1.DeviceRequest) (units []unit) {
 	for _, a := range asks {
 		if a.GetCount() > 0 {
 			for range a.GetCount() {
-				units = append(units, unit{a, 1000})
+				units = append(units, unit{a, whole})
 			}
 		} else if a.GetShareMilli() > 0 {
 			units = append(units, unit{a, a.GetShareMilli()})
 		}
 	}
-	free = maps.Clone(free)
-	var try func(k int) bool
-	try = func(k int) bool {
-		if k == len(units) {
-			return true
-		}
-		for _, d := range n.Facts.GetDevices() {
-			key := Share{Kind: d.GetKind(), Index: d.GetIndex()}
-			if free[key] >= units[k].milli && accepts(units[k].ask, d.GetKind(), d.GetModel()) {
-				free[key] -= units[k].milli
-				ok := try(k + 1)
-				free[key] += units[k].milli
-				if ok {
-					return true
-				}
-			}
-		}
-		return false
+	return units
+}
+
+// waysToGive are all ways of giving devices to requests: those first that give what
+// is left with least.
+func waysToGive(n Node, free map[Share]int32, units []unit) [][]Share {
+	if len(units) == 0 {
+		return [][]Share{nil}
 	}
-	return try(0)
+	var keys []Share
+	for _, d := range n.Facts.GetDevices() {
+		key := Share{Kind: d.GetKind(), Index: d.GetIndex()}
+		if free[key] >= units[0].milli && accepts(units[0].ask, d.GetKind(), d.GetModel()) {
+			keys = append(keys, key)
+		}
+	}
+	slices.SortStableFunc(keys, func(a, b Share) int {
+		return cmp.Or(cmp.Compare(free[a], free[b]), cmp.Compare(a.Index, b.Index))
+	})
+	var out [][]Share
+	for _, key := range keys {
+		free[key] -= units[0].milli
+		for _, more := range waysToGive(n, free, units[1:]) {
+			out = append(out, append([]Share{{key.Kind, key.Index, units[0].milli}}, more...))
+		}
+		free[key] += units[0].milli
+	}
+	return out
+}
+
+// mayHold says that the devices of a binding are what is asked for, and free.
+func (w *world) mayHold(q *wanted, bd Binding) bool {
+	n := w.nodes[bd.Node]
+	_, _, free := w.free(n, nil)
+	inOrder := func(a, b Share) int {
+		return cmp.Or(strings.Compare(a.Kind, b.Kind), cmp.Compare(a.Index, b.Index), cmp.Compare(a.Milli, b.Milli))
+	}
+	got := slices.SortedFunc(slices.Values(bd.Devices), inOrder)
+	return slices.ContainsFunc(waysToGive(n, free, unitsOf(q.spec.GetScheduling().GetDevices())), func(way []Share) bool {
+		return slices.Equal(got, slices.SortedFunc(slices.Values(way), inOrder))
+	})
 }
 
 func accepts(a *portolanv1.DeviceRequest, kind, model string) bool {
@@ -370,11 +394,11 @@ func (w *world) against(q *wanted, n Node, without map[string]bool) (codes Code,
 			codes |= PortTaken
 		}
 	}
-	if codes&DeviceModelMismatch == 0 && !devicesFit(n, devices, q.spec.GetScheduling().GetDevices()) {
+	if codes&DeviceModelMismatch == 0 && len(waysToGive(n, devices, unitsOf(q.spec.GetScheduling().GetDevices()))) == 0 {
 		codes |= InsufficientDevices
 	}
 	codes |= w.related(q, n, without, &c)
-	c.load = w.loadOf(q, n, free, a)
+	c.load = w.loadOf(q, n, free, a, devices)
 	if cmp.Or(w.pool(n).GetScoring(), portolanv1.Scoring_SCORING_SPREAD) == portolanv1.Scoring_SCORING_SPREAD || slices.ContainsFunc(allSpreads(q.spec.GetScheduling()), func(s spread) bool { return s.key == "node" }) {
 		c.own = float64(w.inDomain(n, "node", without, q.sameRevision))
 	}
@@ -447,7 +471,7 @@ func (w *world) related(q *wanted, n Node, without map[string]bool, c *cost) (co
 	return codes
 }
 
-func (w *world) loadOf(q *wanted, n Node, free, a room) float64 {
+func (w *world) loadOf(q *wanted, n Node, free, a room, devices map[Share]int32) float64 {
 	c := w.capacity(n)
 	share := func(free, ask, capacity int64) float64 {
 		if capacity <= 0 {
@@ -456,10 +480,16 @@ func (w *world) loadOf(q *wanted, n Node, free, a room) float64 {
 		return 1 - float64(free-ask)/float64(capacity)
 	}
 	load := min(max(share(free.cpu, a.cpu, c.cpu), share(free.memory, a.memory, c.memory), 0), 1)
-	p := w.pool(n)
+	p, extra := w.pool(n), 0.0
 	switch p.GetScoring() {
 	case portolanv1.Scoring_SCORING_PACK:
 		load = 1 - load
+	case portolanv1.Scoring_SCORING_LEAST_FRAGMENTATION:
+		if w.learned == nil {
+			return 0
+		}
+		load = w.fragmentLoad(q, n, free, a, devices, 1-load)
+		extra = w.modelPrice(q, n)
 	case portolanv1.Scoring_SCORING_PRICE:
 		dearest := 0.0
 		for _, o := range w.nodes {
@@ -482,7 +512,7 @@ func (w *world) loadOf(q *wanted, n Node, free, a room) float64 {
 		}
 	}
 	if len(images) == 0 {
-		return load
+		return min(load+extra, 1)
 	}
 	absent := 0
 	for _, there := range images {
@@ -490,7 +520,7 @@ func (w *world) loadOf(q *wanted, n Node, free, a room) float64 {
 			absent++
 		}
 	}
-	return load*0.9 + 0.1*float64(absent*255/len(images))/255
+	return min(load*0.9+0.1*float64(absent*255/len(images))/255+extra, 1)
 }
 
 // price is per hour, in micro-units: whole cores and GiB at the pool's price, or the
@@ -550,27 +580,28 @@ func (w *world) most(q *wanted, n int, seen map[string]bool) bool {
 	if n == 0 {
 		return true
 	}
-	counts := map[string]int{}
+	var state []string
 	for _, g := range w.replicas {
 		if strings.HasPrefix(g.ID, "try") {
-			counts[g.Node]++
+			state = append(state, fmt.Sprint(g.Node, g.Devices))
 		}
 	}
-	var b strings.Builder
-	for _, id := range slices.Sorted(maps.Keys(counts)) {
-		b.WriteString(id + strconv.Itoa(counts[id]) + " ")
-	}
-	if seen[b.String()] {
+	slices.Sort(state)
+	if sign := strings.Join(state, " "); seen[sign] {
 		return false
+	} else {
+		seen[sign] = true
 	}
-	seen[b.String()] = true
 	for _, node := range w.takers(q) {
-		id := "try" + strconv.Itoa(n)
-		w.add(id, q, Binding{Node: node.ID, Devices: w.give(q, node)})
-		ok := w.most(q, n-1, seen)
-		w.drop(id)
-		if ok {
-			return true
+		_, _, free := w.free(node, nil)
+		for _, devices := range waysToGive(node, free, unitsOf(q.spec.GetScheduling().GetDevices())) {
+			id := "try" + strconv.Itoa(n)
+			w.add(id, q, Binding{Node: node.ID, Devices: devices})
+			ok := w.most(q, n-1, seen)
+			w.drop(id)
+			if ok {
+				return true
+			}
 		}
 	}
 	return false
@@ -579,22 +610,18 @@ func (w *world) most(q *wanted, n int, seen map[string]bool) bool {
 // give hands devices out: shares on the fullest that has room.
 func (w *world) give(q *wanted, n Node) []Share {
 	_, _, free := w.free(n, nil)
-	var out []Share
-	for _, a := range q.spec.GetScheduling().GetDevices() {
-		count, milli := a.GetCount(), int32(1000)
-		if count == 0 && a.GetShareMilli() > 0 {
-			count, milli = 1, a.GetShareMilli()
-		}
-		for range count {
-			best := Share{Index: -1}
-			for _, d := range n.Facts.GetDevices() {
-				k := Share{Kind: d.GetKind(), Index: d.GetIndex()}
-				if free[k] >= milli && accepts(a, d.GetKind(), d.GetModel()) && (best.Index < 0 || free[k] < free[best]) {
-					best = k
-				}
-			}
-			free[best] -= milli
-			out = append(out, Share{best.Kind, best.Index, milli})
+	if ways := waysToGive(n, free, unitsOf(q.spec.GetScheduling().GetDevices())); len(ways) > 0 {
+		return ways[0]
+	}
+	return nil
+}
+
+// leavingOn are those that leave a node anyway.
+func (w *world) leavingOn(node string) map[string]bool {
+	out := map[string]bool{}
+	for id, g := range w.replicas {
+		if g.Node == node && g.Leaving && !g.Ended {
+			out[id] = true
 		}
 	}
 	return out
@@ -605,13 +632,11 @@ func (w *world) give(q *wanted, n Node) []Share {
 func (w *world) cheapest(q *wanted, allowance map[string]int) (best toll, found bool) {
 	for _, id := range slices.Sorted(maps.Keys(w.nodes)) {
 		n := w.nodes[id]
-		leaving := map[string]bool{}
+		leaving := w.leavingOn(id)
 		var may []*guest
 		for rid, g := range w.replicas {
 			switch {
-			case g.Node != id || g.Ended || g.promised:
-			case g.Leaving:
-				leaving[rid] = true
+			case g.Node != id || g.Ended || g.promised || g.Leaving:
 			case strings.HasPrefix(rid, "b") && g.spec.GetPriority() < q.spec.GetPriority():
 				may = append(may, g)
 			}

@@ -71,14 +71,15 @@ func (t *Table) preempt(u *run, n int) []Nomination {
 			continue
 		}
 		out = append(out, t.displace(u, now.node))
-		if len(u.r.spreads) > 0 || len(u.r.affinity) > 0 {
+		if u.related() && !t.faults.tollsOnce {
 			queue = t.tollsAgain(u, queue)
 		}
 	}
 	return out
 }
 
-// tollsAgain is for groups whose own replicas change what other nodes ask.
+// tollsAgain is for groups whose own replicas, or whose victims, change what other
+// nodes ask.
 func (t *Table) tollsAgain(u *run, queue []toll) []toll {
 	queue = queue[:0]
 	for i := range int32(len(t.ids)) {
@@ -177,9 +178,9 @@ func (t *Table) readVictims(i, priority int32) {
 		case r.Ended:
 		case r.Leaving:
 			v.coming = append(v.coming, r)
-		case r.Class.priority < priority:
+		case r.Class.priority < priority || t.faults.equalsDisplaced && r.Class.priority == priority:
 			k := r.res.key
-			if t.work.batch.Allowance[k]-t.work.spent[k] > 0 {
+			if t.work.batch.Allowance[k]-t.work.spent[k] > 0 || t.faults.budgetIgnored {
 				v.candidates = append(v.candidates, r)
 			}
 		}
@@ -222,7 +223,7 @@ func (t *Table) trySets(u *run, i int32, from, size int) (found bool) {
 		if u.check(i) != 0 {
 			return false
 		}
-		if len(v.best) == 0 || t.compareTolls(worth(v.chosen, i), worth(v.best, i)) < 0 {
+		if len(v.best) == 0 || (t.compareTolls(worth(v.chosen, i), worth(v.best, i)) < 0) != t.faults.dearVictims {
 			v.best = append(v.best[:0], v.chosen...)
 		}
 		return true
@@ -251,7 +252,7 @@ func (t *Table) mayDisplace(r *replica) bool {
 			n++
 		}
 	}
-	return n <= t.work.batch.Allowance[k]
+	return n <= t.work.batch.Allowance[k] || t.faults.budgetIgnored
 }
 
 // peel takes all that may go and gives back, the most valuable first, whoever is
@@ -293,6 +294,7 @@ func worth(victims []*replica, i int32) toll {
 func (t *Table) displace(u *run, i int32) Nomination {
 	w := &t.work
 	n := Nomination{Node: t.ids[i]}
+	t.plantVictims(&n)
 	if w.spent == nil {
 		w.spent = map[string]int{}
 	}

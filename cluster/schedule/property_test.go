@@ -42,6 +42,7 @@ type scene struct {
 	wanted  []*wanted
 	batch   Batch
 	seed    uint64
+	faults  faults
 }
 
 func pick[T any](t *rapid.T, label string, of ...T) T { return rapid.SampledFrom(of).Draw(t, label) }
@@ -190,10 +191,12 @@ func drawScene(t *rapid.T) *scene {
 	}
 	workloads := []string{"w0", "w1", "w2"}
 	specs := map[string]*portolanv1.WorkloadSpec{}
+	kind := pick(t, "scene", anything, anything, ofGangs, crowded, ofShares)
 	for _, name := range workloads {
 		specs[name] = drawSpec(t, workloads, gpus)
 		sc.batch.Allowance["t/"+name] = rapid.IntRange(0, 3).Draw(t, "allowance")
 	}
+	kind.shape(t, sc, specs)
 	for i := range rapid.IntRange(0, 6).Draw(t, "bound") {
 		sc.drawBound(t, i, specs, workloads)
 	}
@@ -203,7 +206,7 @@ func drawScene(t *rapid.T) *scene {
 		if rarely(t, 10, "port") {
 			q.ports = []int32{80}
 		}
-		g := Group{Key: "t/" + name + "/r1", Count: rapid.IntRange(0, 4).Draw(t, "replicas")}
+		g := Group{Key: "t/" + name + "/r1", Count: rapid.IntRange(kind.least(), 4).Draw(t, "replicas")}
 		if rarely(t, 10, "pinned") {
 			g.Node = fmt.Sprintf("n%d", rapid.IntRange(0, 4).Draw(t, "pin"))
 			g.VolumesThere = rapid.Bool().Draw(t, "there")
@@ -213,6 +216,16 @@ func drawScene(t *rapid.T) *scene {
 		}
 		q.node, q.notOn, q.volumesThere = g.Node, g.NotOn, g.VolumesThere
 		sc.groups, sc.wanted = append(sc.groups, g), append(sc.wanted, q)
+	}
+	if kind == ofShares {
+		// The last tells enough for all to be learned, whatever was known before.
+		for i, q := range sc.wanted {
+			n := rapid.IntRange(1, 4).Draw(t, "asked")
+			if i == len(sc.wanted)-1 {
+				n = firstLearn
+			}
+			sc.w.asked = append(sc.w.asked, asked{q, n})
+		}
 	}
 	sc.batch.NoPreemption = rarely(t, 4, "nopreemption")
 	return sc
@@ -250,6 +263,7 @@ func (sc *scene) class(t *rapid.T, q *wanted) *Class {
 // table makes the world into a table, in a drawn order and with detours.
 func (sc *scene) table(t *rapid.T, label string) *Table {
 	tab := NewTable(sc.seed)
+	tab.faults = sc.faults
 	var steps []func()
 	for _, n := range sorted(sc.w.nodes) {
 		steps = append(steps, func() { tab.PutNode(n) })
@@ -280,6 +294,10 @@ func (sc *scene) table(t *rapid.T, label string) *Table {
 	}
 	for _, n := range sc.w.nodes {
 		tab.PutNode(n)
+	}
+	for _, x := range sc.w.asked {
+		tab.Observe(sc.class(t, x.q), x.n)
+		sc.w.learned = &tab.fragments
 	}
 	return tab
 }
@@ -336,10 +354,7 @@ func TestAgainstBruteForce(t *testing.T) {
 		if other := copyResult(Schedule(sc.table(t, "other"), b)); show(out) != show(other) {
 			t.Fatalf("another way to the same table:\n%s\n%s", show(out), show(other))
 		}
-		left := maps.Clone(sc.batch.Allowance)
-		for i, p := range out {
-			sc.verify(t, &b.Groups[i], sc.wanted[i], p, left)
-		}
+		sc.verifyAll(t, out)
 	})
 }
 
@@ -365,194 +380,4 @@ func (sc *scene) dump() string {
 		s += fmt.Sprintf("group %d %v x%d node %q not on %q there %v ports %v: %v\n", i, q.owner, sc.groups[i].Count, q.node, q.notOn, q.volumesThere, q.ports, q.spec)
 	}
 	return s
-}
-
-// verify follows the decision on one group in the world, and leaves the world as it
-// is for the next.
-func (sc *scene) verify(t *rapid.T, g *Group, q *wanted, p Placed, left map[string]int) {
-	w := sc.w
-	if g.Count == 0 {
-		return
-	}
-	gang := q.spec.GetScheduling().GetGang() != nil
-	for k, bd := range p.Bindings {
-		sc.verifyBinding(t, q, bd, gang)
-		w.add(fmt.Sprintf("%s#%d", g.Key, k), q, bd)
-	}
-	if gang {
-		sc.verifyGang(t, g, q, p, left)
-		return
-	}
-	if len(p.Bindings) < g.Count {
-		if more := w.takers(q); len(more) > 0 {
-			t.Fatalf("%s: node %s takes one more: %+v", g.Key, more[0].ID, p)
-		}
-	}
-	sc.verifyNominations(t, g, q, p, left)
-	if p.Missing > 0 {
-		sc.verifyReasons(t, q, p)
-	}
-}
-
-func (sc *scene) verifyBinding(t *rapid.T, q *wanted, bd Binding, gang bool) {
-	w := sc.w
-	n := w.nodes[bd.Node]
-	codes, c := w.against(q, n, nil)
-	if codes != 0 && !gang {
-		t.Fatalf("%v is bound to %s in spite of %v", q.owner, bd.Node, codes)
-	}
-	_, _, free := w.free(n, nil)
-	for _, s := range bd.Devices {
-		k := Share{Kind: s.Kind, Index: s.Index}
-		if free[k] -= s.Milli; free[k] < 0 {
-			t.Fatalf("device %v of %s is given twice", s, bd.Node)
-		}
-	}
-	if gang || q.node != "" {
-		return
-	}
-	for _, o := range w.takers(q) {
-		// What fragmentation costs has no dumb form here: its load is any.
-		_, better := w.against(q, o, nil)
-		if w.pool(o).GetName() == "frag" || w.pool(n).GetName() == "frag" {
-			better.load, c.load = 0, 0
-		}
-		if better.compare(c) < 0 {
-			t.Fatalf("%v is bound to %s at %+v, and %s has %+v", q.owner, bd.Node, c, o.ID, better)
-		}
-	}
-}
-
-// verifyGang: all or none, and none only if there is no way.
-func (sc *scene) verifyGang(t *rapid.T, g *Group, q *wanted, p Placed, left map[string]int) {
-	w := sc.w
-	switch n := len(p.Bindings); {
-	case n == g.Count:
-		return
-	case n > 0:
-		t.Fatalf("%d of %d of a gang are bound", n, g.Count)
-	case len(p.Nominations) == 0 && w.most(q, g.Count, map[string]bool{}):
-		t.Fatalf("the gang %s of %d has room: %s", g.Key, g.Count, show([]Placed{p}))
-	}
-	if len(p.Nominations) > 0 && len(p.Nominations) != g.Count {
-		t.Fatalf("%d of %d of a gang are nominated", len(p.Nominations), g.Count)
-	}
-	sc.follow(t, g, q, p, left)
-}
-
-// follow lets victims leave and puts the nominated replicas there.
-func (sc *scene) follow(t *rapid.T, g *Group, q *wanted, p Placed, left map[string]int) {
-	for k, n := range p.Nominations {
-		for _, id := range n.Victims {
-			v := sc.w.replicas[id]
-			if v.spec.GetPriority() >= q.spec.GetPriority() || v.Leaving {
-				t.Fatalf("%s is no victim for %s", id, g.Key)
-			}
-			if left[v.owner.key()]--; left[v.owner.key()] < 0 {
-				t.Fatalf("%s: the budget of %s is overdrawn", g.Key, v.owner.key())
-			}
-			v.Leaving = true
-		}
-		sc.promise(g, q, n, k)
-	}
-}
-
-func (sc *scene) promise(g *Group, q *wanted, n Nomination, k int) {
-	node := sc.w.nodes[n.Node]
-	without := map[string]bool{}
-	for id, o := range sc.w.replicas {
-		if o.Node == n.Node && o.Leaving {
-			without[id] = true
-		}
-	}
-	kept := map[string]*guest{}
-	for id := range without {
-		kept[id] = sc.w.replicas[id]
-		delete(sc.w.replicas, id)
-	}
-	devices := sc.w.give(q, node)
-	maps.Copy(sc.w.replicas, kept)
-	sc.w.add(fmt.Sprintf("%s!%d", g.Key, k), q, Binding{Node: n.Node, Devices: devices}).promised = true
-}
-
-// verifyNominations: each is the cheapest there is, and there is none more.
-func (sc *scene) verifyNominations(t *rapid.T, g *Group, q *wanted, p Placed, left map[string]int) {
-	if sc.batch.NoPreemption || q.spec.GetNeverPreempt() {
-		if len(p.Nominations) > 0 {
-			t.Fatal("nobody may be displaced")
-		}
-		return
-	}
-	lower := slices.ContainsFunc(slices.Collect(maps.Values(sc.w.replicas)), func(o *guest) bool {
-		_, there := sc.w.nodes[o.Node]
-		return there && !o.Leaving && !o.Ended && o.ID[0] == 'b' && o.spec.GetPriority() < q.spec.GetPriority()
-	})
-	missing := g.Count - len(p.Bindings)
-	if !lower && len(p.Nominations) == 0 {
-		return
-	}
-	restricted := func(ns []Nomination) Placed { return Placed{Nominations: ns} }
-	for k := range min(missing, len(p.Nominations)+1) {
-		qq := *q
-		best, ok := sc.w.cheapest(&qq, left)
-		if !ok {
-			if k < len(p.Nominations) {
-				t.Fatalf("%s: nothing helps, but %+v", g.Key, p.Nominations[k])
-			}
-			return
-		}
-		if k == len(p.Nominations) {
-			if len(sc.w.replicas) > 0 && sc.stillLower(q) {
-				t.Fatalf("%s: %+v would help: %s", g.Key, best, show([]Placed{p}))
-			}
-			return
-		}
-		got := toll{victims: len(p.Nominations[k].Victims), highest: -1 << 31, began: 1<<63 - 1}
-		for _, id := range p.Nominations[k].Victims {
-			v := sc.w.replicas[id]
-			got.highest, got.sum, got.began = max(got.highest, v.spec.GetPriority()), got.sum+int64(v.spec.GetPriority()), min(got.began, v.Bound)
-		}
-		if compareWorth(got, best) != 0 {
-			t.Fatalf("%s: displaced at %+v, and %+v would do: %s", g.Key, got, best, show([]Placed{p}))
-		}
-		one := p.Nominations[k : k+1]
-		sc.followNth(t, g, q, restricted(one), left, k)
-	}
-}
-
-func (sc *scene) stillLower(q *wanted) bool {
-	for _, o := range sc.w.replicas {
-		if _, there := sc.w.nodes[o.Node]; there && !o.Leaving && !o.Ended && o.ID[0] == 'b' && o.spec.GetPriority() < q.spec.GetPriority() {
-			return true
-		}
-	}
-	return false
-}
-
-func (sc *scene) followNth(t *rapid.T, g *Group, q *wanted, p Placed, left map[string]int, k int) {
-	h := *g
-	h.Key = fmt.Sprintf("%s~%d", g.Key, k)
-	sc.follow(t, &h, q, p, left)
-}
-
-// verifyReasons: the counts by code are what one finds by asking every node.
-func (sc *scene) verifyReasons(t *rapid.T, q *wanted, p Placed) {
-	counts := map[Code]int{}
-	for _, n := range sc.w.nodes {
-		if q.node != "" && n.ID != q.node {
-			continue
-		}
-		if codes, _ := sc.w.against(q, n, nil); codes != 0 {
-			counts[codes.first()]++
-		}
-	}
-	got := map[Code]int{}
-	for _, r := range p.Refusal.Reasons {
-		if r.Nodes > 0 {
-			got[r.Code] = r.Nodes
-		}
-	}
-	if !maps.Equal(counts, got) {
-		t.Fatalf("%v: reasons %v, want %v", q.owner, p.Refusal.Reasons, counts)
-	}
 }

@@ -71,6 +71,9 @@ func (t *Table) resolve(c *Class) *resolved {
 		return col
 	}
 	for _, s := range c.spreads {
+		if t.faults.skewOffByOne && s.must() {
+			s.skew++
+		}
 		r.spreads = append(r.spreads, spreadIn{s, columnOf(s.key, r.rev)})
 	}
 	for _, a := range c.affinity {

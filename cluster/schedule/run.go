@@ -428,6 +428,9 @@ func (u *run) bind(i, c int32) {
 
 // rerank looks again at the cells that a replica on a node has changed.
 func (u *run) rerank(i, c int32, raised bool) {
+	if u.t.faults.cellsStale {
+		return
+	}
 	for _, k := range u.dynamic {
 		for _, other := range u.x.byVal[k][u.x.columns[k].of[i]] {
 			if other != c {

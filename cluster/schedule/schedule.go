@@ -88,7 +88,7 @@ func (t *Table) serve(g *Group, p *Placed) {
 		missing -= len(noms)
 	}
 	switch {
-	case missing > 0 && g.Class.gang:
+	case missing > 0 && g.Class.gang && !t.faults.gangPartly:
 		t.refuseGang(u, p, start, waiting)
 		return
 	case g.Class.gang && (len(noms) > 0 || waiting > 0):
@@ -158,7 +158,7 @@ func (t *Table) undo(since int) {
 			t.takeShares(o.node, w.shares[o.lo:o.hi], 1)
 			t.take(o.node, &o.r.c.ask, 1)
 			t.freeStorage[o.node] += o.volumes
-			if o.r.c.ask.address {
+			if o.r.c.ask.address && !t.faults.undoForgets {
 				t.freeAddress[o.node]++
 			}
 			t.joinAll(o.node, o.r, -1)

@@ -50,7 +50,7 @@ func (t *Table) fits(i int32, a *ask, volumes int64) bool {
 func (t *Table) portTaken(i int32, a *ask) bool {
 	for _, p := range a.ports {
 		if slices.Contains(t.ports[i], p) {
-			return true
+			return !t.faults.portIgnored
 		}
 	}
 	return false
@@ -67,8 +67,14 @@ func (t *Table) key(i int32, x *index) uint64 {
 		load = priced(p.costs(x.ask), x.dearest, t.load(i, x.ask))
 	case portolanv1.Scoring_SCORING_LEAST_FRAGMENTATION:
 		load, _ = t.fragment(i, x)
+		if t.faults.fragmentReversed {
+			load = 1 - load
+		}
 	default:
 		load = t.load(i, x.ask)
+		if t.faults.spreadReversed {
+			load = 1 - load
+		}
 	}
 	if x.m.absent != nil {
 		load = load*(1-imageWeight) + imageWeight*float64(x.m.absent[i])/255

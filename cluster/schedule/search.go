@@ -11,7 +11,7 @@ import "slices"
 // cost a place later. Bounded.
 func (t *Table) search(u *run, start int) bool {
 	near := slices.ContainsFunc(u.r.affinity, u.nearItself)
-	if u.g.Node != "" || !near && u.musts() < 2 {
+	if u.g.Node != "" || !near && u.musts() < 2 || t.faults.gangGreedy {
 		return false
 	}
 	greedy := slices.Clone(t.work.ops[start:])

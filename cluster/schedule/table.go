@@ -75,6 +75,8 @@ type Table struct {
 	stamp []uint32 // scratch: marks slots
 	mark  uint32
 	work  scratch
+
+	faults faults
 }
 
 // pool is a NodePool made ready.
@@ -337,7 +339,10 @@ func (t *Table) settle(i int32) {
 
 // recount sets a node's capacity, and what is free of it from all that is there.
 func (t *Table) recount(i int32) {
-	f, p := t.facts[i], &t.pools[t.pool[i]]
+	f, p := t.facts[i], t.pools[t.pool[i]]
+	if t.faults.reservedIgnored {
+		p.reserved = api.Resources{}
+	}
 	t.addCapacity(i, -1)
 	t.capCPU[i] = max(f.GetCpuMilli()-p.reserved.CPUMilli, 0) * p.cpuPercent / 100
 	t.capMemory[i] = promise(f.GetMemoryBytes()-p.reserved.MemoryBytes, p.memPercent)

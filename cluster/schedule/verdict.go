@@ -32,7 +32,7 @@ func (u *run) nodeAffinity(i int32) (wish uint32, codes Code) {
 		wish, codes = wish+w, codes|c
 	}
 	for _, s := range u.r.work.against {
-		if s.column == nil && u.t.countOn(i, s) > 0 {
+		if s.column == nil && u.t.countOn(i, s) > 0 && !u.t.faults.avoidersIgnored {
 			codes |= WorkloadAntiAffinity
 		}
 	}
@@ -84,7 +84,7 @@ func (u *run) verdict(values []int32) (codes Code, wish uint32, count uint64) {
 		wish, codes = wish+w, codes|c
 	}
 	for _, s := range r.work.against {
-		if s.column == nil || s.total == 0 {
+		if s.column == nil || s.total == 0 || u.t.faults.avoidersIgnored {
 			continue
 		}
 		if v := values[x.columnAt(s.column)]; v != 0 && s.in(s.column, v) > 0 {

@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
@@ -191,15 +193,10 @@ func (c *checker) overrides(s *portolanv1.WorkloadSpec, list []*portolanv1.Workl
 	}
 }
 
-// overridden is a container's resources as an override leaves them.
+// overridden is a container as an override leaves it.
 func overridden(ctr *portolanv1.Container, o *portolanv1.WorkloadSpec_ContainerOverride) *portolanv1.Container {
-	out := &portolanv1.Container{Requests: ctr.GetRequests(), Limits: ctr.GetLimits()}
-	if o.GetRequests() != nil {
-		out.Requests = o.GetRequests()
-	}
-	if o.GetLimits() != nil {
-		out.Limits = o.GetLimits()
-	}
+	out := proto.CloneOf(ctr)
+	api.LayOver(out, o)
 	return out
 }
 

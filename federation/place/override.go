@@ -5,6 +5,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
@@ -22,60 +23,10 @@ func Override(spec *portolanv1.WorkloadSpec, clusterID string, cluster *portolan
 			out = proto.CloneOf(spec)
 		}
 		for _, c := range o.GetContainers() {
-			lay(out.GetContainers(), c)
-			lay(out.GetInitContainers(), c)
-		}
-	}
-	return out
-}
-
-// lay applies an override to the containers of its name.
-func lay(containers []*portolanv1.Container, o *portolanv1.WorkloadSpec_ContainerOverride) {
-	for _, c := range containers {
-		if nameOf(c.GetName()) != nameOf(o.GetName()) {
-			continue
-		}
-		for k, v := range o.GetEnv() {
-			if c.Env == nil {
-				c.Env = map[string]string{}
+			for _, into := range slices.Concat(out.GetContainers(), out.GetInitContainers()) {
+				api.LayOver(into, c)
 			}
-			c.Env[k] = v
 		}
-		if len(o.GetArgs()) > 0 {
-			c.Args = slices.Clone(o.GetArgs())
-		}
-		c.Requests = layResources(c.GetRequests(), o.GetRequests())
-		c.Limits = layResources(c.GetLimits(), o.GetLimits())
-	}
-}
-
-func nameOf(container string) string {
-	if container == "" {
-		return "main"
-	}
-	return container
-}
-
-// layResources replaces the quantities that are given.
-func layResources(have, o *portolanv1.ResourceList) *portolanv1.ResourceList {
-	if o == nil {
-		return have
-	}
-	out := &portolanv1.ResourceList{}
-	if have != nil {
-		out = proto.CloneOf(have)
-	}
-	if o.GetCpu() != "" {
-		out.Cpu = o.GetCpu()
-	}
-	if o.GetMemory() != "" {
-		out.Memory = o.GetMemory()
-	}
-	if o.GetPids() != 0 {
-		out.Pids = o.GetPids()
-	}
-	if o.GetStorage() != "" {
-		out.Storage = o.GetStorage()
 	}
 	return out
 }

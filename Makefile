@@ -78,7 +78,7 @@ sim: ## Random cases of every property against brute force, and a million events
 	SIM_CASES=$(SIM_CASES) SIM_EVENTS=$(SIM_EVENTS) SEED=$(SEED) $(GO) test -tags invariants -count 1 -timeout 3h $(SIM) $(if $(SEED),-rapid.seed=$(SEED))
 	SIM_EVENTS=$(SIM_EVENTS) SEED=$(SEED) $(GO) test -tags invariants -count 1 -timeout 3h ./e2e/sim
 
-bench: ## Benchmarks of docs/benchmarks.md in benchstat form, peers beside them (about 10 minutes; BENCH=T8 runs one)
+bench: ## Benchmarks of docs/benchmarks.md in benchstat form, peers beside them (about 20 minutes; BENCH=T8 runs one)
 	@mkdir -p $(BIN)
 	set -o pipefail; $(RUN_ENV) $(GO) test -run '^$$' -bench 'Benchmark$(BENCH)_' -benchtime 500ms -count $(BENCH_COUNT) -timeout 30m \
 	  $$(grep -rlE --include=*_test.go 'func Benchmark$(BENCH)_' federation cluster nodeagent xds policy identity e2e | grep -v ^e2e/peers/ | xargs -n1 dirname | sort -u | sed 's|^|./|') | tee $(BIN)/bench.txt

@@ -131,7 +131,8 @@ func (s *assignment) best(a *deviceAsk, milli int32, last, tried int) int {
 	best := -1
 	for k := last + 1; k < len(s.devices); k++ {
 		d := &s.devices[k]
-		if d.free < milli || d.kept != 0 || !(a.takes(d) || s.anyModel) || (tried >= 0 && !s.less(tried, k)) {
+		suits := a.takes(d) || s.anyModel
+		if d.free < milli || d.kept != 0 || !suits || (tried >= 0 && !s.less(tried, k)) {
 			continue
 		}
 		if best < 0 || s.less(k, best) {

@@ -587,11 +587,11 @@ func (w *world) most(q *wanted, n int, seen map[string]bool) bool {
 		}
 	}
 	slices.Sort(state)
-	if sign := strings.Join(state, " "); seen[sign] {
+	sign := strings.Join(state, " ")
+	if seen[sign] {
 		return false
-	} else {
-		seen[sign] = true
 	}
+	seen[sign] = true
 	for _, node := range w.takers(q) {
 		_, _, free := w.free(node, nil)
 		for _, devices := range waysToGive(node, free, unitsOf(q.spec.GetScheduling().GetDevices())) {

@@ -72,7 +72,7 @@ func reportsOf(s source, name string) []rollout.Cluster {
 				c.Halted, c.Why = p.GetRevisions()[0].GetRevision(), cond.GetMessage()
 			}
 			if p.GetDaemon() && cond.GetType() == "Progressing" && cond.GetState() == portolanv1.ConditionState_CONDITION_STATE_TRUE {
-				c.Current = false // how many nodes it goes to is known only there
+				c.Incomplete = true
 			}
 		}
 		out = append(out, c)

@@ -106,6 +106,41 @@ func TestRollsBack(t *testing.T) {
 	})
 }
 
+// A daemon's update that halts goes back too, although the cluster, which alone
+// knows on how many nodes it runs, says at the same time that it is not through.
+func TestDaemonRollsBack(t *testing.T) {
+	run(t, func(r *rig) {
+		r.cluster("eu", "eu", 100)
+		r.start("a", r.s)
+		say := func(conditions ...*portolanv1.Condition) {
+			t.Helper()
+			name := api.WorkloadName("t", "w") + "/placements/eu"
+			r.update(func(tx store.Tx) error {
+				rec, err := tx.Get(store.Placement, name)
+				if err != nil {
+					return err
+				}
+				p := rec.Message.(*portolanv1.Placement).GetSpec()
+				return tx.Put(store.PlacementStatus, name, &storev1.PlacementStatusRecord{Status: &portolanv1.PlacementStatus{Conditions: conditions}, Epoch: p.GetEpoch()})
+			})
+		}
+		holds := func(typ, reason string) *portolanv1.Condition {
+			return &portolanv1.Condition{Type: typ, State: portolanv1.ConditionState_CONDITION_STATE_TRUE, Reason: reason}
+		}
+		s := spec(0)
+		s.Kind, s.Replicas = portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON, nil
+		r.workload("w", "v1", s)
+		say(holds("Progressing", "Updating"))
+		r.wantRollout("not everywhere", "w", portolanv1.RolloutState_ROLLOUT_STATE_PROGRESSING)
+		say()
+		r.wantRollout("on every node", "w", portolanv1.RolloutState_ROLLOUT_STATE_COMPLETE)
+		r.workload("w", "v2", s)
+		say(holds("Halted", "NoProgress"), holds("Progressing", "Updating"))
+		r.wantRollout("halted", "w", portolanv1.RolloutState_ROLLOUT_STATE_ROLLED_BACK)
+		r.want("back", "w@eu v1×0")
+	})
+}
+
 // Blue-green runs both, serves one, and switches when told, and back.
 func TestBlueGreen(t *testing.T) {
 	run(t, func(r *rig) {

@@ -50,6 +50,9 @@ type Cluster struct {
 	Want map[string]int
 	// Ready and Running replicas that it has, by revision.
 	Ready, Running map[string]int
+	// Incomplete says that the cluster itself still sees replicas to bring out or to
+	// take away, where Want cannot tell: how many daemons make one is known only there.
+	Incomplete bool
 	// Halted is the revision whose update it halted, and Why; empty when none.
 	Halted, Why string
 }
@@ -177,7 +180,7 @@ func (s *stepper) whole() bool {
 	for _, c := range s.in.Clusters {
 		// A placement that does not name it yet asks for none of it.
 		want, told := c.Want[s.in.Target]
-		if !c.Current || !told || c.Ready[s.in.Target] < want {
+		if !c.Current || c.Incomplete || !told || c.Ready[s.in.Target] < want {
 			return false
 		}
 	}

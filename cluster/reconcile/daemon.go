@@ -30,7 +30,7 @@ func (p *planner) daemon(k Key, w Workload, d desired, rs []*replica) {
 			continue
 		}
 		total++
-		if !slices.ContainsFunc(byNode[id], func(r *replica) bool { return p.holds(d, r) }) {
+		if !slices.ContainsFunc(byNode[id], d.holds) {
 			spare--
 		}
 	}
@@ -59,12 +59,8 @@ type daemonPass struct {
 
 // holds says that its node counts as served: by a new daemon once it is available,
 // by an old one while it is ready.
-func (p *planner) holds(d desired, r *replica) bool {
-	if !r.active() || !r.ready || r.available || !r.of(d.current) {
-		return r.active() && r.ready
-	}
-	p.wakeAt(availableAt(r, d.minReady))
-	return false
+func (d desired) holds(r *replica) bool {
+	return r.active() && r.ready && (r.available || !r.of(d.current))
 }
 
 // vacates says that a daemon is to leave a node that is drained: when nothing else

@@ -146,8 +146,6 @@ func (p *planner) stopLeaving(k Key, d desired, b *budget, keep map[string][]*re
 		for _, r := range rs {
 			if r.available {
 				spare++
-			} else if r.ready {
-				p.wakeAt(availableAt(r, d.minReady))
 			}
 		}
 	}

@@ -106,6 +106,45 @@ func TestRollsBack(t *testing.T) {
 	})
 }
 
+// What is ready and not yet for min_ready completes nothing and is not switched to.
+func TestReadyIsNotAvailable(t *testing.T) {
+	for _, kind := range []portolanv1.UpdateType{portolanv1.UpdateType_UPDATE_TYPE_ROLLING, portolanv1.UpdateType_UPDATE_TYPE_BLUE_GREEN} {
+		t.Run(kind.String(), func(t *testing.T) {
+			run(t, func(r *rig) {
+				r.cluster("eu", "eu", 100)
+				r.start("a", r.s)
+				s := spec(2)
+				s.Update = &portolanv1.WorkloadSpec_UpdateStrategy{Type: kind, MinReady: durationpb.New(time.Minute), BlueGreen: &portolanv1.WorkloadSpec_BlueGreen{Active: "v2"}}
+				available := func(n int32) {
+					t.Helper()
+					r.update(func(tx store.Tx) error {
+						name := api.PlacementName("t", "w", "eu")
+						rec, err := tx.Get(store.Placement, name)
+						if err != nil {
+							return err
+						}
+						p, st := rec.Message.(*portolanv1.Placement).GetSpec(), &portolanv1.PlacementStatus{}
+						for _, rev := range p.GetRevisions() {
+							st.Revisions = append(st.Revisions, &portolanv1.RevisionReplicas{Revision: rev.GetRevision(), Replicas: 2, ReadyReplicas: 2, AvailableReplicas: &n})
+						}
+						return tx.Put(store.PlacementStatus, name, &storev1.PlacementStatusRecord{Status: st, Epoch: p.GetEpoch()})
+					})
+				}
+				for _, rev := range []string{"v1", "v2"} {
+					r.workload("w", rev, s)
+					available(1)
+					r.wantRollout("ready", "w", portolanv1.RolloutState_ROLLOUT_STATE_PROGRESSING)
+					if active := r.rollout("w").GetActive(); rev == "v2" && active == "v2" {
+						t.Errorf("%s serves before it is available", active)
+					}
+					available(2)
+					r.wantRollout("available", "w", portolanv1.RolloutState_ROLLOUT_STATE_COMPLETE)
+				}
+			})
+		})
+	}
+}
+
 // A daemon's update that halts goes back too, although the cluster, which alone
 // knows on how many nodes it runs, says at the same time that it is not through.
 func TestDaemonRollsBack(t *testing.T) {

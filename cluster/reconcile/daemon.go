@@ -30,7 +30,7 @@ func (p *planner) daemon(k Key, w Workload, d desired, rs []*replica) {
 			continue
 		}
 		total++
-		if !slices.ContainsFunc(byNode[id], func(r *replica) bool { return r.active() && r.ready }) {
+		if !slices.ContainsFunc(byNode[id], d.holds) {
 			spare--
 		}
 	}
@@ -40,8 +40,8 @@ func (p *planner) daemon(k Key, w Workload, d desired, rs []*replica) {
 		p.daemonOn(&at, p.in.Nodes[id].Record, admission[id], byNode[id])
 	}
 	p.plan.Allowances[k] = max(0, b.left)
-	if _, halted := p.plan.Halted[k]; !halted && at.old > 0 && !d.frozen {
-		p.overdue(k, w, d, rs, fmt.Sprintf("%d replicas are available, %d are to go", at.ready, at.old))
+	if _, halted := p.plan.Halted[k]; !halted && (at.old > 0 || at.missing > 0) && !d.frozen {
+		p.overdue(k, w, d, rs, fmt.Sprintf("%d replicas are available, %d are to go", at.available, at.old))
 	}
 }
 
@@ -52,8 +52,15 @@ type daemonPass struct {
 	d     desired
 	b     *budget
 	spare int // ready ones that may still be taken
-	// old replicas that are to go, and right ones that are available.
-	old, ready int
+	// old replicas that are to go, right ones that are available, and nodes where a
+	// right one never got ready.
+	old, available, missing int
+}
+
+// holds says that its node counts as served: by a new daemon once it is available,
+// by an old one while it is ready.
+func (d desired) holds(r *replica) bool {
+	return r.active() && r.ready && (r.available || !r.of(d.current))
 }
 
 // vacates says that a daemon is to leave a node that is drained: when nothing else
@@ -97,11 +104,17 @@ func (p *planner) daemonOn(at *daemonPass, n *clusterv1.Node, admission Admissio
 	}
 	slices.SortFunc(right, better)
 	for i, r := range right {
-		if i > 0 {
+		switch {
+		case i > 0:
 			p.stop(at.k, r, Surplus, right[0].GetAllocation()+" runs on the node already")
-		} else if r.available {
-			at.ready++
+		case r.available:
+			at.available++
+		case !r.mute && r.status.GetTimeline().GetReady() == nil:
+			at.missing++ // one that was ready before fails for another reason than the update
 		}
+	}
+	if live == 0 && admission == Admitted && len(p.in.Pending[at.k]) > 0 {
+		at.missing++ // where it found room it is only about to begin
 	}
 	if live == 0 && admission == Admitted {
 		p.step(Step{Kind: Create, Key: at.k, Workload: at.w, Revision: at.d.current, Node: n.GetNode(), Code: NodeEligible, Reason: "one replica runs on every node that admits it"})

@@ -115,7 +115,9 @@ func (p *planner) replace(k Key, s *Step, lost *replica) bool {
 	}
 	zone := p.in.zoneOf(lost.GetNode())
 	if p.evictions.dark[zone] {
-		p.plan.Waiting[k] = Note{ZoneDark, fmt.Sprintf("every node of zone %q is silent, so that the fault is likelier on the way there: %s is not replaced", zone, lost.GetAllocation())}
+		if _, told := p.plan.Waiting[k]; !told {
+			p.plan.Waiting[k] = Note{ZoneDark, fmt.Sprintf("every node of zone %q is silent, so that the fault is likelier on the way there: %s is not replaced", zone, lost.GetAllocation())}
+		}
 		return false
 	}
 	if (p.evictions.all <= 0 || p.evictions.zones[zone] <= 0) && !p.in.faults.evictionUnlimited {

@@ -218,6 +218,9 @@ func (p *planner) workload(k Key, as []*clusterv1.Allocation) {
 	}
 	for _, r := range rs {
 		p.wakeAt(r.until)
+		if r.ready && !r.available {
+			p.wakeAt(availableAt(r, d.minReady))
+		}
 	}
 	p.clearFinished(k, d, rs)
 	d.freeze(rs, p.in.faults)

@@ -98,8 +98,7 @@ func (p *planner) createMissing(k Key, w Workload, d desired, b *budget, rs []*r
 			switch left := need - i; {
 			case left <= len(lost):
 				if !p.replace(k, &s, lost[len(lost)-left]) {
-					room = 0
-					continue
+					continue // its place stays empty, and the next may be in another zone
 				}
 			case left <= len(lost)+len(leavers):
 				r := leavers[len(lost)+len(leavers)-left]
@@ -147,8 +146,6 @@ func (p *planner) stopLeaving(k Key, d desired, b *budget, keep map[string][]*re
 		for _, r := range rs {
 			if r.available {
 				spare++
-			} else if r.ready {
-				p.wakeAt(availableAt(r, d.minReady))
 			}
 		}
 	}

@@ -116,9 +116,6 @@ func (p *planner) startLowest(k Key, w Workload, want []*linkv1.RevisionIntent, 
 			p.plan.Waiting[k] = Note{ReplicaNodeLost, fmt.Sprintf("%s is on a node that is lost; there is never a second one", r.GetAllocation())}
 			return
 		case !r.available:
-			if r.ready {
-				p.wakeAt(availableAt(r, want[i].GetSpec().GetUpdate().GetMinReady().AsDuration()))
-			}
 			return
 		}
 	}

@@ -328,7 +328,11 @@ func (w *world) status() string {
 	for _, r := range Summarize(w.input()) {
 		fmt.Fprintf(&b, "%s/%s epoch %d\n", r.GetTenant(), r.GetWorkload(), r.GetEpoch())
 		for _, rev := range r.GetRevisions() {
-			fmt.Fprintf(&b, "  %s: %d replicas, %d ready\n", rev.GetRevision(), rev.GetReplicas(), rev.GetReadyReplicas())
+			fmt.Fprintf(&b, "  %s: %d replicas, %d ready", rev.GetRevision(), rev.GetReplicas(), rev.GetReadyReplicas())
+			if rev.GetAvailableReplicas() != rev.GetReadyReplicas() {
+				fmt.Fprintf(&b, ", %d available", rev.GetAvailableReplicas())
+			}
+			b.WriteString("\n")
 		}
 		for _, c := range r.GetConditions() {
 			fmt.Fprintf(&b, "  %s %s: %s: %s\n", c.GetType(), strings.ToLower(strings.TrimPrefix(c.GetState().String(), "CONDITION_STATE_")), c.GetReason(), c.GetMessage())

@@ -55,8 +55,11 @@ func Summarize(in Input) []*linkv1.WorkloadStatusReport {
 // revisions that are no longer wanted, so that "gone" means gone.
 func revisions(d desired, rs []*replica) []*portolanv1.RevisionReplicas {
 	count := map[string]*portolanv1.RevisionReplicas{}
+	none := func(revision string) *portolanv1.RevisionReplicas {
+		return &portolanv1.RevisionReplicas{Revision: revision, AvailableReplicas: new(int32(0))}
+	}
 	for _, want := range d.revisions {
-		count[want.GetRevision()] = &portolanv1.RevisionReplicas{Revision: want.GetRevision()}
+		count[want.GetRevision()] = none(want.GetRevision())
 	}
 	listed := maps.Clone(count)
 	for _, r := range rs {
@@ -65,12 +68,15 @@ func revisions(d desired, rs []*replica) []*portolanv1.RevisionReplicas {
 			continue
 		}
 		if count[r.GetRevision()] == nil {
-			count[r.GetRevision()] = &portolanv1.RevisionReplicas{Revision: r.GetRevision()}
+			count[r.GetRevision()] = none(r.GetRevision())
 		}
 		c := count[r.GetRevision()]
 		c.Replicas++
 		if r.ready {
 			c.ReadyReplicas++
+		}
+		if r.available {
+			*c.AvailableReplicas++
 		}
 	}
 	out := make([]*portolanv1.RevisionReplicas, 0, len(count))

@@ -288,3 +288,29 @@ func FuzzURLPath(f *testing.F) {
 		}
 	})
 }
+
+// What is said to begin at once does so, also when it is updated.
+func TestGang(t *testing.T) {
+	for _, c := range []struct {
+		kind   portolanv1.WorkloadKind
+		update portolanv1.UpdateType
+		want   string
+	}{
+		{portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE, portolanv1.UpdateType_UPDATE_TYPE_UNSPECIFIED, "spec.update.type"},
+		{portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE, portolanv1.UpdateType_UPDATE_TYPE_ROLLING, "spec.update.type"},
+		{portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE, portolanv1.UpdateType_UPDATE_TYPE_BLUE_GREEN, ""},
+		{portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL, portolanv1.UpdateType_UPDATE_TYPE_ROLLING, "spec.scheduling.gang"},
+		{portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON, portolanv1.UpdateType_UPDATE_TYPE_UNSPECIFIED, "spec.scheduling.gang"},
+		{portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, portolanv1.UpdateType_UPDATE_TYPE_UNSPECIFIED, ""},
+	} {
+		w := good()
+		w.Spec.Kind, w.Spec.Scheduling = c.kind, &portolanv1.WorkloadSpec_Scheduling{Gang: &portolanv1.WorkloadSpec_Gang{}}
+		if c.update != 0 {
+			w.Spec.Update = &portolanv1.WorkloadSpec_UpdateStrategy{Type: c.update}
+		}
+		Defaults(w, shop())
+		if vs := Validate(Input{Object: w, Snapshot: shop()}); fields(vs) != c.want {
+			t.Errorf("%v, %v: %v, want %q", c.kind, c.update, vs, c.want)
+		}
+	}
+}

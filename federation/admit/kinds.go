@@ -68,7 +68,7 @@ var belongs = []struct {
 	}, "only replicas of services and stateful workloads are divided"},
 	{"spec.placement.fallbacks", allKinds &^ onlyDaemon, func(s *portolanv1.WorkloadSpec) bool { return len(s.GetPlacement().GetFallbacks()) > 0 }, "a daemon runs on every eligible node: nothing is left over"},
 	{"spec.placement.exclusive", kinds(portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE, portolanv1.WorkloadKind_WORKLOAD_KIND_STATEFUL), func(s *portolanv1.WorkloadSpec) bool { return s.GetPlacement().GetExclusive() }, "only a service or a stateful workload can be the only one"},
-	{"spec.scheduling.gang", services | kinds(portolanv1.WorkloadKind_WORKLOAD_KIND_JOB), func(s *portolanv1.WorkloadSpec) bool { return s.GetScheduling().GetGang() != nil }, "a gang has replicas that wait for each other"},
+	{"spec.scheduling.gang", kinds(portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE, portolanv1.WorkloadKind_WORKLOAD_KIND_JOB), func(s *portolanv1.WorkloadSpec) bool { return s.GetScheduling().GetGang() != nil }, "only replicas of services and jobs begin together, those of a stateful workload one after the other: leave it out"},
 }
 
 // byKind checks that only parts of the kind are set.
@@ -90,8 +90,17 @@ func (c *checker) byKind(s *portolanv1.WorkloadSpec) {
 	if s.GetPlacement().GetExclusive() && (s.GetReplicas() > 1 || s.GetAutoscale() != nil) {
 		c.add("spec.placement.exclusive", "at most one replica in the world: set replicas to 1 and leave autoscale out")
 	}
+	c.gang(s)
 	c.disruption(s.GetDisruption())
 	c.volumes(s)
+}
+
+// gang checks that a service's replicas begin together also when it is updated.
+func (c *checker) gang(s *portolanv1.WorkloadSpec) {
+	service := s.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_SERVICE
+	if service && s.GetScheduling().GetGang() != nil && s.GetUpdate().GetType() != portolanv1.UpdateType_UPDATE_TYPE_BLUE_GREEN {
+		c.add("spec.update.type", "a rolling update begins the replicas of a gang one by one: set UPDATE_TYPE_BLUE_GREEN, or leave spec.scheduling.gang out")
+	}
 }
 
 func (c *checker) job(j *portolanv1.WorkloadSpec_JobSpec) {

@@ -54,14 +54,14 @@ func reportsOf(s source, name string) []rollout.Cluster {
 	var out []rollout.Cluster
 	for _, rec := range s.under(store.Placement, name+"/placements/") {
 		p := message[*portolanv1.Placement](rec).GetSpec()
-		c := rollout.Cluster{ID: lastID(rec.Name), Want: map[string]int{}, Ready: map[string]int{}, Running: map[string]int{}}
+		c := rollout.Cluster{ID: lastID(rec.Name), Want: map[string]int{}, Available: map[string]int{}, Running: map[string]int{}}
 		var status *storev1.PlacementStatusRecord
 		if st, ok := s.get(store.PlacementStatus, rec.Name); ok {
 			status = message[*storev1.PlacementStatusRecord](st)
 		}
 		c.Current = status != nil && status.GetEpoch() >= p.GetEpoch() && heard(s, c.ID)
 		for _, r := range status.GetStatus().GetRevisions() {
-			c.Ready[r.GetRevision()], c.Running[r.GetRevision()] = int(r.GetReadyReplicas()), int(r.GetReplicas())
+			c.Available[r.GetRevision()], c.Running[r.GetRevision()] = available(r), int(r.GetReplicas())
 		}
 		for _, r := range p.GetRevisions() {
 			c.Want[r.GetRevision()] = wanted(p, r, c.Running[r.GetRevision()])
@@ -72,7 +72,7 @@ func reportsOf(s source, name string) []rollout.Cluster {
 				c.Halted, c.Why = p.GetRevisions()[0].GetRevision(), cond.GetMessage()
 			}
 			if p.GetDaemon() && cond.GetType() == "Progressing" && cond.GetState() == portolanv1.ConditionState_CONDITION_STATE_TRUE {
-				c.Current = false // how many nodes it goes to is known only there
+				c.Incomplete = true
 			}
 		}
 		out = append(out, c)
@@ -90,6 +90,14 @@ func wanted(p *portolanv1.PlacementSpec, r *portolanv1.RevisionReplicas, running
 		return max(int(r.GetMinReplicas()), running)
 	}
 	return int(r.GetReplicas())
+}
+
+// available is how many replicas count for an update.
+func available(r *portolanv1.RevisionReplicas) int {
+	if r.AvailableReplicas == nil {
+		return int(r.GetReadyReplicas())
+	}
+	return int(r.GetAvailableReplicas())
 }
 
 func heard(s source, cluster string) bool {

@@ -106,6 +106,80 @@ func TestRollsBack(t *testing.T) {
 	})
 }
 
+// What is ready and not yet for min_ready completes nothing and is not switched to.
+func TestReadyIsNotAvailable(t *testing.T) {
+	for _, kind := range []portolanv1.UpdateType{portolanv1.UpdateType_UPDATE_TYPE_ROLLING, portolanv1.UpdateType_UPDATE_TYPE_BLUE_GREEN} {
+		t.Run(kind.String(), func(t *testing.T) {
+			run(t, func(r *rig) {
+				r.cluster("eu", "eu", 100)
+				r.start("a", r.s)
+				s := spec(2)
+				s.Update = &portolanv1.WorkloadSpec_UpdateStrategy{Type: kind, MinReady: durationpb.New(time.Minute), BlueGreen: &portolanv1.WorkloadSpec_BlueGreen{Active: "v2"}}
+				available := func(n int32) {
+					t.Helper()
+					r.update(func(tx store.Tx) error {
+						name := api.PlacementName("t", "w", "eu")
+						rec, err := tx.Get(store.Placement, name)
+						if err != nil {
+							return err
+						}
+						p, st := rec.Message.(*portolanv1.Placement).GetSpec(), &portolanv1.PlacementStatus{}
+						for _, rev := range p.GetRevisions() {
+							st.Revisions = append(st.Revisions, &portolanv1.RevisionReplicas{Revision: rev.GetRevision(), Replicas: 2, ReadyReplicas: 2, AvailableReplicas: &n})
+						}
+						return tx.Put(store.PlacementStatus, name, &storev1.PlacementStatusRecord{Status: st, Epoch: p.GetEpoch()})
+					})
+				}
+				for _, rev := range []string{"v1", "v2"} {
+					r.workload("w", rev, s)
+					available(1)
+					r.wantRollout("ready", "w", portolanv1.RolloutState_ROLLOUT_STATE_PROGRESSING)
+					if active := r.rollout("w").GetActive(); rev == "v2" && active == "v2" {
+						t.Errorf("%s serves before it is available", active)
+					}
+					available(2)
+					r.wantRollout("available", "w", portolanv1.RolloutState_ROLLOUT_STATE_COMPLETE)
+				}
+			})
+		})
+	}
+}
+
+// A daemon's update that halts goes back too, although the cluster, which alone
+// knows on how many nodes it runs, says at the same time that it is not through.
+func TestDaemonRollsBack(t *testing.T) {
+	run(t, func(r *rig) {
+		r.cluster("eu", "eu", 100)
+		r.start("a", r.s)
+		say := func(conditions ...*portolanv1.Condition) {
+			t.Helper()
+			name := api.WorkloadName("t", "w") + "/placements/eu"
+			r.update(func(tx store.Tx) error {
+				rec, err := tx.Get(store.Placement, name)
+				if err != nil {
+					return err
+				}
+				p := rec.Message.(*portolanv1.Placement).GetSpec()
+				return tx.Put(store.PlacementStatus, name, &storev1.PlacementStatusRecord{Status: &portolanv1.PlacementStatus{Conditions: conditions}, Epoch: p.GetEpoch()})
+			})
+		}
+		holds := func(typ, reason string) *portolanv1.Condition {
+			return &portolanv1.Condition{Type: typ, State: portolanv1.ConditionState_CONDITION_STATE_TRUE, Reason: reason}
+		}
+		s := spec(0)
+		s.Kind, s.Replicas = portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON, nil
+		r.workload("w", "v1", s)
+		say(holds("Progressing", "Updating"))
+		r.wantRollout("not everywhere", "w", portolanv1.RolloutState_ROLLOUT_STATE_PROGRESSING)
+		say()
+		r.wantRollout("on every node", "w", portolanv1.RolloutState_ROLLOUT_STATE_COMPLETE)
+		r.workload("w", "v2", s)
+		say(holds("Halted", "NoProgress"), holds("Progressing", "Updating"))
+		r.wantRollout("halted", "w", portolanv1.RolloutState_ROLLOUT_STATE_ROLLED_BACK)
+		r.want("back", "w@eu v1×0")
+	})
+}
+
 // Blue-green runs both, serves one, and switches when told, and back.
 func TestBlueGreen(t *testing.T) {
 	run(t, func(r *rig) {

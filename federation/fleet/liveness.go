@@ -235,7 +235,7 @@ func silencePlacements(tx store.Tx, cluster string, now time.Time) error {
 	for _, rec := range seen {
 		m := proto.CloneOf(rec.Message.(*storev1.PlacementStatusRecord))
 		for _, r := range m.GetStatus().GetRevisions() {
-			r.ReadyReplicas = 0
+			r.ReadyReplicas, r.AvailableReplicas = 0, nil
 		}
 		if m.Status != nil {
 			unknown := condition(portolanv1.ConditionState_CONDITION_STATE_UNKNOWN, "ClusterLost", "the cluster is silent", now)

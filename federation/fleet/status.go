@@ -215,7 +215,7 @@ func believed(v *store.View, tenant, w string, p *portolanv1.Placement, have *st
 	for _, r := range rep.GetRevisions() {
 		id := r.GetRevision()
 		seen := slices.ContainsFunc(out, func(o *portolanv1.RevisionReplicas) bool { return o.GetRevision() == id })
-		if _, exists := v.Get(store.Revision, api.RevisionName(tenant, w, id)); !known[id] && !exists || seen || r.GetReplicas() < 0 || r.GetReadyReplicas() < 0 {
+		if _, exists := v.Get(store.Revision, api.RevisionName(tenant, w, id)); !known[id] && !exists || seen || r.GetReplicas() < 0 || r.GetReadyReplicas() < 0 || r.GetAvailableReplicas() < 0 {
 			unknown = append(unknown, id)
 			continue
 		}

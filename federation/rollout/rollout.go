@@ -48,8 +48,11 @@ type Cluster struct {
 	// Want is how many replicas the placement asks for, by revision; one that it
 	// names with none is there with 0.
 	Want map[string]int
-	// Ready and Running replicas that it has, by revision.
-	Ready, Running map[string]int
+	// Available and Running replicas that it has, by revision.
+	Available, Running map[string]int
+	// Incomplete says that the cluster itself still sees replicas to bring out or to
+	// take away, where Want cannot tell: how many daemons make one is known only there.
+	Incomplete bool
 	// Halted is the revision whose update it halted, and Why; empty when none.
 	Halted, Why string
 }
@@ -170,14 +173,14 @@ func (s *stepper) halted() (Cluster, bool) {
 	return out, out.ID != ""
 }
 
-// whole says whether every cluster has all replicas of the target ready. How many
+// whole says whether every cluster has all replicas of the target available. How many
 // there are is in the placements' status, not here: as part of the record each
 // replica would make a revision.
 func (s *stepper) whole() bool {
 	for _, c := range s.in.Clusters {
 		// A placement that does not name it yet asks for none of it.
 		want, told := c.Want[s.in.Target]
-		if !c.Current || !told || c.Ready[s.in.Target] < want {
+		if !c.Current || c.Incomplete || !told || c.Available[s.in.Target] < want {
 			return false
 		}
 	}
@@ -224,7 +227,7 @@ func (s *stepper) rolling() {
 	s.d.Revisions = []string{s.in.Target}
 	if s.whole() && s.alone(append(s.named(), s.in.Target)...) {
 		st.Stable = s.in.Target
-		s.enter(portolanv1.RolloutState_ROLLOUT_STATE_COMPLETE, Complete, "every replica is of revision %s and ready", s.in.Target)
+		s.enter(portolanv1.RolloutState_ROLLOUT_STATE_COMPLETE, Complete, "every replica is of revision %s and available", s.in.Target)
 		return
 	}
 	s.enter(portolanv1.RolloutState_ROLLOUT_STATE_PROGRESSING, Updating, "replicas are exchanged for those of revision %s", s.in.Target)

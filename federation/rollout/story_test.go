@@ -19,7 +19,7 @@ import (
 // The stories in testdata/stories. Commands:
 //
 //	spec target=v2 [type=blue-green] [active=v1] [switch=30s] [keep=5m] [auto=false]
-//	cluster eu want=(v2:2) ready=(v2:1) running=(v1:1,v2:1) [stale] [halted=v2 why=…]
+//	cluster eu want=(v2:2) available=(v2:1) running=(v1:1,v2:1) [stale] [incomplete] [halted=v2 why=…]
 //	gone v1                      the revision exists no more
 //	step [after=30s]             time goes on, and the rollout is looked at
 func TestStories(t *testing.T) {
@@ -130,12 +130,14 @@ func (w *world) cluster(t *testing.T, d *datadriven.TestData) {
 		switch a.Key {
 		case "want":
 			c.Want = counts(t, a.Vals)
-		case "ready":
-			c.Ready = counts(t, a.Vals)
+		case "available":
+			c.Available = counts(t, a.Vals)
 		case "running":
 			c.Running = counts(t, a.Vals)
 		case "stale":
 			c.Current = false
+		case "incomplete":
+			c.Incomplete = true
 		case "halted":
 			c.Halted = a.Vals[0]
 		case "why":

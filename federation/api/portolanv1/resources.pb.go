@@ -1623,10 +1623,13 @@ type RevisionReplicas struct {
 	Replicas      int32                  `protobuf:"varint,2,opt,name=replicas,proto3" json:"replicas,omitempty"`
 	ReadyReplicas int32                  `protobuf:"varint,3,opt,name=ready_replicas,json=readyReplicas,proto3" json:"ready_replicas,omitempty"`
 	// Within these the cluster scales by itself; both 0 when it does not.
-	MinReplicas   int32 `protobuf:"varint,4,opt,name=min_replicas,json=minReplicas,proto3" json:"min_replicas,omitempty"`
-	MaxReplicas   int32 `protobuf:"varint,5,opt,name=max_replicas,json=maxReplicas,proto3" json:"max_replicas,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	MinReplicas int32 `protobuf:"varint,4,opt,name=min_replicas,json=minReplicas,proto3" json:"min_replicas,omitempty"`
+	MaxReplicas int32 `protobuf:"varint,5,opt,name=max_replicas,json=maxReplicas,proto3" json:"max_replicas,omitempty"`
+	// Ready for the update's min_ready. Absent from a cluster that does not count
+	// them: there ready_replicas stand for it.
+	AvailableReplicas *int32 `protobuf:"varint,6,opt,name=available_replicas,json=availableReplicas,proto3,oneof" json:"available_replicas,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *RevisionReplicas) Reset() {
@@ -1690,6 +1693,13 @@ func (x *RevisionReplicas) GetMinReplicas() int32 {
 func (x *RevisionReplicas) GetMaxReplicas() int32 {
 	if x != nil {
 		return x.MaxReplicas
+	}
+	return 0
+}
+
+func (x *RevisionReplicas) GetAvailableReplicas() int32 {
+	if x != nil && x.AvailableReplicas != nil {
+		return *x.AvailableReplicas
 	}
 	return 0
 }
@@ -2611,7 +2621,7 @@ func (x *Placement) GetStatus() *PlacementStatus {
 
 type PlacementSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// ready_replicas is unused here.
+	// ready_replicas and available_replicas are unused here.
 	Revisions []*RevisionReplicas `protobuf:"bytes,1,rep,name=revisions,proto3" json:"revisions,omitempty"`
 	// Every decision has a higher epoch than the one before.
 	Epoch int64 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
@@ -3169,13 +3179,15 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\x126\n" +
 	"\n" +
 	"conditions\x18\x04 \x03(\v2\x16.portolan.v1.ConditionR\n" +
-	"conditions\"\xb7\x01\n" +
+	"conditions\"\x82\x02\n" +
 	"\x10RevisionReplicas\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12\x1a\n" +
 	"\breplicas\x18\x02 \x01(\x05R\breplicas\x12%\n" +
 	"\x0eready_replicas\x18\x03 \x01(\x05R\rreadyReplicas\x12!\n" +
 	"\fmin_replicas\x18\x04 \x01(\x05R\vminReplicas\x12!\n" +
-	"\fmax_replicas\x18\x05 \x01(\x05R\vmaxReplicas\"\xd3\x03\n" +
+	"\fmax_replicas\x18\x05 \x01(\x05R\vmaxReplicas\x122\n" +
+	"\x12available_replicas\x18\x06 \x01(\x05H\x00R\x11availableReplicas\x88\x01\x01B\x15\n" +
+	"\x13_available_replicas\"\xd3\x03\n" +
 	"\x10WorkloadRevision\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12\x16\n" +
 	"\x03uid\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x03uid\x12$\n" +
@@ -3525,6 +3537,7 @@ func file_portolan_v1_resources_proto_init() {
 	}
 	file_portolan_v1_types_proto_init()
 	file_portolan_v1_resources_proto_msgTypes[1].OneofWrappers = []any{}
+	file_portolan_v1_resources_proto_msgTypes[14].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

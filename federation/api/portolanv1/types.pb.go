@@ -4285,6 +4285,9 @@ func (x *WorkloadSpec_TopologySpread) GetPrefer() bool {
 	return false
 }
 
+// Gang has the replicas of a revision in a cluster begin all at once, or none. Only
+// of a job, or of a service whose update is blue-green: a rolling one begins them
+// one by one, as does a stateful workload.
 type WorkloadSpec_Gang struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How long it may wait for room before it is reported as failed; for ever when

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/cluster/state/mem"
 	"github.com/portolan-io/portolan/federation/api"
@@ -50,7 +51,7 @@ func TestNodesAreShownAndSet(t *testing.T) {
 			t.Fatalf("%v, %v", list, err)
 		}
 		n := list.GetNodes()[0]
-		if n.GetPool() != "gpu" || n.GetAllocatableCpuMilli() != 6000 || n.GetAllocatableMemoryBytes() != 8<<30 || n.GetAllocatedCpuMilli() != 500 ||
+		if n.GetPool() != "gpu" || n.GetAllocatableCpuMilli() != 6000 || n.GetAllocatableMemoryBytes() != 8<<30 || n.GetAllocatedCpuMilli() != 550 ||
 			n.GetStorageBytes() != 10<<30 || n.GetAllocatedStorageBytes() != 3<<30 {
 			t.Errorf("node %v", n)
 		}
@@ -71,6 +72,35 @@ func TestNodesAreShownAndSet(t *testing.T) {
 		_, err = admin.SetNode(t.Context(), &linkv1.SetNodeRequest{Node: "n1", Deadline: &timestamppb.Timestamp{Seconds: -5}})
 		if api.KindOf(err) != api.Invalid {
 			t.Errorf("a deadline before 1970: %v", err)
+		}
+	})
+}
+
+// What is allocated is what the scheduler charges: what is left of it takes six more,
+// not the thirteen that the containers alone would leave room for.
+func TestAllocatedIsWhatTheSchedulerCharges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, mem.New())
+		change := state.Change{PutNodes: []*clusterv1.Node{{Node: "n1", ReplicaCidr: "10.1.1.0/24", Facts: &nodev1.NodeFacts{CpuMilli: 4000, MemoryBytes: 8 << 30}}}}
+		spec := &portolanv1.WorkloadSpec{Containers: []*portolanv1.Container{{Requests: &portolanv1.ResourceList{Cpu: "100m", Memory: "10Mi"}}}}
+		for i := range 20 {
+			change.PutAllocations = append(change.PutAllocations, &clusterv1.Allocation{Allocation: fmt.Sprintf("web-%d", i), Tenant: "t", Workload: "web", Node: "n1", Spec: spec})
+		}
+		r.commit(change)
+		list, err := (&adminServer{d: r.d}).ListNodes(t.Context(), &linkv1.ListNodesRequest{})
+		if err != nil || len(list.GetNodes()) != 1 {
+			t.Fatalf("%v, %v", list, err)
+		}
+		n := list.GetNodes()[0]
+		one, err := schedule.Requests(spec, schedule.DefaultOverhead)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := (n.GetAllocatableCpuMilli() - n.GetAllocatedCpuMilli()) / one.CPUMilli; got != 6 {
+			t.Errorf("room for %d more, want 6: node %v", got, n)
+		}
+		if got := n.GetAllocatedMemoryBytes(); got != 20*one.MemoryBytes {
+			t.Errorf("%d bytes are allocated, want %d", got, 20*one.MemoryBytes)
 		}
 	})
 }

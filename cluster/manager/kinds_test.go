@@ -363,6 +363,53 @@ func TestPoolsWishToGrow(t *testing.T) {
 	})
 }
 
+// A new node has its daemons too: what fits only one without them makes no pool
+// grow, and what fits beside them does.
+func TestPoolsGrowBesideDaemons(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		r.cluster(&portolanv1.ClusterSpec{Pools: []*portolanv1.NodePool{{Name: "default", MaxNodes: 5, NodeSize: &portolanv1.ResourceList{Cpu: "4", Memory: "8Gi"}}}})
+		r.addNode("n1")
+		r.want("agent", "r1", 0, spec(daemon, "500m"))
+		elsewhere := spec(daemon, "3000m")
+		elsewhere.Scheduling = &portolanv1.WorkloadSpec_Scheduling{NodeSelector: map[string]string{"disk": "ssd"}}
+		r.want("other", "r1", 0, elsewhere)
+		r.want("big", "r1", 1, spec(service, "3600m"))
+		time.Sleep(30 * time.Second)
+		if len(r.store.Snapshot().Pending["t/big"]) == 0 {
+			t.Fatal("big found a node")
+		}
+		if w, ok := r.store.Snapshot().Notes.Wishes["default"]; ok {
+			t.Errorf("for what fits no node beside its daemon: %+v", w)
+		}
+		r.unwant("big")
+		r.want("web", "r1", 2, spec(service, "3200m"))
+		r.within(30*time.Second, "one more node is wanted", func() bool { return r.store.Snapshot().Notes.Wishes["default"].Nodes == 1 })
+	})
+}
+
+// A node that is there holds the daemons that it has, not those that a new one
+// would: with less room it takes nothing in, so that no other can go.
+func TestPoolsShrinkBesideDaemons(t *testing.T) {
+	for cpu, want := range map[string]int32{"500m": -1, "3500m": 0} {
+		story(t, func(t *testing.T, r *rig) {
+			r.addNode("n1")
+			r.addNode("n2", "disk=ssd")
+			agent := spec(daemon, cpu)
+			agent.Scheduling = &portolanv1.WorkloadSpec_Scheduling{NodeSelector: map[string]string{"disk": "ssd"}}
+			r.want("agent", "r1", 0, agent)
+			sp := spec(service, "150m")
+			sp.Scheduling = &portolanv1.WorkloadSpec_Scheduling{SpreadKey: "node", MaxSkew: 1}
+			r.want("web", "r1", 4, sp)
+			r.within(10*time.Second, "all run", func() bool { return r.ready("web") == 4 })
+			r.cluster(&portolanv1.ClusterSpec{Pools: []*portolanv1.NodePool{{Name: "default", MinNodes: 1, MaxNodes: 5}}})
+			time.Sleep(30 * time.Second)
+			if got := r.store.Snapshot().Notes.Wishes["default"].Nodes; got != want {
+				t.Errorf("beside a daemon of %s: %+d nodes, want %+d", cpu, got, want)
+			}
+		})
+	}
+}
+
 // What replicas used says what they should request, also after the manager began
 // anew; an exit for want of memory raises it.
 func TestRequestsAreAdvised(t *testing.T) {

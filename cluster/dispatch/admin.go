@@ -175,7 +175,7 @@ func (a *adminServer) ExplainPending(_ context.Context, req *linkv1.ExplainPendi
 	}
 	s, key := a.d.cfg.State.Snapshot(), ids[0]+"/"+ids[1]
 	byReplica := map[string]*portolanv1.NodeVerdict{}
-	out := &linkv1.ExplainPendingResponse{Requests: s.Notes.Requests[key]}
+	out := &linkv1.ExplainPendingResponse{Requests: s.Notes.Requests[key], Scaling: s.Notes.Scaling[key]}
 	if w, ok := s.Notes.Waiting[key]; ok {
 		out.Verdicts = append(out.Verdicts, &portolanv1.NodeVerdict{
 			Cluster: a.d.cfg.Facts.Cluster, Reasons: []*portolanv1.Reason{{Code: w.Code, Message: w.Message}},

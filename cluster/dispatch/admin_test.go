@@ -115,6 +115,7 @@ func TestPendingIsExplainedWithNearestAndRemedies(t *testing.T) {
 		r.store.SetNotes(state.Notes{
 			Waiting:  map[string]state.Blocked{"t/w": {Code: "VolumeNodeLost", Message: "its volume is on n9"}},
 			Requests: map[string]*portolanv1.RequestAdvice{"t/w": {Target: &portolanv1.ReplicaResources{CpuMilli: 70}}},
+			Scaling:  map[string]*portolanv1.ScaleVerdict{"t/w": {Replicas: 8}},
 		})
 		res, err := (&adminServer{d: r.d}).ExplainPending(t.Context(), &linkv1.ExplainPendingRequest{Workload: "tenants/t/workloads/w"})
 		if err != nil || len(res.GetVerdicts()) != 2 {
@@ -122,6 +123,9 @@ func TestPendingIsExplainedWithNearestAndRemedies(t *testing.T) {
 		}
 		if got := res.GetRequests().GetTarget().GetCpuMilli(); got != 70 {
 			t.Errorf("%dm should be requested", got)
+		}
+		if got := res.GetScaling().GetReplicas(); got != 8 {
+			t.Errorf("it scales to %d", got)
 		}
 		if v := res.GetVerdicts()[0]; v.GetReasons()[0].GetCode() != "VolumeNodeLost" {
 			t.Errorf("%v", v)

@@ -217,6 +217,19 @@ func TestAutoscaleUpAndDown(t *testing.T) {
 		}
 		usage(80) // 80 % of what is requested, 50 are wanted: 5 become 8
 		up := r.within(40*time.Second, "eight are ready", func() bool { return r.ready("web") == 8 })
+		usage(400)
+		r.within(time.Minute, "its most are ready", func() bool { return r.ready("web") == 10 })
+		time.Sleep(10 * time.Second)
+		if got := codesOf(r.store.Snapshot().Notes.Scaling["t/web"]); !slices.Contains(got, "AtMax") {
+			t.Errorf("with its most it stays for %v", got)
+		}
+		for _, n := range r.nodes {
+			n.set(func(n *fakeNode) { n.usage = nil })
+		}
+		time.Sleep(10 * time.Second)
+		if got := codesOf(r.store.Snapshot().Notes.Scaling["t/web"]); !slices.Equal(got, []string{"MetricMissing", "MetricsHold"}) {
+			t.Errorf("without a metric it stays for %v", got)
+		}
 		usage(10)
 		down := r.within(3*time.Minute, "two are left", func() bool { return r.ready("web") == 2 && len(r.placed("web")) == 2 })
 		if down < 30*time.Second {
@@ -341,6 +354,14 @@ func TestDevicesAreShared(t *testing.T) {
 			t.Errorf("the third is pending for %+v", p)
 		}
 	})
+}
+
+func codesOf(v *portolanv1.ScaleVerdict) []string {
+	var out []string
+	for _, r := range v.GetReasons() {
+		out = append(out, r.GetCode())
+	}
+	return out
 }
 
 func TestPoolsWishToGrow(t *testing.T) {

@@ -64,6 +64,9 @@ type Notes struct {
 	// Requests say of workloads, by "tenant/workload", what their replicas should
 	// request. The messages are never changed.
 	Requests map[string]*portolanv1.RequestAdvice
+	// Scaling says of workloads that scale by themselves, by "tenant/workload", what
+	// the last look at them came to. The messages are never changed.
+	Scaling map[string]*portolanv1.ScaleVerdict
 }
 
 // PoolWish is how many nodes more (or fewer) a pool should have, and why.
@@ -136,7 +139,8 @@ type Store interface {
 	Observe(node string, s *NodeStatus) error
 	// SetPending replaces Pending. Written by manager.
 	SetPending(map[string][]PendingReason)
-	// SetNotes replaces Notes. Written by manager.
+	// SetNotes replaces Notes. Notes that differ in Scaling at most leave the
+	// generation alone. Written by manager.
 	SetNotes(Notes)
 
 	// PutToken, Token and Tokens keep join tokens. Written by dispatch.

@@ -107,6 +107,9 @@ func (fakeFleet) ExplainWorkload(_ context.Context, req *portolanv1.ExplainWorkl
 			Cluster: "eu", Replica: "r2", Reasons: []*portolanv1.Reason{{Code: "InsufficientCPU", Message: "2 nodes: 1000m of CPU are asked for, at most 500m are free"}},
 			Remedies: []*portolanv1.Reason{{Code: "AskLessCPU", Message: "ask for 500m of CPU"}}, Nearest: "n2",
 		}},
+		Scaling: []*portolanv1.ScaleVerdict{{Cluster: "eu", Replicas: 4, Reasons: []*portolanv1.Reason{
+			{Code: "MetricAsks", Message: "cpu is 90% of the request, target 50%: 8"}, {Code: "AtMax", Message: "at most 4 are allowed here, 8 would be wanted"},
+		}}},
 		Requests: []*portolanv1.RequestAdvice{{
 			Cluster: "eu", Requested: amount(1000, 64), Lower: amount(150, 80), Target: amount(200, 96), Upper: amount(400, 200),
 			Reason: &portolanv1.Reason{Code: "Recommended", Message: "90% of the time 200m of CPU and 96 MiB are enough (180 samples over 3h, 15% margin)"},

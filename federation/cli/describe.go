@@ -112,6 +112,9 @@ func (a *app) describeWorkload(ctx context.Context, cc grpc.ClientConnInterface,
 	if err := a.describePlacements(ctx, cc, w.GetName()); err != nil {
 		return err
 	}
+	if err := a.describeScaling(ctx, cc, w); err != nil {
+		return err
+	}
 	tenant := api.TenantOf(w.GetName())
 	rs, err := a.replicas(ctx, cc, tenant, last(w.GetName()), "")
 	if err != nil {
@@ -392,7 +395,36 @@ func (a *app) explain(name string, r *portolanv1.ExplainWorkloadResponse) {
 			a.printf("    %s: %s\n", [2]string{"it would fit", "or"}[min(i, 1)], m.GetMessage())
 		}
 	}
+	a.scaling(r.GetScaling())
 	a.requests(r.GetRequests())
+}
+
+// scaling says what each cluster's last look at a workload that scales by itself
+// came to.
+func (a *app) scaling(list []*portolanv1.ScaleVerdict) {
+	if len(list) == 0 {
+		return
+	}
+	a.printf("\nHow it scales:\n")
+	for _, v := range list {
+		a.printf("  %s: %d replicas are wanted\n", v.GetCluster(), v.GetReplicas())
+		for _, r := range v.GetReasons() {
+			a.printf("    %s\n", reasonsText([]*portolanv1.Reason{r}))
+		}
+	}
+}
+
+// describeScaling is the same of one workload; what does not answer is left out.
+func (a *app) describeScaling(ctx context.Context, cc grpc.ClientConnInterface, w *portolanv1.Workload) error {
+	if w.GetSpec().GetAutoscale() == nil {
+		return nil
+	}
+	r, err := portolanv1.NewWorkloadServiceClient(cc).ExplainWorkload(ctx, &portolanv1.ExplainWorkloadRequest{Name: w.GetName()})
+	if err != nil && api.KindOf(err) != api.Unavailable {
+		return err
+	}
+	a.scaling(r.GetScaling())
+	return nil
 }
 
 // wanted is how many replicas there are to be; of a daemon, in how many clusters.

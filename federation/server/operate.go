@@ -216,8 +216,8 @@ var ofNodes = map[string]bool{
 }
 
 // ExplainWorkload runs the deciding function again on one snapshot, and reads
-// through why replicas of it are pending inside clusters, and what they should
-// request by what they used.
+// through why replicas of it are pending inside clusters, how it scales there, and
+// what they should request by what they used.
 func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.ExplainWorkloadRequest) (*portolanv1.ExplainWorkloadResponse, error) {
 	s, doing := x.s, "explain "+clip(req.GetName())
 	k := s.kinds[store.Workload]
@@ -266,6 +266,10 @@ func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.E
 		if q := got[cluster].GetRequests(); q != nil {
 			q.Cluster = cluster
 			resp.Requests = append(resp.Requests, q)
+		}
+		if v := got[cluster].GetScaling(); v != nil {
+			v.Cluster = cluster
+			resp.Scaling = append(resp.Scaling, v)
 		}
 		for _, v := range got[cluster].GetVerdicts() {
 			v.Cluster = cluster

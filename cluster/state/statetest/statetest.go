@@ -326,6 +326,11 @@ func testPending(t *testing.T, o Opened) {
 	if got := o.Store.Snapshot(); got.Generation != gen || got.Notes.Wishes["gpu"].Nodes != 2 || got.Notes.Blocked["n"][0].Count != 1 || got.Notes.Requests["t/w"].GetTarget().GetCpuMilli() != 70 {
 		t.Errorf("equal notes gave generation %d after %d, %v", got.Generation, gen, got.Notes)
 	}
+	notes.Scaling = map[string]*portolanv1.ScaleVerdict{"t/w": {Replicas: 3}}
+	o.Store.SetNotes(notes)
+	if got := o.Store.Snapshot(); got.Generation != gen || got.Notes.Scaling["t/w"].GetReplicas() != 3 || got.Notes.Wishes["gpu"].Nodes != 2 {
+		t.Errorf("what scaling came to gave generation %d after %d, %v", got.Generation, gen, got.Notes)
+	}
 	o.Store.SetNotes(state.Notes{})
 	if got := o.Store.Snapshot(); got.Generation <= gen || len(got.Notes.Wishes)+len(got.Notes.Blocked)+len(got.Notes.Requests) != 0 {
 		t.Errorf("cleared notes gave %v", got.Notes)

@@ -190,7 +190,7 @@ func (a *adminServer) ExplainPending(_ context.Context, req *linkv1.ExplainPendi
 		}
 		v.Reasons = append(v.Reasons, &portolanv1.Reason{Code: p.Code, Message: p.Message, Count: int32(p.Count)})
 		if p.Nearest != "" {
-			v.Nearest = p.Nearest
+			v.Nearest, v.NearestReason = p.Nearest, p.NearestReason
 		}
 		for _, r := range p.Remedies {
 			v.Remedies = append(v.Remedies, &portolanv1.Reason{Code: r.Code, Message: r.Message})

@@ -109,7 +109,7 @@ func TestPendingIsExplainedWithNearestAndRemedies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, mem.New())
 		r.store.SetPending(map[string][]state.PendingReason{"t/w": {
-			{Replica: "r1", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n2", Remedies: []state.Remedy{{Code: "AskLessCPU", Message: "ask for 500m"}}},
+			{Replica: "r1", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n2", NearestReason: "500m of CPU more", Remedies: []state.Remedy{{Code: "AskLessCPU", Message: "ask for 500m"}}},
 			{Replica: "r1", Code: "NodeCordoned", Message: "m", Count: 1},
 		}})
 		r.store.SetNotes(state.Notes{
@@ -131,7 +131,7 @@ func TestPendingIsExplainedWithNearestAndRemedies(t *testing.T) {
 			t.Errorf("%v", v)
 		}
 		v := res.GetVerdicts()[1]
-		if got := fmt.Sprintf("%s %s %d %d %s", v.GetReplica(), v.GetNearest(), len(v.GetReasons()), v.GetReasons()[0].GetCount(), v.GetRemedies()[0].GetCode()); got != "r1 n2 2 3 AskLessCPU" {
+		if got := fmt.Sprintf("%s %s: %s, %d %d %s", v.GetReplica(), v.GetNearest(), v.GetNearestReason(), len(v.GetReasons()), v.GetReasons()[0].GetCount(), v.GetRemedies()[0].GetCode()); got != "r1 n2: 500m of CPU more, 2 3 AskLessCPU" {
 			t.Errorf("verdict %s", got)
 		}
 	})

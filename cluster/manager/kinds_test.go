@@ -292,7 +292,7 @@ func TestGangWaitsTogether(t *testing.T) {
 			t.Errorf("events %v", r.m.Events())
 		}
 		p := r.store.Snapshot().Pending["t/train"]
-		if len(p) == 0 || len(p[0].Remedies) == 0 {
+		if len(p) == 0 || len(p[0].Remedies) == 0 || !strings.Contains(p[0].NearestReason, "of CPU more") {
 			t.Errorf("pending for %+v", p)
 		}
 		time.Sleep(time.Minute)

@@ -89,10 +89,11 @@ type PendingReason struct {
 	Code    string
 	Message string
 	Count   int
-	// Of the first reason of a revision: the node that comes nearest, and the
-	// smallest changes that would make it fit, each enough by itself.
-	Nearest  string
-	Remedies []Remedy
+	// Of the first reason of a revision: the node that comes nearest, what keeps from
+	// it, and the smallest changes that would make it fit, each enough by itself.
+	Nearest       string
+	NearestReason string
+	Remedies      []Remedy
 }
 
 // Remedy is a change that would make a replica fit.
@@ -101,7 +102,7 @@ type Remedy struct{ Code, Message string }
 // Equal compares all of it.
 func (p PendingReason) Equal(o PendingReason) bool {
 	return p.Replica == o.Replica && p.Code == o.Code && p.Message == o.Message && p.Count == o.Count &&
-		p.Nearest == o.Nearest && slices.Equal(p.Remedies, o.Remedies)
+		p.Nearest == o.Nearest && p.NearestReason == o.NearestReason && slices.Equal(p.Remedies, o.Remedies)
 }
 
 // NodeStatus is the observed side of a node.

@@ -105,7 +105,9 @@ func (fakeFleet) ExplainWorkload(_ context.Context, req *portolanv1.ExplainWorkl
 		},
 		Nodes: []*portolanv1.NodeVerdict{{
 			Cluster: "eu", Replica: "r2", Reasons: []*portolanv1.Reason{{Code: "InsufficientCPU", Message: "2 nodes: 1000m of CPU are asked for, at most 500m are free"}},
-			Remedies: []*portolanv1.Reason{{Code: "AskLessCPU", Message: "ask for 500m of CPU"}}, Nearest: "n2",
+			Remedies: []*portolanv1.Reason{{Code: "AskLessCPU", Message: "ask for 500m of CPU"}}, Nearest: "n2", NearestReason: "500m of CPU more",
+		}, {
+			Cluster: "us", Replica: "r2", Reasons: []*portolanv1.Reason{{Code: "NodeCordoned", Message: "1 node is cordoned"}}, NearestReason: "cordoned",
 		}},
 		Scaling: []*portolanv1.ScaleVerdict{{Cluster: "eu", Replicas: 4, Reasons: []*portolanv1.Reason{
 			{Code: "MetricAsks", Message: "cpu is 90% of the request, target 50%: 8"}, {Code: "AtMax", Message: "at most 4 are allowed here, 8 would be wanted"},

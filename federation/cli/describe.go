@@ -388,8 +388,8 @@ func (a *app) explain(name string, r *portolanv1.ExplainWorkloadResponse) {
 			a.printf(", revision %s", v.GetReplica())
 		}
 		a.printf(": %s\n", reasonsText(v.GetReasons()))
-		if v.GetNearest() != "" {
-			a.printf("    nearest is node %s\n", v.GetNearest())
+		if n := nearestText(v); n != "" {
+			a.printf("    %s\n", n)
 		}
 		for i, m := range v.GetRemedies() {
 			a.printf("    %s: %s\n", [2]string{"it would fit", "or"}[min(i, 1)], m.GetMessage())
@@ -425,6 +425,21 @@ func (a *app) describeScaling(ctx context.Context, cc grpc.ClientConnInterface, 
 	}
 	a.scaling(r.GetScaling())
 	return nil
+}
+
+// nearestText says which node comes nearest, unless tenants are not told, and what
+// keeps from it.
+func nearestText(v *portolanv1.NodeVerdict) string {
+	node, why := v.GetNearest(), v.GetNearestReason()
+	switch {
+	case node != "" && why != "":
+		return "nearest is node " + node + ": " + why
+	case node != "":
+		return "nearest is node " + node
+	case why != "":
+		return "at the nearest node: " + why
+	}
+	return ""
 }
 
 // wanted is how many replicas there are to be; of a daemon, in how many clusters.

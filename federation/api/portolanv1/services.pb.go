@@ -5258,8 +5258,10 @@ type NodeVerdict struct {
 	Reasons []*Reason `protobuf:"bytes,3,rep,name=reasons,proto3" json:"reasons,omitempty"`
 	// The node that comes nearest, and the smallest changes that would make it fit,
 	// each enough by itself. Nodes are named to fleet admins only.
-	Nearest       string    `protobuf:"bytes,4,opt,name=nearest,proto3" json:"nearest,omitempty"`
-	Remedies      []*Reason `protobuf:"bytes,5,rep,name=remedies,proto3" json:"remedies,omitempty"`
+	Nearest  string    `protobuf:"bytes,4,opt,name=nearest,proto3" json:"nearest,omitempty"`
+	Remedies []*Reason `protobuf:"bytes,5,rep,name=remedies,proto3" json:"remedies,omitempty"`
+	// What the nearest node lacks or is.
+	NearestReason string `protobuf:"bytes,6,opt,name=nearest_reason,json=nearestReason,proto3" json:"nearest_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5327,6 +5329,13 @@ func (x *NodeVerdict) GetRemedies() []*Reason {
 		return x.Remedies
 	}
 	return nil
+}
+
+func (x *NodeVerdict) GetNearestReason() string {
+	if x != nil {
+		return x.NearestReason
+	}
+	return ""
 }
 
 type WatchRequest struct {
@@ -7446,13 +7455,14 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\breplicas\x18\x03 \x01(\x05R\breplicas\x12\x14\n" +
 	"\x05score\x18\x04 \x01(\x03R\x05score\x12-\n" +
 	"\areasons\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12/\n" +
-	"\bremedies\x18\x06 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\"\xbb\x01\n" +
+	"\bremedies\x18\x06 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\"\xe2\x01\n" +
 	"\vNodeVerdict\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12-\n" +
 	"\areasons\x18\x03 \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12\x18\n" +
 	"\anearest\x18\x04 \x01(\tR\anearest\x12/\n" +
-	"\bremedies\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\"k\n" +
+	"\bremedies\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\x12%\n" +
+	"\x0enearest_reason\x18\x06 \x01(\tR\rnearestReason\"k\n" +
 	"\fWatchRequest\x12\x1e\n" +
 	"\x05kinds\x18\x01 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10\x10R\x05kinds\x12\x16\n" +
 	"\x06parent\x18\x02 \x01(\tR\x06parent\x12#\n" +

@@ -69,7 +69,9 @@ func (m *Manager) wishes(s *state.Snapshot, now time.Time) map[string]state.Pool
 	plan := autoscale.GrowPools(autoscale.PoolsInput{Pending: m.pendingShapes(), Pools: m.pools(s), Nodes: m.poolNodes(s)})
 	m.wanted = make(map[string]state.PoolWish, len(plan.Changes))
 	for _, c := range plan.Changes {
-		m.wanted[c.Pool] = state.PoolWish{Nodes: int32(c.Delta), Reason: c.Reason.GetCode() + ": " + c.Reason.GetMessage()}
+		m.wanted[c.Pool] = state.PoolWish{
+			Nodes: int32(c.Delta), Reason: c.Reason.GetCode() + ": " + c.Reason.GetMessage(), Going: c.Nodes, HourMicros: c.HourMicros,
+		}
 	}
 	return m.wanted
 }

@@ -373,7 +373,7 @@ func TestPoolsWishToGrow(t *testing.T) {
 			w := r.store.Snapshot().Notes.Wishes["default"]
 			return w.Nodes == 2 && w.Reason != ""
 		})
-		if p := r.store.Snapshot().PoolStatuses(); len(p) != 1 || p[0].GetWantedNodes() != 2 || p[0].GetNodesReady() != 1 {
+		if p := r.store.Snapshot().PoolStatuses(); len(p) != 1 || p[0].GetWantedNodes() != 2 || p[0].GetNodesReady() != 1 || p[0].GetWantedHourMicros() != 2*4*10 {
 			t.Errorf("pools %v", p)
 		}
 		r.addNode("n2")
@@ -422,10 +422,14 @@ func TestPoolsShrinkBesideDaemons(t *testing.T) {
 			sp.Scheduling = &portolanv1.WorkloadSpec_Scheduling{SpreadKey: "node", MaxSkew: 1}
 			r.want("web", "r1", 4, sp)
 			r.within(10*time.Second, "all run", func() bool { return r.ready("web") == 4 })
-			r.cluster(&portolanv1.ClusterSpec{Pools: []*portolanv1.NodePool{{Name: "default", MinNodes: 1, MaxNodes: 5}}})
+			r.cluster(&portolanv1.ClusterSpec{CpuCoreHourMicros: 10, Pools: []*portolanv1.NodePool{{Name: "default", MinNodes: 1, MaxNodes: 5}}})
 			time.Sleep(30 * time.Second)
 			if got := r.store.Snapshot().Notes.Wishes["default"].Nodes; got != want {
 				t.Errorf("beside a daemon of %s: %+d nodes, want %+d", cpu, got, want)
+			}
+			p := r.store.Snapshot().PoolStatuses()[0]
+			if len(p.GetUnneededNodes()) != int(-want) || p.GetWantedHourMicros() != int64(want)*4*10 {
+				t.Errorf("beside a daemon of %s: %v", cpu, p)
 			}
 		})
 	}

@@ -447,7 +447,7 @@ func (x *Index) SetPending(p map[string][]PendingReason) {
 func (x *Index) SetNotes(n Notes) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if maps.Equal(x.now.Notes.Wishes, n.Wishes) && maps.EqualFunc(x.now.Notes.Blocked, n.Blocked, slices.Equal[[]Blocked]) &&
+	if maps.EqualFunc(x.now.Notes.Wishes, n.Wishes, PoolWish.Equal) && maps.EqualFunc(x.now.Notes.Blocked, n.Blocked, slices.Equal[[]Blocked]) &&
 		maps.Equal(x.now.Notes.Waiting, n.Waiting) && maps.EqualFunc(x.now.Notes.Requests, n.Requests, sameMessage) {
 		if !maps.EqualFunc(x.now.Notes.Scaling, n.Scaling, sameMessage) {
 			x.now.Notes.Scaling, x.handed = maps.Clone(n.Scaling), nil

@@ -73,6 +73,15 @@ type Notes struct {
 type PoolWish struct {
 	Nodes  int32
 	Reason string
+	// Going are the nodes that should go, when there should be fewer.
+	Going []string
+	// HourMicros is what that costs, or saves, negative.
+	HourMicros int64
+}
+
+// Equal compares all of it.
+func (w PoolWish) Equal(o PoolWish) bool {
+	return w.Nodes == o.Nodes && w.Reason == o.Reason && w.HourMicros == o.HourMicros && slices.Equal(w.Going, o.Going)
 }
 
 // Blocked counts replicas that have not left a node, by reason.

@@ -32,8 +32,8 @@ func (fakeFleet) GetCapacity(_ context.Context, req *portolanv1.GetCapacityReque
 			Cluster: "clusters/eu", Region: "eu-west", State: portolanv1.ClusterState_CLUSTER_STATE_READY, CpuMilli: 16000, MemoryBytes: 64 << 30, ReservedCpuMilli: 3500, ReservedMemoryBytes: 9 << 30,
 			CpuCoreHourMicros: 30000, MemoryGibHourMicros: 4000, ReservedCostMicros: 141000, CapacityCostMicros: 736000,
 			Pools: []*portolanv1.PoolStatus{
-				{Pool: "default", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 3, NodesReady: 2},
-				{Pool: "gpu", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 1, NodesReady: 1, Spot: true, Devices: map[string]int32{"gpu/T4": 4}, WantedNodes: 1, WantedReason: "PoolGrows: 2 train wait"},
+				{Pool: "default", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 3, NodesReady: 2, WantedNodes: -2, WantedReason: "NodesUnneeded: shrink by 2", UnneededNodes: []string{"n3", "n7"}, WantedHourMicros: -400000},
+				{Pool: "gpu", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 1, NodesReady: 1, Spot: true, Devices: map[string]int32{"gpu/T4": 4}, WantedNodes: 1, WantedReason: "PoolGrows: 2 train wait", WantedHourMicros: 368000},
 			},
 		},
 		{Cluster: "clusters/us", Region: "us-east", State: portolanv1.ClusterState_CLUSTER_STATE_LOST, CpuMilli: 8000, MemoryBytes: 32 << 30, CpuCoreHourMicros: 20000, MemoryGibHourMicros: 3000, CapacityCostMicros: 256000},

@@ -166,6 +166,26 @@ func TestCapacityAndCost(t *testing.T) {
 	})
 }
 
+// describe says how a workload scales by itself as explain does, and nothing of one
+// that does not.
+func TestDescribeSaysHowItScales(t *testing.T) {
+	for _, c := range []struct {
+		spec *portolanv1.WorkloadSpec
+		want string
+	}{
+		{&portolanv1.WorkloadSpec{}, ""},
+		{&portolanv1.WorkloadSpec{Autoscale: &portolanv1.Autoscale{Max: 4}}, "at most 4 are allowed here, 8 would be wanted"},
+	} {
+		a, out := fakeApp(t)
+		if err := a.describeScaling(t.Context(), a.conn, &portolanv1.Workload{Name: "tenants/shop/workloads/web", Spec: c.spec}); err != nil {
+			t.Fatal(err)
+		}
+		if c.want == "" && out.Len() > 0 || !strings.Contains(out.String(), c.want) {
+			t.Errorf("%v: %q", c.spec, out)
+		}
+	}
+}
+
 func TestMoney(t *testing.T) {
 	for micros, want := range map[int64]string{0: "0.00", 6409e6: "6,409.00", 1234567891234: "1,234,567.89", 100: "0.0001", -3263e6: "-3,263.00", 150000: "0.15", 999e6: "999.00"} {
 		if got := money(micros); got != want {

@@ -316,6 +316,11 @@ func testPending(t *testing.T, o Opened) {
 	if got := o.Store.Snapshot(); got.Generation != gen || len(got.Pending["t/w"]) != 1 {
 		t.Errorf("equal reasons gave generation %d after %d, %v", got.Generation, gen, got.Pending)
 	}
+	p = map[string][]state.PendingReason{"t/w": {{Replica: "r1/0", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n", NearestReason: "cordoned", Remedies: []state.Remedy{{Code: "FreeCPU", Message: "r"}}}}}
+	o.Store.SetPending(p)
+	if got := o.Store.Snapshot(); got.Generation <= gen || got.Pending["t/w"][0].NearestReason != "cordoned" {
+		t.Errorf("another sentence of the nearest gave generation %d after %d, %v", got.Generation, gen, got.Pending)
+	}
 	advice := func() map[string]*portolanv1.RequestAdvice {
 		return map[string]*portolanv1.RequestAdvice{"t/w": {Target: &portolanv1.ReplicaResources{CpuMilli: 70}}}
 	}

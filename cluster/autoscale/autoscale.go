@@ -39,8 +39,8 @@ type Input struct {
 	// Samples has one entry for each replica that is there and meant to stay, in
 	// any order.
 	Samples []Sample
-	// Demand is the load on the workload as a whole, by MetricName, where it is
-	// known without replicas. It brings a workload back from zero; where it is not
+	// Demand is the load on the workload as a whole, by MetricName: a caller that
+	// knows demand without replicas gives it, any other leaves it nil. It brings a workload back from zero; where it is not
 	// known, and no schedule would, the workload does not go there.
 	Demand map[string]float64
 	// State is what the last decision wrote; nil before the first.

@@ -67,6 +67,10 @@ type PoolNode struct {
 	Replicas []Shape
 	// Pinned says that something there can not move: a volume, a budget of none.
 	Pinned bool
+	// Size and StorageBytes are what it can be promised, without what the daemons that
+	// are there take; its pool's when Size is nil.
+	Size         *api.Resources
+	StorageBytes int64
 }
 
 // PoolsPlan says what should change, in the order of the pools' names.

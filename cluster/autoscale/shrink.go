@@ -21,6 +21,8 @@ const (
 type host struct {
 	node *PoolNode
 	pool int
+	// like is its pool, with the node's own size.
+	like Pool
 	room *room
 	gone bool
 	// busy has taken in replicas of another, and stays.
@@ -33,13 +35,13 @@ func (g *grower) shrink(nodes []PoolNode) {
 	hosts := g.hosts(nodes)
 	order := slices.Clone(hosts)
 	slices.SortStableFunc(order, func(a, b *host) int {
-		return cmp.Or(cmp.Compare(g.pools[b.pool].HourMicros, g.pools[a.pool].HourMicros), cmp.Compare(b.room.waste(&g.pools[b.pool]), a.room.waste(&g.pools[a.pool])), cmp.Compare(a.node.ID, b.node.ID))
+		return cmp.Or(cmp.Compare(g.pools[b.pool].HourMicros, g.pools[a.pool].HourMicros), cmp.Compare(b.room.waste(&b.like), a.room.waste(&a.like)), cmp.Compare(a.node.ID, b.node.ID))
 	})
 	going := make([][]string, len(g.pools))
 	total := 0
 	for _, h := range order {
 		p := &g.pools[h.pool]
-		if total == shrinkAtOnce || p.Current-len(going[h.pool]) <= p.Min || h.busy || h.node.Pinned || used(h, p) >= idleBelow || !g.empty(h, hosts) {
+		if total == shrinkAtOnce || p.Current-len(going[h.pool]) <= p.Min || h.busy || h.node.Pinned || used(h) >= idleBelow || !g.empty(h, hosts) {
 			continue
 		}
 		h.gone = true
@@ -64,7 +66,11 @@ func (g *grower) hosts(nodes []PoolNode) []*host {
 		if pool < 0 {
 			continue
 		}
-		h := &host{node: &nodes[i], pool: pool, room: newRoom(&g.pools[pool])}
+		h := &host{node: &nodes[i], pool: pool, like: g.pools[pool]}
+		if own := nodes[i].Size; own != nil {
+			h.like.Size, h.like.StorageBytes = *own, nodes[i].StorageBytes
+		}
+		h.room = newRoom(&h.like)
 		for j := range h.node.Replicas {
 			h.room.hold(&h.node.Replicas[j])
 		}
@@ -75,8 +81,8 @@ func (g *grower) hosts(nodes []PoolNode) []*host {
 }
 
 // used is the greatest part of a node that is in use.
-func used(h *host, p *Pool) float64 {
-	out := max(1-ratio(h.room.cpu, p.Size.CPUMilli), 1-ratio(h.room.memory, p.Size.MemoryBytes))
+func used(h *host) float64 {
+	out := max(1-ratio(h.room.cpu, h.like.Size.CPUMilli), 1-ratio(h.room.memory, h.like.Size.MemoryBytes))
 	for _, f := range h.room.free {
 		if f < 1000 {
 			return 1 // devices are too dear to be moved about
@@ -118,14 +124,14 @@ func (g *grower) place(s *Shape, from *host, hosts []*host) *host {
 		if h == from || h.gone {
 			continue
 		}
-		if _, ok := suits(&g.pools[h.pool], s); !ok {
+		if _, ok := suits(&h.like, s); !ok {
 			continue
 		}
 		try := *h.room
 		if try.take(s, 1) == 0 {
 			continue
 		}
-		if w := h.room.waste(&g.pools[h.pool]); best == nil || w < least {
+		if w := h.room.waste(&h.like); best == nil || w < least {
 			best, least = h, w
 		}
 	}

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -79,8 +80,9 @@ type used struct {
 	devices   map[string]int64
 }
 
-// usage sums up allocations and volumes by node.
-func usage(s *state.Snapshot) map[string]*used {
+// usage sums up allocations and volumes by node, as the scheduler charges them: each
+// replica with its overhead.
+func usage(s *state.Snapshot, overhead api.Resources) map[string]*used {
 	out := make(map[string]*used, len(s.Nodes))
 	for id := range s.Nodes {
 		out[id] = &used{devices: map[string]int64{}}
@@ -91,7 +93,7 @@ func usage(s *state.Snapshot) map[string]*used {
 			continue
 		}
 		u.replicas++
-		if r, err := api.RequestsOf(al.GetSpec()); err == nil {
+		if r, err := schedule.Requests(al.GetSpec(), overhead); err == nil {
 			u.resources = u.resources.Add(r)
 		}
 		u.storage += scratchOf(al.GetSpec())
@@ -133,7 +135,7 @@ func deviceOf(n *clusterv1.Node, share *nodev1.DeviceShare) string {
 }
 
 func (d *Dispatch) nodeInfos(s *state.Snapshot, match func(*clusterv1.Node) bool) *linkv1.ListNodesResponse {
-	by, pools := usage(s), s.Pools()
+	by, pools := usage(s, *d.cfg.Overhead), s.Pools()
 	out := &linkv1.ListNodesResponse{}
 	for _, id := range slices.Sorted(maps.Keys(s.Nodes)) {
 		if n := s.Nodes[id]; match(n) {
@@ -173,7 +175,7 @@ func (a *adminServer) ExplainPending(_ context.Context, req *linkv1.ExplainPendi
 	}
 	s, key := a.d.cfg.State.Snapshot(), ids[0]+"/"+ids[1]
 	byReplica := map[string]*portolanv1.NodeVerdict{}
-	out := &linkv1.ExplainPendingResponse{Requests: s.Notes.Requests[key]}
+	out := &linkv1.ExplainPendingResponse{Requests: s.Notes.Requests[key], Scaling: s.Notes.Scaling[key]}
 	if w, ok := s.Notes.Waiting[key]; ok {
 		out.Verdicts = append(out.Verdicts, &portolanv1.NodeVerdict{
 			Cluster: a.d.cfg.Facts.Cluster, Reasons: []*portolanv1.Reason{{Code: w.Code, Message: w.Message}},
@@ -188,7 +190,7 @@ func (a *adminServer) ExplainPending(_ context.Context, req *linkv1.ExplainPendi
 		}
 		v.Reasons = append(v.Reasons, &portolanv1.Reason{Code: p.Code, Message: p.Message, Count: int32(p.Count)})
 		if p.Nearest != "" {
-			v.Nearest = p.Nearest
+			v.Nearest, v.NearestReason = p.Nearest, p.NearestReason
 		}
 		for _, r := range p.Remedies {
 			v.Remedies = append(v.Remedies, &portolanv1.Reason{Code: r.Code, Message: r.Message})

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/cluster/state/mem"
 	"github.com/portolan-io/portolan/federation/api"
@@ -50,7 +51,7 @@ func TestNodesAreShownAndSet(t *testing.T) {
 			t.Fatalf("%v, %v", list, err)
 		}
 		n := list.GetNodes()[0]
-		if n.GetPool() != "gpu" || n.GetAllocatableCpuMilli() != 6000 || n.GetAllocatableMemoryBytes() != 8<<30 || n.GetAllocatedCpuMilli() != 500 ||
+		if n.GetPool() != "gpu" || n.GetAllocatableCpuMilli() != 6000 || n.GetAllocatableMemoryBytes() != 8<<30 || n.GetAllocatedCpuMilli() != 550 ||
 			n.GetStorageBytes() != 10<<30 || n.GetAllocatedStorageBytes() != 3<<30 {
 			t.Errorf("node %v", n)
 		}
@@ -75,16 +76,46 @@ func TestNodesAreShownAndSet(t *testing.T) {
 	})
 }
 
+// What is allocated is what the scheduler charges: what is left of it takes six more,
+// not the thirteen that the containers alone would leave room for.
+func TestAllocatedIsWhatTheSchedulerCharges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, mem.New())
+		change := state.Change{PutNodes: []*clusterv1.Node{{Node: "n1", ReplicaCidr: "10.1.1.0/24", Facts: &nodev1.NodeFacts{CpuMilli: 4000, MemoryBytes: 8 << 30}}}}
+		spec := &portolanv1.WorkloadSpec{Containers: []*portolanv1.Container{{Requests: &portolanv1.ResourceList{Cpu: "100m", Memory: "10Mi"}}}}
+		for i := range 20 {
+			change.PutAllocations = append(change.PutAllocations, &clusterv1.Allocation{Allocation: fmt.Sprintf("web-%d", i), Tenant: "t", Workload: "web", Node: "n1", Spec: spec})
+		}
+		r.commit(change)
+		list, err := (&adminServer{d: r.d}).ListNodes(t.Context(), &linkv1.ListNodesRequest{})
+		if err != nil || len(list.GetNodes()) != 1 {
+			t.Fatalf("%v, %v", list, err)
+		}
+		n := list.GetNodes()[0]
+		one, err := schedule.Requests(spec, schedule.DefaultOverhead)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := (n.GetAllocatableCpuMilli() - n.GetAllocatedCpuMilli()) / one.CPUMilli; got != 6 {
+			t.Errorf("room for %d more, want 6: node %v", got, n)
+		}
+		if got := n.GetAllocatedMemoryBytes(); got != 20*one.MemoryBytes {
+			t.Errorf("%d bytes are allocated, want %d", got, 20*one.MemoryBytes)
+		}
+	})
+}
+
 func TestPendingIsExplainedWithNearestAndRemedies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, mem.New())
 		r.store.SetPending(map[string][]state.PendingReason{"t/w": {
-			{Replica: "r1", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n2", Remedies: []state.Remedy{{Code: "AskLessCPU", Message: "ask for 500m"}}},
+			{Replica: "r1", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n2", NearestReason: "500m of CPU more", Remedies: []state.Remedy{{Code: "AskLessCPU", Message: "ask for 500m"}}},
 			{Replica: "r1", Code: "NodeCordoned", Message: "m", Count: 1},
 		}})
 		r.store.SetNotes(state.Notes{
 			Waiting:  map[string]state.Blocked{"t/w": {Code: "VolumeNodeLost", Message: "its volume is on n9"}},
 			Requests: map[string]*portolanv1.RequestAdvice{"t/w": {Target: &portolanv1.ReplicaResources{CpuMilli: 70}}},
+			Scaling:  map[string]*portolanv1.ScaleVerdict{"t/w": {Replicas: 8}},
 		})
 		res, err := (&adminServer{d: r.d}).ExplainPending(t.Context(), &linkv1.ExplainPendingRequest{Workload: "tenants/t/workloads/w"})
 		if err != nil || len(res.GetVerdicts()) != 2 {
@@ -93,11 +124,14 @@ func TestPendingIsExplainedWithNearestAndRemedies(t *testing.T) {
 		if got := res.GetRequests().GetTarget().GetCpuMilli(); got != 70 {
 			t.Errorf("%dm should be requested", got)
 		}
+		if got := res.GetScaling().GetReplicas(); got != 8 {
+			t.Errorf("it scales to %d", got)
+		}
 		if v := res.GetVerdicts()[0]; v.GetReasons()[0].GetCode() != "VolumeNodeLost" {
 			t.Errorf("%v", v)
 		}
 		v := res.GetVerdicts()[1]
-		if got := fmt.Sprintf("%s %s %d %d %s", v.GetReplica(), v.GetNearest(), len(v.GetReasons()), v.GetReasons()[0].GetCount(), v.GetRemedies()[0].GetCode()); got != "r1 n2 2 3 AskLessCPU" {
+		if got := fmt.Sprintf("%s %s: %s, %d %d %s", v.GetReplica(), v.GetNearest(), v.GetNearestReason(), len(v.GetReasons()), v.GetReasons()[0].GetCount(), v.GetRemedies()[0].GetCode()); got != "r1 n2: 500m of CPU more, 2 3 AskLessCPU" {
 			t.Errorf("verdict %s", got)
 		}
 	})

@@ -21,6 +21,7 @@ import (
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 
+	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/cluster/state"
 	"github.com/portolan-io/portolan/federation/api"
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
@@ -92,6 +93,9 @@ type Config struct {
 	// Key gives the SHA-256 of the public key that a caller showed; of its TLS
 	// certificate when nil.
 	Key func(ctx context.Context) ([]byte, error)
+	// Overhead of a replica beside its containers, the same as the manager's;
+	// schedule.DefaultOverhead when nil.
+	Overhead *api.Resources
 	// NodeTimeout bounds how long, after the start, nodes are waited for before
 	// anything is served; 3 s when 0.
 	NodeTimeout time.Duration
@@ -102,6 +106,10 @@ type Config struct {
 func (c *Config) SetDefaults() {
 	if c.NodeTimeout <= 0 {
 		c.NodeTimeout = DefaultNodeTimeout
+	}
+	if c.Overhead == nil {
+		o := schedule.DefaultOverhead
+		c.Overhead = &o
 	}
 	if c.Key == nil {
 		c.Key = certificateKey

@@ -66,10 +66,12 @@ func (m *Manager) wishes(s *state.Snapshot, now time.Time) map[string]state.Pool
 		return m.wanted
 	}
 	m.nextGrowth = now.Add(growEvery)
-	plan := autoscale.GrowPools(autoscale.PoolsInput{Pending: m.pendingShapes(), Pools: pools(s), Nodes: m.poolNodes(s)})
+	plan := autoscale.GrowPools(autoscale.PoolsInput{Pending: m.pendingShapes(), Pools: m.pools(s), Nodes: m.poolNodes(s)})
 	m.wanted = make(map[string]state.PoolWish, len(plan.Changes))
 	for _, c := range plan.Changes {
-		m.wanted[c.Pool] = state.PoolWish{Nodes: int32(c.Delta), Reason: c.Reason.GetCode() + ": " + c.Reason.GetMessage()}
+		m.wanted[c.Pool] = state.PoolWish{
+			Nodes: int32(c.Delta), Reason: c.Reason.GetCode() + ": " + c.Reason.GetMessage(), Going: c.Nodes, HourMicros: c.HourMicros,
+		}
 	}
 	return m.wanted
 }
@@ -109,8 +111,10 @@ func shapeOf(key string, spec *portolanv1.WorkloadSpec, class *schedule.Class) a
 }
 
 // pools describes what a new node of each pool would be: as its spec says, and else
-// like one that is there.
-func pools(s *state.Snapshot) []autoscale.Pool {
+// like one that is there. Of its size is left what the daemons leave that it would
+// admit.
+func (m *Manager) pools(s *state.Snapshot) []autoscale.Pool {
+	daemons := m.daemons(s)
 	cluster := s.Intents["cluster"].GetCluster().GetSpec()
 	like, count := map[string]*clusterv1.Node{}, map[string]int{}
 	for _, id := range slices.Sorted(maps.Keys(s.Nodes)) {
@@ -139,28 +143,74 @@ func pools(s *state.Snapshot) []autoscale.Pool {
 		perGiB := cmp.Or(p.GetMemoryGibHourMicros(), cluster.GetMemoryGibHourMicros())
 		pool.HourMicros = cmp.Or(cpu, facts.GetCpuMilli())*perCore/1000 + cmp.Or(mem, facts.GetMemoryBytes())>>20*perGiB>>10
 		pool.Devices = stock(facts.GetDevices())
+		node := &clusterv1.Node{Facts: &nodev1.NodeFacts{Labels: pool.Labels, Taints: pool.Taints}}
+		for _, d := range daemons {
+			if schedule.Admit(node, d.spec).Begin {
+				pool.Size, pool.StorageBytes = without(pool.Size, pool.StorageBytes, d.shape)
+			}
+		}
 		out = append(out, pool)
 	}
 	return out
 }
 
-// poolNodes are the nodes that are well, with what runs on them.
+// onEach is a daemon: what every node that admits it runs one replica of.
+type onEach struct {
+	spec  *portolanv1.WorkloadSpec
+	shape autoscale.Shape
+}
+
+// daemons are those that the cluster is to run, by their current revision.
+func (m *Manager) daemons(s *state.Snapshot) []onEach {
+	var out []onEach
+	for _, i := range s.Intents {
+		w := i.GetWorkload()
+		for _, r := range w.GetRevisions() {
+			if r.GetRevision() != w.GetCurrentRevision() || r.GetSpec().GetKind() != portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
+				continue
+			}
+			owner := schedule.Owner{Tenant: w.GetTenant(), Workload: w.GetWorkload(), Revision: r.GetRevision()}
+			if class, err := m.mirror.class(owner, r.GetSpec()); err == nil { // what does not compile runs nowhere
+				out = append(out, onEach{spec: r.GetSpec(), shape: shapeOf("", r.GetSpec(), class)})
+			}
+		}
+	}
+	return out
+}
+
+// without is what a daemon leaves, never less than nothing.
+func without(size api.Resources, storage int64, d autoscale.Shape) (api.Resources, int64) {
+	left := api.Resources{CPUMilli: max(0, size.CPUMilli-d.Request.CPUMilli), MemoryBytes: max(0, size.MemoryBytes-d.Request.MemoryBytes)}
+	return left, max(0, storage-d.StorageBytes)
+}
+
+// poolNodes are the nodes that are well, with what runs on them. Daemons are no
+// replicas that would have to go elsewhere: a node is as large as its own leave it.
 func (m *Manager) poolNodes(s *state.Snapshot) []autoscale.PoolNode {
-	by := map[string]*autoscale.PoolNode{}
+	by, specs := map[string]*autoscale.PoolNode{}, s.Pools()
 	for id, n := range s.Nodes {
 		if n.GetLostTime() == nil {
-			by[id] = &autoscale.PoolNode{ID: id, Pool: state.PoolOf(n)}
+			size := state.Allocatable(n, specs[state.PoolOf(n)])
+			by[id] = &autoscale.PoolNode{ID: id, Pool: state.PoolOf(n), Size: &size, StorageBytes: n.GetFacts().GetStorageBytes()}
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.Allocations)) {
 		a := s.Allocations[id]
 		n := by[a.GetNode()]
-		if n == nil || a.GetFinal() != nil || a.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
+		if n == nil || a.GetFinal() != nil {
 			continue
 		}
-		n.Pinned = n.Pinned || len(a.GetVolumes()) > 0
-		if class, err := m.mirror.class(ownerOf(a), a.GetSpec()); err == nil {
-			n.Replicas = append(n.Replicas, shapeOf(ownerKey(a), a.GetSpec(), class))
+		isDaemon := a.GetSpec().GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON
+		n.Pinned = n.Pinned || !isDaemon && len(a.GetVolumes()) > 0
+		class, err := m.mirror.class(ownerOf(a), a.GetSpec())
+		if err != nil {
+			continue
+		}
+		shape := shapeOf(ownerKey(a), a.GetSpec(), class)
+		if isDaemon {
+			*n.Size, n.StorageBytes = without(*n.Size, n.StorageBytes, shape)
+		} else {
+			n.Replicas = append(n.Replicas, shape)
 		}
 	}
 	out := make([]autoscale.PoolNode, 0, len(by))

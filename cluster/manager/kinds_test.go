@@ -217,6 +217,19 @@ func TestAutoscaleUpAndDown(t *testing.T) {
 		}
 		usage(80) // 80 % of what is requested, 50 are wanted: 5 become 8
 		up := r.within(40*time.Second, "eight are ready", func() bool { return r.ready("web") == 8 })
+		usage(400)
+		r.within(time.Minute, "its most are ready", func() bool { return r.ready("web") == 10 })
+		time.Sleep(10 * time.Second)
+		if got := codesOf(r.store.Snapshot().Notes.Scaling["t/web"]); !slices.Contains(got, "AtMax") {
+			t.Errorf("with its most it stays for %v", got)
+		}
+		for _, n := range r.nodes {
+			n.set(func(n *fakeNode) { n.usage = nil })
+		}
+		time.Sleep(10 * time.Second)
+		if got := codesOf(r.store.Snapshot().Notes.Scaling["t/web"]); !slices.Equal(got, []string{"MetricMissing", "MetricsHold"}) {
+			t.Errorf("without a metric it stays for %v", got)
+		}
 		usage(10)
 		down := r.within(3*time.Minute, "two are left", func() bool { return r.ready("web") == 2 && len(r.placed("web")) == 2 })
 		if down < 30*time.Second {
@@ -279,7 +292,7 @@ func TestGangWaitsTogether(t *testing.T) {
 			t.Errorf("events %v", r.m.Events())
 		}
 		p := r.store.Snapshot().Pending["t/train"]
-		if len(p) == 0 || len(p[0].Remedies) == 0 {
+		if len(p) == 0 || len(p[0].Remedies) == 0 || !strings.Contains(p[0].NearestReason, "of CPU more") {
 			t.Errorf("pending for %+v", p)
 		}
 		time.Sleep(time.Minute)
@@ -343,6 +356,14 @@ func TestDevicesAreShared(t *testing.T) {
 	})
 }
 
+func codesOf(v *portolanv1.ScaleVerdict) []string {
+	var out []string
+	for _, r := range v.GetReasons() {
+		out = append(out, r.GetCode())
+	}
+	return out
+}
+
 func TestPoolsWishToGrow(t *testing.T) {
 	story(t, func(t *testing.T, r *rig) {
 		r.cluster(&portolanv1.ClusterSpec{Pools: []*portolanv1.NodePool{{Name: "default", MaxNodes: 5, NodeSize: &portolanv1.ResourceList{Cpu: "4", Memory: "8Gi"}, CpuCoreHourMicros: 10}}})
@@ -352,7 +373,7 @@ func TestPoolsWishToGrow(t *testing.T) {
 			w := r.store.Snapshot().Notes.Wishes["default"]
 			return w.Nodes == 2 && w.Reason != ""
 		})
-		if p := r.store.Snapshot().PoolStatuses(); len(p) != 1 || p[0].GetWantedNodes() != 2 || p[0].GetNodesReady() != 1 {
+		if p := r.store.Snapshot().PoolStatuses(); len(p) != 1 || p[0].GetWantedNodes() != 2 || p[0].GetNodesReady() != 1 || p[0].GetWantedHourMicros() != 2*4*10 {
 			t.Errorf("pools %v", p)
 		}
 		r.addNode("n2")
@@ -361,6 +382,57 @@ func TestPoolsWishToGrow(t *testing.T) {
 			return r.ready("web") == 6 && r.store.Snapshot().Notes.Wishes["default"].Nodes == 0
 		})
 	})
+}
+
+// A new node has its daemons too: what fits only one without them makes no pool
+// grow, and what fits beside them does.
+func TestPoolsGrowBesideDaemons(t *testing.T) {
+	story(t, func(t *testing.T, r *rig) {
+		r.cluster(&portolanv1.ClusterSpec{Pools: []*portolanv1.NodePool{{Name: "default", MaxNodes: 5, NodeSize: &portolanv1.ResourceList{Cpu: "4", Memory: "8Gi"}}}})
+		r.addNode("n1")
+		r.want("agent", "r1", 0, spec(daemon, "500m"))
+		elsewhere := spec(daemon, "3000m")
+		elsewhere.Scheduling = &portolanv1.WorkloadSpec_Scheduling{NodeSelector: map[string]string{"disk": "ssd"}}
+		r.want("other", "r1", 0, elsewhere)
+		r.want("big", "r1", 1, spec(service, "3600m"))
+		time.Sleep(30 * time.Second)
+		if len(r.store.Snapshot().Pending["t/big"]) == 0 {
+			t.Fatal("big found a node")
+		}
+		if w, ok := r.store.Snapshot().Notes.Wishes["default"]; ok {
+			t.Errorf("for what fits no node beside its daemon: %+v", w)
+		}
+		r.unwant("big")
+		r.want("web", "r1", 2, spec(service, "3200m"))
+		r.within(30*time.Second, "one more node is wanted", func() bool { return r.store.Snapshot().Notes.Wishes["default"].Nodes == 1 })
+	})
+}
+
+// A node that is there holds the daemons that it has, not those that a new one
+// would: with less room it takes nothing in, so that no other can go.
+func TestPoolsShrinkBesideDaemons(t *testing.T) {
+	for cpu, want := range map[string]int32{"500m": -1, "3500m": 0} {
+		story(t, func(t *testing.T, r *rig) {
+			r.addNode("n1")
+			r.addNode("n2", "disk=ssd")
+			agent := spec(daemon, cpu)
+			agent.Scheduling = &portolanv1.WorkloadSpec_Scheduling{NodeSelector: map[string]string{"disk": "ssd"}}
+			r.want("agent", "r1", 0, agent)
+			sp := spec(service, "150m")
+			sp.Scheduling = &portolanv1.WorkloadSpec_Scheduling{SpreadKey: "node", MaxSkew: 1}
+			r.want("web", "r1", 4, sp)
+			r.within(10*time.Second, "all run", func() bool { return r.ready("web") == 4 })
+			r.cluster(&portolanv1.ClusterSpec{CpuCoreHourMicros: 10, Pools: []*portolanv1.NodePool{{Name: "default", MinNodes: 1, MaxNodes: 5}}})
+			time.Sleep(30 * time.Second)
+			if got := r.store.Snapshot().Notes.Wishes["default"].Nodes; got != want {
+				t.Errorf("beside a daemon of %s: %+d nodes, want %+d", cpu, got, want)
+			}
+			p := r.store.Snapshot().PoolStatuses()[0]
+			if len(p.GetUnneededNodes()) != int(-want) || p.GetWantedHourMicros() != int64(want)*4*10 {
+				t.Errorf("beside a daemon of %s: %v", cpu, p)
+			}
+		})
+	}
 }
 
 // What replicas used says what they should request, also after the manager began

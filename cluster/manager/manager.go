@@ -262,7 +262,7 @@ func (m *Manager) plan(ctx context.Context, s *state.Snapshot, now time.Time) (t
 	m.mirror.sweep(m.waiting)
 	pending := m.pendingNow()
 	m.cfg.Store.SetPending(pending)
-	m.cfg.Store.SetNotes(state.Notes{Wishes: m.wishes(s, now), Blocked: blocked(s, plan.Draining), Waiting: waitingNotes(plan.Waiting), Requests: m.learnt.advice})
+	m.cfg.Store.SetNotes(state.Notes{Wishes: m.wishes(s, now), Blocked: blocked(s, plan.Draining), Waiting: waitingNotes(plan.Waiting), Requests: m.learnt.advice, Scaling: scalingNotes(m.scaled)})
 	m.AddEvents(scale.events...)
 	m.AddEvents(d.events...)
 	m.noteHalted(plan.Halted, now)

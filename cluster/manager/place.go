@@ -193,7 +193,7 @@ func (d *decider) served(w *waiting, p schedule.Placed) {
 		w.refused = []state.PendingReason{{Code: p.Refusal.Codes.String(), Message: p.Refusal.NearestReason}}
 	}
 	first := &w.refused[0]
-	first.Nearest = p.Refusal.Nearest
+	first.Nearest, first.NearestReason = p.Refusal.Nearest, p.Refusal.NearestReason
 	for _, r := range p.Refusal.Remedies {
 		first.Remedies = append(first.Remedies, state.Remedy{Code: remedyCode(r.Kind), Message: r.Message})
 	}

@@ -22,10 +22,21 @@ import (
 // wakes nobody.
 const scaleEvery = 5 * time.Second
 
-// scaling is when a workload is looked at next, and by which intent it was.
+// scaling is when a workload is looked at next, by which intent it was, and what
+// that came to.
 type scaling struct {
-	intent *linkv1.WorkloadIntent
-	next   time.Time
+	intent  *linkv1.WorkloadIntent
+	next    time.Time
+	verdict *portolanv1.ScaleVerdict
+}
+
+// scalingNotes say what the last looks came to, by the workloads' keys.
+func scalingNotes(scaled map[reconcile.Key]scaling) map[string]*portolanv1.ScaleVerdict {
+	out := make(map[string]*portolanv1.ScaleVerdict, len(scaled))
+	for k, s := range scaled {
+		out[k.String()] = s.verdict
+	}
+	return out
 }
 
 // scaleChange is what autoscaling decided.
@@ -111,7 +122,7 @@ func (m *Manager) scaleOne(s *state.Snapshot, in *reconcile.Input, k reconcile.K
 		Samples: samples(s, w, as), State: was.GetScale(),
 	})
 	next := earlier(plan.Next, now.Add(scaleEvery))
-	c.looked[k], c.next = scaling{w, next}, earlier(c.next, next)
+	c.looked[k], c.next = scaling{w, next, &portolanv1.ScaleVerdict{Replicas: int32(plan.Replicas), Reasons: plan.Reasons}}, earlier(c.next, next)
 	if !plan.Changed {
 		return
 	}

@@ -13,7 +13,6 @@ import (
 	"github.com/portolan-io/portolan/federation/api/clusterv1"
 	"github.com/portolan-io/portolan/federation/api/linkv1"
 	"github.com/portolan-io/portolan/federation/api/nodev1"
-	"github.com/portolan-io/portolan/federation/api/portolanv1"
 )
 
 // maxTombstones bounds how many deleted keys are remembered for the check of a
@@ -443,19 +442,24 @@ func (x *Index) SetPending(p map[string][]PendingReason) {
 	x.changed()
 }
 
-// SetNotes implements Store. Equal notes leave the generation alone.
+// SetNotes implements Store. Equal notes leave the generation alone; so does what
+// scaling came to, which changes with what replicas use.
 func (x *Index) SetNotes(n Notes) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if maps.Equal(x.now.Notes.Wishes, n.Wishes) && maps.EqualFunc(x.now.Notes.Blocked, n.Blocked, slices.Equal[[]Blocked]) &&
-		maps.Equal(x.now.Notes.Waiting, n.Waiting) && maps.EqualFunc(x.now.Notes.Requests, n.Requests, sameAdvice) {
+	if maps.EqualFunc(x.now.Notes.Wishes, n.Wishes, PoolWish.Equal) && maps.EqualFunc(x.now.Notes.Blocked, n.Blocked, slices.Equal[[]Blocked]) &&
+		maps.Equal(x.now.Notes.Waiting, n.Waiting) && maps.EqualFunc(x.now.Notes.Requests, n.Requests, sameMessage) {
+		if !maps.EqualFunc(x.now.Notes.Scaling, n.Scaling, sameMessage) {
+			x.now.Notes.Scaling, x.handed = maps.Clone(n.Scaling), nil
+		}
 		return
 	}
-	x.now.Notes = Notes{Wishes: maps.Clone(n.Wishes), Blocked: maps.Clone(n.Blocked), Waiting: maps.Clone(n.Waiting), Requests: maps.Clone(n.Requests)}
+	x.now.Notes = Notes{
+		Wishes: maps.Clone(n.Wishes), Blocked: maps.Clone(n.Blocked), Waiting: maps.Clone(n.Waiting),
+		Requests: maps.Clone(n.Requests), Scaling: maps.Clone(n.Scaling),
+	}
 	x.changed()
 }
-
-func sameAdvice(a, b *portolanv1.RequestAdvice) bool { return a == b || proto.Equal(a, b) }
 
 func equalReasons(a, b []PendingReason) bool {
 	return slices.EqualFunc(a, b, PendingReason.Equal)

@@ -79,8 +79,9 @@ func (s *Snapshot) PoolStatuses() []*portolanv1.PoolStatus {
 	}
 	out := make([]*portolanv1.PoolStatus, 0, len(by))
 	for _, name := range slices.Sorted(maps.Keys(by)) {
-		by[name].WantedNodes, by[name].WantedReason = s.Notes.Wishes[name].Nodes, s.Notes.Wishes[name].Reason
-		out = append(out, by[name])
+		st, wish := by[name], s.Notes.Wishes[name]
+		st.WantedNodes, st.WantedReason, st.UnneededNodes, st.WantedHourMicros = wish.Nodes, wish.Reason, wish.Going, wish.HourMicros
+		out = append(out, st)
 	}
 	return out
 }

@@ -64,12 +64,24 @@ type Notes struct {
 	// Requests say of workloads, by "tenant/workload", what their replicas should
 	// request. The messages are never changed.
 	Requests map[string]*portolanv1.RequestAdvice
+	// Scaling says of workloads that scale by themselves, by "tenant/workload", what
+	// the last look at them came to. The messages are never changed.
+	Scaling map[string]*portolanv1.ScaleVerdict
 }
 
 // PoolWish is how many nodes more (or fewer) a pool should have, and why.
 type PoolWish struct {
 	Nodes  int32
 	Reason string
+	// Going are the nodes that should go, when there should be fewer.
+	Going []string
+	// HourMicros is what that costs, or saves, negative.
+	HourMicros int64
+}
+
+// Equal compares all of it.
+func (w PoolWish) Equal(o PoolWish) bool {
+	return w.Nodes == o.Nodes && w.Reason == o.Reason && w.HourMicros == o.HourMicros && slices.Equal(w.Going, o.Going)
 }
 
 // Blocked counts replicas that have not left a node, by reason.
@@ -86,10 +98,11 @@ type PendingReason struct {
 	Code    string
 	Message string
 	Count   int
-	// Of the first reason of a revision: the node that comes nearest, and the
-	// smallest changes that would make it fit, each enough by itself.
-	Nearest  string
-	Remedies []Remedy
+	// Of the first reason of a revision: the node that comes nearest, what keeps from
+	// it, and the smallest changes that would make it fit, each enough by itself.
+	Nearest       string
+	NearestReason string
+	Remedies      []Remedy
 }
 
 // Remedy is a change that would make a replica fit.
@@ -98,7 +111,7 @@ type Remedy struct{ Code, Message string }
 // Equal compares all of it.
 func (p PendingReason) Equal(o PendingReason) bool {
 	return p.Replica == o.Replica && p.Code == o.Code && p.Message == o.Message && p.Count == o.Count &&
-		p.Nearest == o.Nearest && slices.Equal(p.Remedies, o.Remedies)
+		p.Nearest == o.Nearest && p.NearestReason == o.NearestReason && slices.Equal(p.Remedies, o.Remedies)
 }
 
 // NodeStatus is the observed side of a node.
@@ -136,7 +149,8 @@ type Store interface {
 	Observe(node string, s *NodeStatus) error
 	// SetPending replaces Pending. Written by manager.
 	SetPending(map[string][]PendingReason)
-	// SetNotes replaces Notes. Written by manager.
+	// SetNotes replaces Notes. Notes that differ in Scaling at most leave the
+	// generation alone. Written by manager.
 	SetNotes(Notes)
 
 	// PutToken, Token and Tokens keep join tokens. Written by dispatch.

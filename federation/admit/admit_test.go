@@ -86,6 +86,31 @@ func TestMissingLimitsAreLeftToPolicy(t *testing.T) {
 	}
 }
 
+// Metrics are measured at replicas: to none a workload goes only where a schedule
+// brings it back.
+func TestScalingToNoneNeedsASchedule(t *testing.T) {
+	rps := &portolanv1.ScaleMetric{Kind: portolanv1.ScaleMetricKind_SCALE_METRIC_KIND_REQUESTS_PER_SECOND, Target: 50}
+	at := func(minimum int32) *portolanv1.ScaleSchedule {
+		return &portolanv1.ScaleSchedule{Schedule: "0 8 * * *", Duration: durationpb.New(time.Hour), Min: minimum, Max: 2}
+	}
+	for _, c := range []struct {
+		name      string
+		schedules []*portolanv1.ScaleSchedule
+		want      string
+	}{
+		{"requests per second", nil, "spec.autoscale.min"},
+		{"a schedule that asks for none", []*portolanv1.ScaleSchedule{at(0)}, "spec.autoscale.min"},
+		{"a schedule that brings it back", []*portolanv1.ScaleSchedule{at(0), at(1)}, ""},
+	} {
+		w := good()
+		w.Spec.Autoscale = &portolanv1.Autoscale{Min: proto.Int32(0), Max: 3, Metrics: []*portolanv1.ScaleMetric{rps}, Schedules: c.schedules}
+		Defaults(w, shop())
+		if got := fields(Validate(Input{Object: w, Snapshot: shop()})); got != c.want {
+			t.Errorf("%s: refused for %q, want %q", c.name, got, c.want)
+		}
+	}
+}
+
 func TestCapabilities(t *testing.T) {
 	for _, c := range []struct {
 		name string

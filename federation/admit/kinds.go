@@ -185,13 +185,12 @@ func (c *checker) autoscale(s *portolanv1.WorkloadSpec, a *portolanv1.Autoscale)
 	if len(a.GetMetrics()) == 0 && len(a.GetSchedules()) == 0 {
 		c.add(field+".metrics", "nothing says when to scale: give metrics or schedules")
 	}
-	outside := len(a.GetSchedules()) > 0
 	for i, m := range a.GetMetrics() {
 		c.metric(at(field+".metrics", i), m)
-		outside = outside || m.GetKind() == portolanv1.ScaleMetricKind_SCALE_METRIC_KIND_REQUESTS_PER_SECOND
 	}
-	if a.Min != nil && a.GetMin() == 0 && !outside {
-		c.add(field+".min", "0 needs something that is known without replicas: requests per second, or a schedule")
+	returns := slices.ContainsFunc(a.GetSchedules(), func(w *portolanv1.ScaleSchedule) bool { return w.GetMin() > 0 })
+	if a.Min != nil && a.GetMin() == 0 && !returns {
+		c.add(field+".min", "0 needs a schedule with a min of its own, which brings replicas back: metrics are measured at replicas, and without any none would come")
 	}
 	for i, w := range a.GetSchedules() {
 		f := at(field+".schedules", i)

@@ -102,6 +102,8 @@ type poolRoom struct {
 	Fits     *fits            `json:"fits,omitempty"`
 	Wanted   int32            `json:"wanted_nodes,omitempty"`
 	Why      string           `json:"wanted_reason,omitempty"`
+	Unneeded []string         `json:"unneeded_nodes,omitempty"`
+	Costs    int64            `json:"wanted_hour_micros,omitempty"`
 }
 
 // fits is how many replicas fit; exact when it was counted node by node.
@@ -173,7 +175,7 @@ func clusterRoomOf(c *portolanv1.ClusterCapacity) clusterRoom {
 		out.Ready += p.GetNodesReady()
 		out.Pools = append(out.Pools, poolRoom{
 			Pool: p.GetPool(), Spot: p.GetSpot(), Nodes: p.GetNodes(), Ready: p.GetNodesReady(), Capacity: room{p.GetCpuMilli(), p.GetMemoryBytes()},
-			Devices: p.GetDevices(), Wanted: p.GetWantedNodes(), Why: p.GetWantedReason(),
+			Devices: p.GetDevices(), Wanted: p.GetWantedNodes(), Why: p.GetWantedReason(), Unneeded: p.GetUnneededNodes(), Costs: p.GetWantedHourMicros(),
 		})
 	}
 	return out
@@ -262,7 +264,7 @@ func (a *app) showCapacity(cs []clusterRoom, fit bool) {
 		for _, p := range c.Pools {
 			row([]string{"", "", poolName(p.Pool), fmt.Sprintf("%d/%d", p.Ready, p.Nodes), coresText(p.Capacity.CPUMilli), "", bytesText(p.Capacity.MemoryBytes), ""}, p.Fits, poolNote(p))
 			if p.Wanted != 0 {
-				wishes = append(wishes, fmt.Sprintf("%s, pool %s: %+d nodes: %s\n", c.Cluster, poolName(p.Pool), p.Wanted, p.Why))
+				wishes = append(wishes, c.Cluster+", "+wishText(p))
 			}
 		}
 	}
@@ -271,8 +273,27 @@ func (a *app) showCapacity(cs []clusterRoom, fit bool) {
 		if i == 0 {
 			a.printf("\nwanted:\n")
 		}
-		a.printf("  %s", w)
+		a.printf("  %s\n", w)
 	}
+}
+
+// wishText says by how many nodes a pool should change, which should go, what that
+// costs or saves an hour, and why.
+func wishText(p poolRoom) string {
+	text := fmt.Sprintf("pool %s: %+d nodes", poolName(p.Pool), p.Wanted)
+	if len(p.Unneeded) > 0 {
+		text += ": " + strings.Join(p.Unneeded, ", ")
+	}
+	switch {
+	case p.Costs > 0:
+		text += "; costs " + money(p.Costs) + "/h"
+	case p.Costs < 0:
+		text += "; saves " + money(-p.Costs) + "/h"
+	}
+	if p.Why != "" {
+		text += "\n    " + p.Why
+	}
+	return text
 }
 
 func poolNote(p poolRoom) string {

@@ -32,8 +32,8 @@ func (fakeFleet) GetCapacity(_ context.Context, req *portolanv1.GetCapacityReque
 			Cluster: "clusters/eu", Region: "eu-west", State: portolanv1.ClusterState_CLUSTER_STATE_READY, CpuMilli: 16000, MemoryBytes: 64 << 30, ReservedCpuMilli: 3500, ReservedMemoryBytes: 9 << 30,
 			CpuCoreHourMicros: 30000, MemoryGibHourMicros: 4000, ReservedCostMicros: 141000, CapacityCostMicros: 736000,
 			Pools: []*portolanv1.PoolStatus{
-				{Pool: "default", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 3, NodesReady: 2},
-				{Pool: "gpu", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 1, NodesReady: 1, Spot: true, Devices: map[string]int32{"gpu/T4": 4}, WantedNodes: 1, WantedReason: "PoolGrows: 2 train wait"},
+				{Pool: "default", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 3, NodesReady: 2, WantedNodes: -2, WantedReason: "NodesUnneeded: shrink by 2", UnneededNodes: []string{"n3", "n7"}, WantedHourMicros: -400000},
+				{Pool: "gpu", CpuMilli: 8000, MemoryBytes: 32 << 30, Nodes: 1, NodesReady: 1, Spot: true, Devices: map[string]int32{"gpu/T4": 4}, WantedNodes: 1, WantedReason: "PoolGrows: 2 train wait", WantedHourMicros: 368000},
 			},
 		},
 		{Cluster: "clusters/us", Region: "us-east", State: portolanv1.ClusterState_CLUSTER_STATE_LOST, CpuMilli: 8000, MemoryBytes: 32 << 30, CpuCoreHourMicros: 20000, MemoryGibHourMicros: 3000, CapacityCostMicros: 256000},
@@ -105,8 +105,13 @@ func (fakeFleet) ExplainWorkload(_ context.Context, req *portolanv1.ExplainWorkl
 		},
 		Nodes: []*portolanv1.NodeVerdict{{
 			Cluster: "eu", Replica: "r2", Reasons: []*portolanv1.Reason{{Code: "InsufficientCPU", Message: "2 nodes: 1000m of CPU are asked for, at most 500m are free"}},
-			Remedies: []*portolanv1.Reason{{Code: "AskLessCPU", Message: "ask for 500m of CPU"}}, Nearest: "n2",
+			Remedies: []*portolanv1.Reason{{Code: "AskLessCPU", Message: "ask for 500m of CPU"}}, Nearest: "n2", NearestReason: "500m of CPU more",
+		}, {
+			Cluster: "us", Replica: "r2", Reasons: []*portolanv1.Reason{{Code: "NodeCordoned", Message: "1 node is cordoned"}}, NearestReason: "cordoned",
 		}},
+		Scaling: []*portolanv1.ScaleVerdict{{Cluster: "eu", Replicas: 4, Reasons: []*portolanv1.Reason{
+			{Code: "MetricAsks", Message: "cpu is 90% of the request, target 50%: 8"}, {Code: "AtMax", Message: "at most 4 are allowed here, 8 would be wanted"},
+		}}},
 		Requests: []*portolanv1.RequestAdvice{{
 			Cluster: "eu", Requested: amount(1000, 64), Lower: amount(150, 80), Target: amount(200, 96), Upper: amount(400, 200),
 			Reason: &portolanv1.Reason{Code: "Recommended", Message: "90% of the time 200m of CPU and 96 MiB are enough (180 samples over 3h, 15% margin)"},
@@ -159,6 +164,26 @@ func TestCapacityAndCost(t *testing.T) {
 		}
 		return out.String()
 	})
+}
+
+// describe says how a workload scales by itself as explain does, and nothing of one
+// that does not.
+func TestDescribeSaysHowItScales(t *testing.T) {
+	for _, c := range []struct {
+		spec *portolanv1.WorkloadSpec
+		want string
+	}{
+		{&portolanv1.WorkloadSpec{}, ""},
+		{&portolanv1.WorkloadSpec{Autoscale: &portolanv1.Autoscale{Max: 4}}, "at most 4 are allowed here, 8 would be wanted"},
+	} {
+		a, out := fakeApp(t)
+		if err := a.describeScaling(t.Context(), a.conn, &portolanv1.Workload{Name: "tenants/shop/workloads/web", Spec: c.spec}); err != nil {
+			t.Fatal(err)
+		}
+		if c.want == "" && out.Len() > 0 || !strings.Contains(out.String(), c.want) {
+			t.Errorf("%v: %q", c.spec, out)
+		}
+	}
 }
 
 func TestMoney(t *testing.T) {

@@ -112,6 +112,9 @@ func (a *app) describeWorkload(ctx context.Context, cc grpc.ClientConnInterface,
 	if err := a.describePlacements(ctx, cc, w.GetName()); err != nil {
 		return err
 	}
+	if err := a.describeScaling(ctx, cc, w); err != nil {
+		return err
+	}
 	tenant := api.TenantOf(w.GetName())
 	rs, err := a.replicas(ctx, cc, tenant, last(w.GetName()), "")
 	if err != nil {
@@ -385,14 +388,58 @@ func (a *app) explain(name string, r *portolanv1.ExplainWorkloadResponse) {
 			a.printf(", revision %s", v.GetReplica())
 		}
 		a.printf(": %s\n", reasonsText(v.GetReasons()))
-		if v.GetNearest() != "" {
-			a.printf("    nearest is node %s\n", v.GetNearest())
+		if n := nearestText(v); n != "" {
+			a.printf("    %s\n", n)
 		}
 		for i, m := range v.GetRemedies() {
 			a.printf("    %s: %s\n", [2]string{"it would fit", "or"}[min(i, 1)], m.GetMessage())
 		}
 	}
+	a.scaling(r.GetScaling())
 	a.requests(r.GetRequests())
+}
+
+// scaling says what each cluster's last look at a workload that scales by itself
+// came to.
+func (a *app) scaling(list []*portolanv1.ScaleVerdict) {
+	if len(list) == 0 {
+		return
+	}
+	a.printf("\nHow it scales:\n")
+	for _, v := range list {
+		a.printf("  %s: %d replicas are wanted\n", v.GetCluster(), v.GetReplicas())
+		for _, r := range v.GetReasons() {
+			a.printf("    %s\n", reasonsText([]*portolanv1.Reason{r}))
+		}
+	}
+}
+
+// describeScaling is the same of one workload; what does not answer is left out.
+func (a *app) describeScaling(ctx context.Context, cc grpc.ClientConnInterface, w *portolanv1.Workload) error {
+	if w.GetSpec().GetAutoscale() == nil {
+		return nil
+	}
+	r, err := portolanv1.NewWorkloadServiceClient(cc).ExplainWorkload(ctx, &portolanv1.ExplainWorkloadRequest{Name: w.GetName()})
+	if err != nil && api.KindOf(err) != api.Unavailable {
+		return err
+	}
+	a.scaling(r.GetScaling())
+	return nil
+}
+
+// nearestText says which node comes nearest, unless tenants are not told, and what
+// keeps from it.
+func nearestText(v *portolanv1.NodeVerdict) string {
+	node, why := v.GetNearest(), v.GetNearestReason()
+	switch {
+	case node != "" && why != "":
+		return "nearest is node " + node + ": " + why
+	case node != "":
+		return "nearest is node " + node
+	case why != "":
+		return "at the nearest node: " + why
+	}
+	return ""
 }
 
 // wanted is how many replicas there are to be; of a daemon, in how many clusters.

@@ -215,9 +215,16 @@ var ofNodes = map[string]bool{
 	"FreeCPU": true, "FreeMemory": true, "FreeStorage": true, "FreeAddress": true, "FreePort": true, "Uncordon": true, "LabelNode": true, "AddNode": true, "WaitForNode": true,
 }
 
+// withoutNodes takes the names of nodes out, and what only a fleet admin can change:
+// nodes are no tenant's business. What the nearest one lacks stays.
+func withoutNodes(v *portolanv1.NodeVerdict) {
+	v.Nearest = ""
+	v.Remedies = slices.DeleteFunc(v.Remedies, func(r *portolanv1.Reason) bool { return ofNodes[r.GetCode()] })
+}
+
 // ExplainWorkload runs the deciding function again on one snapshot, and reads
-// through why replicas of it are pending inside clusters, and what they should
-// request by what they used.
+// through why replicas of it are pending inside clusters, how it scales there, and
+// what they should request by what they used.
 func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.ExplainWorkloadRequest) (*portolanv1.ExplainWorkloadResponse, error) {
 	s, doing := x.s, "explain "+clip(req.GetName())
 	k := s.kinds[store.Workload]
@@ -267,12 +274,14 @@ func (x *workloadService) ExplainWorkload(ctx context.Context, req *portolanv1.E
 			q.Cluster = cluster
 			resp.Requests = append(resp.Requests, q)
 		}
+		if v := got[cluster].GetScaling(); v != nil {
+			v.Cluster = cluster
+			resp.Scaling = append(resp.Scaling, v)
+		}
 		for _, v := range got[cluster].GetVerdicts() {
 			v.Cluster = cluster
 			if !c.fleet {
-				// Nodes are no tenant's business, and nothing that a tenant could change.
-				v.Nearest = ""
-				v.Remedies = slices.DeleteFunc(v.Remedies, func(r *portolanv1.Reason) bool { return ofNodes[r.GetCode()] })
+				withoutNodes(v)
 			}
 			resp.Nodes = append(resp.Nodes, v)
 		}

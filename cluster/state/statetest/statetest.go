@@ -316,15 +316,31 @@ func testPending(t *testing.T, o Opened) {
 	if got := o.Store.Snapshot(); got.Generation != gen || len(got.Pending["t/w"]) != 1 {
 		t.Errorf("equal reasons gave generation %d after %d, %v", got.Generation, gen, got.Pending)
 	}
+	p = map[string][]state.PendingReason{"t/w": {{Replica: "r1/0", Code: "InsufficientCPU", Message: "m", Count: 3, Nearest: "n", NearestReason: "cordoned", Remedies: []state.Remedy{{Code: "FreeCPU", Message: "r"}}}}}
+	o.Store.SetPending(p)
+	if got := o.Store.Snapshot(); got.Generation <= gen || got.Pending["t/w"][0].NearestReason != "cordoned" {
+		t.Errorf("another sentence of the nearest gave generation %d after %d, %v", got.Generation, gen, got.Pending)
+	}
 	advice := func() map[string]*portolanv1.RequestAdvice {
 		return map[string]*portolanv1.RequestAdvice{"t/w": {Target: &portolanv1.ReplicaResources{CpuMilli: 70}}}
 	}
-	notes := state.Notes{Wishes: map[string]state.PoolWish{"gpu": {Nodes: 2, Reason: "r"}}, Blocked: map[string][]state.Blocked{"n": {{Code: "Budget", Count: 1}}}, Requests: advice()}
+	notes := state.Notes{Wishes: map[string]state.PoolWish{"gpu": {Nodes: -2, Reason: "r", Going: []string{"n1", "n2"}, HourMicros: -5}}, Blocked: map[string][]state.Blocked{"n": {{Code: "Budget", Count: 1}}}, Requests: advice()}
 	o.Store.SetNotes(notes)
 	gen = o.Store.Snapshot().Generation
-	o.Store.SetNotes(state.Notes{Wishes: maps.Clone(notes.Wishes), Blocked: map[string][]state.Blocked{"n": {{Code: "Budget", Count: 1}}}, Requests: advice()})
-	if got := o.Store.Snapshot(); got.Generation != gen || got.Notes.Wishes["gpu"].Nodes != 2 || got.Notes.Blocked["n"][0].Count != 1 || got.Notes.Requests["t/w"].GetTarget().GetCpuMilli() != 70 {
+	o.Store.SetNotes(state.Notes{Wishes: map[string]state.PoolWish{"gpu": {Nodes: -2, Reason: "r", Going: []string{"n1", "n2"}, HourMicros: -5}}, Blocked: map[string][]state.Blocked{"n": {{Code: "Budget", Count: 1}}}, Requests: advice()})
+	if got := o.Store.Snapshot(); got.Generation != gen || got.Notes.Wishes["gpu"].Nodes != -2 || got.Notes.Blocked["n"][0].Count != 1 || got.Notes.Requests["t/w"].GetTarget().GetCpuMilli() != 70 {
 		t.Errorf("equal notes gave generation %d after %d, %v", got.Generation, gen, got.Notes)
+	}
+	notes.Wishes = map[string]state.PoolWish{"gpu": {Nodes: -2, Reason: "r", Going: []string{"n1", "n3"}, HourMicros: -5}}
+	o.Store.SetNotes(notes)
+	if got := o.Store.Snapshot(); got.Generation <= gen || got.Notes.Wishes["gpu"].Going[1] != "n3" {
+		t.Errorf("other nodes that should go gave generation %d after %d, %v", got.Generation, gen, got.Notes)
+	}
+	gen = o.Store.Snapshot().Generation
+	notes.Scaling = map[string]*portolanv1.ScaleVerdict{"t/w": {Replicas: 3}}
+	o.Store.SetNotes(notes)
+	if got := o.Store.Snapshot(); got.Generation != gen || got.Notes.Scaling["t/w"].GetReplicas() != 3 || got.Notes.Wishes["gpu"].Nodes != -2 {
+		t.Errorf("what scaling came to gave generation %d after %d, %v", got.Generation, gen, got.Notes)
 	}
 	o.Store.SetNotes(state.Notes{})
 	if got := o.Store.Snapshot(); got.Generation <= gen || len(got.Notes.Wishes)+len(got.Notes.Blocked)+len(got.Notes.Requests) != 0 {

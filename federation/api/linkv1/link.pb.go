@@ -504,7 +504,9 @@ type ExplainPendingResponse struct {
 	state    protoimpl.MessageState    `protogen:"open.v1"`
 	Verdicts []*portolanv1.NodeVerdict `protobuf:"bytes,1,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
 	// Absent while nothing is known.
-	Requests      *portolanv1.RequestAdvice `protobuf:"bytes,2,opt,name=requests,proto3" json:"requests,omitempty"`
+	Requests *portolanv1.RequestAdvice `protobuf:"bytes,2,opt,name=requests,proto3" json:"requests,omitempty"`
+	// Absent when it does not scale by itself.
+	Scaling       *portolanv1.ScaleVerdict `protobuf:"bytes,3,opt,name=scaling,proto3" json:"scaling,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -549,6 +551,13 @@ func (x *ExplainPendingResponse) GetVerdicts() []*portolanv1.NodeVerdict {
 func (x *ExplainPendingResponse) GetRequests() *portolanv1.RequestAdvice {
 	if x != nil {
 		return x.Requests
+	}
+	return nil
+}
+
+func (x *ExplainPendingResponse) GetScaling() *portolanv1.ScaleVerdict {
+	if x != nil {
+		return x.Scaling
 	}
 	return nil
 }
@@ -2217,10 +2226,11 @@ const file_portolan_link_v1_link_proto_rawDesc = "" +
 	"\x11ListNodesResponse\x12+\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x15.portolan.v1.NodeInfoR\x05nodes\"3\n" +
 	"\x15ExplainPendingRequest\x12\x1a\n" +
-	"\bworkload\x18\x01 \x01(\tR\bworkload\"\x86\x01\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\"\xbb\x01\n" +
 	"\x16ExplainPendingResponse\x124\n" +
 	"\bverdicts\x18\x01 \x03(\v2\x18.portolan.v1.NodeVerdictR\bverdicts\x126\n" +
-	"\brequests\x18\x02 \x01(\v2\x1a.portolan.v1.RequestAdviceR\brequests\"\x1b\n" +
+	"\brequests\x18\x02 \x01(\v2\x1a.portolan.v1.RequestAdviceR\brequests\x123\n" +
+	"\ascaling\x18\x03 \x01(\v2\x19.portolan.v1.ScaleVerdictR\ascaling\"\x1b\n" +
 	"\x05Chunk\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"k\n" +
 	"\vJoinRequest\x12\x14\n" +
@@ -2413,15 +2423,16 @@ var file_portolan_link_v1_link_proto_goTypes = []any{
 	(*portolanv1.NodeInfo)(nil),         // 36: portolan.v1.NodeInfo
 	(*portolanv1.NodeVerdict)(nil),      // 37: portolan.v1.NodeVerdict
 	(*portolanv1.RequestAdvice)(nil),    // 38: portolan.v1.RequestAdvice
-	(*portolanv1.ClusterSpec)(nil),      // 39: portolan.v1.ClusterSpec
-	(*portolanv1.TenantSpec)(nil),       // 40: portolan.v1.TenantSpec
-	(*portolanv1.WorkloadSpec)(nil),     // 41: portolan.v1.WorkloadSpec
-	(*portolanv1.ServiceSpec)(nil),      // 42: portolan.v1.ServiceSpec
-	(*portolanv1.RouteSpec)(nil),        // 43: portolan.v1.RouteSpec
-	(*portolanv1.PolicyBundleSpec)(nil), // 44: portolan.v1.PolicyBundleSpec
-	(*portolanv1.PoolStatus)(nil),       // 45: portolan.v1.PoolStatus
-	(*portolanv1.RevisionReplicas)(nil), // 46: portolan.v1.RevisionReplicas
-	(*portolanv1.Condition)(nil),        // 47: portolan.v1.Condition
+	(*portolanv1.ScaleVerdict)(nil),     // 39: portolan.v1.ScaleVerdict
+	(*portolanv1.ClusterSpec)(nil),      // 40: portolan.v1.ClusterSpec
+	(*portolanv1.TenantSpec)(nil),       // 41: portolan.v1.TenantSpec
+	(*portolanv1.WorkloadSpec)(nil),     // 42: portolan.v1.WorkloadSpec
+	(*portolanv1.ServiceSpec)(nil),      // 43: portolan.v1.ServiceSpec
+	(*portolanv1.RouteSpec)(nil),        // 44: portolan.v1.RouteSpec
+	(*portolanv1.PolicyBundleSpec)(nil), // 45: portolan.v1.PolicyBundleSpec
+	(*portolanv1.PoolStatus)(nil),       // 46: portolan.v1.PoolStatus
+	(*portolanv1.RevisionReplicas)(nil), // 47: portolan.v1.RevisionReplicas
+	(*portolanv1.Condition)(nil),        // 48: portolan.v1.Condition
 }
 var file_portolan_link_v1_link_proto_depIdxs = []int32{
 	33, // 0: portolan.link.v1.SetNodeRequest.mode:type_name -> portolan.v1.NodeMode
@@ -2431,56 +2442,57 @@ var file_portolan_link_v1_link_proto_depIdxs = []int32{
 	36, // 4: portolan.link.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
 	37, // 5: portolan.link.v1.ExplainPendingResponse.verdicts:type_name -> portolan.v1.NodeVerdict
 	38, // 6: portolan.link.v1.ExplainPendingResponse.requests:type_name -> portolan.v1.RequestAdvice
-	18, // 7: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
-	20, // 8: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
-	21, // 9: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
-	22, // 10: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
-	23, // 11: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
-	24, // 12: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
-	26, // 13: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
-	15, // 14: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
-	16, // 15: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
-	17, // 16: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
-	39, // 17: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
-	40, // 18: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
-	19, // 19: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
-	32, // 20: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
-	41, // 21: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
-	42, // 22: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
-	43, // 23: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
-	44, // 24: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
-	25, // 25: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
-	29, // 26: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
-	30, // 27: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
-	24, // 28: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
-	28, // 29: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
-	35, // 30: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
-	45, // 31: portolan.link.v1.ClusterSummary.pools:type_name -> portolan.v1.PoolStatus
-	46, // 32: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
-	47, // 33: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
-	12, // 34: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
-	27, // 35: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
-	11, // 36: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
-	3,  // 37: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:input_type -> portolan.link.v1.CreateNodeJoinTokenRequest
-	5,  // 38: portolan.link.v1.ClusterAdminService.ListNodes:input_type -> portolan.link.v1.ListNodesRequest
-	6,  // 39: portolan.link.v1.ClusterAdminService.DeleteNode:input_type -> portolan.link.v1.DeleteNodeRequest
-	9,  // 40: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
-	1,  // 41: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
-	0,  // 42: portolan.link.v1.ClusterAdminService.SetNode:input_type -> portolan.link.v1.SetNodeRequest
-	13, // 43: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
-	31, // 44: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
-	11, // 45: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
-	4,  // 46: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
-	8,  // 47: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
-	7,  // 48: portolan.link.v1.ClusterAdminService.DeleteNode:output_type -> portolan.link.v1.DeleteNodeResponse
-	10, // 49: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
-	2,  // 50: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
-	8,  // 51: portolan.link.v1.ClusterAdminService.SetNode:output_type -> portolan.link.v1.ListNodesResponse
-	43, // [43:52] is the sub-list for method output_type
-	34, // [34:43] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	39, // 7: portolan.link.v1.ExplainPendingResponse.scaling:type_name -> portolan.v1.ScaleVerdict
+	18, // 8: portolan.link.v1.Intent.workload:type_name -> portolan.link.v1.WorkloadIntent
+	20, // 9: portolan.link.v1.Intent.service:type_name -> portolan.link.v1.ServiceIntent
+	21, // 10: portolan.link.v1.Intent.route:type_name -> portolan.link.v1.RouteIntent
+	22, // 11: portolan.link.v1.Intent.policy:type_name -> portolan.link.v1.PolicyIntent
+	23, // 12: portolan.link.v1.Intent.bundle:type_name -> portolan.link.v1.TrustBundle
+	24, // 13: portolan.link.v1.Intent.export:type_name -> portolan.link.v1.ServiceExport
+	26, // 14: portolan.link.v1.Intent.permit:type_name -> portolan.link.v1.PeerPermit
+	15, // 15: portolan.link.v1.Intent.watermark:type_name -> portolan.link.v1.Watermark
+	16, // 16: portolan.link.v1.Intent.cluster:type_name -> portolan.link.v1.ClusterIntent
+	17, // 17: portolan.link.v1.Intent.tenant:type_name -> portolan.link.v1.TenantIntent
+	40, // 18: portolan.link.v1.ClusterIntent.spec:type_name -> portolan.v1.ClusterSpec
+	41, // 19: portolan.link.v1.TenantIntent.spec:type_name -> portolan.v1.TenantSpec
+	19, // 20: portolan.link.v1.WorkloadIntent.revisions:type_name -> portolan.link.v1.RevisionIntent
+	32, // 21: portolan.link.v1.WorkloadIntent.labels:type_name -> portolan.link.v1.WorkloadIntent.LabelsEntry
+	42, // 22: portolan.link.v1.RevisionIntent.spec:type_name -> portolan.v1.WorkloadSpec
+	43, // 23: portolan.link.v1.ServiceIntent.spec:type_name -> portolan.v1.ServiceSpec
+	44, // 24: portolan.link.v1.RouteIntent.spec:type_name -> portolan.v1.RouteSpec
+	45, // 25: portolan.link.v1.PolicyIntent.spec:type_name -> portolan.v1.PolicyBundleSpec
+	25, // 26: portolan.link.v1.ServiceExport.ports:type_name -> portolan.link.v1.ExportedPort
+	29, // 27: portolan.link.v1.StatusReport.cluster:type_name -> portolan.link.v1.ClusterSummary
+	30, // 28: portolan.link.v1.StatusReport.workloads:type_name -> portolan.link.v1.WorkloadStatusReport
+	24, // 29: portolan.link.v1.StatusReport.exports:type_name -> portolan.link.v1.ServiceExport
+	28, // 30: portolan.link.v1.StatusReport.nacks:type_name -> portolan.link.v1.Nack
+	35, // 31: portolan.link.v1.ClusterSummary.laggards:type_name -> portolan.v1.Laggard
+	46, // 32: portolan.link.v1.ClusterSummary.pools:type_name -> portolan.v1.PoolStatus
+	47, // 33: portolan.link.v1.WorkloadStatusReport.revisions:type_name -> portolan.v1.RevisionReplicas
+	48, // 34: portolan.link.v1.WorkloadStatusReport.conditions:type_name -> portolan.v1.Condition
+	12, // 35: portolan.link.v1.LinkService.Join:input_type -> portolan.link.v1.JoinRequest
+	27, // 36: portolan.link.v1.LinkService.Report:input_type -> portolan.link.v1.StatusReport
+	11, // 37: portolan.link.v1.LinkService.Tunnel:input_type -> portolan.link.v1.Chunk
+	3,  // 38: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:input_type -> portolan.link.v1.CreateNodeJoinTokenRequest
+	5,  // 39: portolan.link.v1.ClusterAdminService.ListNodes:input_type -> portolan.link.v1.ListNodesRequest
+	6,  // 40: portolan.link.v1.ClusterAdminService.DeleteNode:input_type -> portolan.link.v1.DeleteNodeRequest
+	9,  // 41: portolan.link.v1.ClusterAdminService.ExplainPending:input_type -> portolan.link.v1.ExplainPendingRequest
+	1,  // 42: portolan.link.v1.ClusterAdminService.ListLaggards:input_type -> portolan.link.v1.ListLaggardsRequest
+	0,  // 43: portolan.link.v1.ClusterAdminService.SetNode:input_type -> portolan.link.v1.SetNodeRequest
+	13, // 44: portolan.link.v1.LinkService.Join:output_type -> portolan.link.v1.JoinResponse
+	31, // 45: portolan.link.v1.LinkService.Report:output_type -> portolan.link.v1.ReportAck
+	11, // 46: portolan.link.v1.LinkService.Tunnel:output_type -> portolan.link.v1.Chunk
+	4,  // 47: portolan.link.v1.ClusterAdminService.CreateNodeJoinToken:output_type -> portolan.link.v1.CreateNodeJoinTokenResponse
+	8,  // 48: portolan.link.v1.ClusterAdminService.ListNodes:output_type -> portolan.link.v1.ListNodesResponse
+	7,  // 49: portolan.link.v1.ClusterAdminService.DeleteNode:output_type -> portolan.link.v1.DeleteNodeResponse
+	10, // 50: portolan.link.v1.ClusterAdminService.ExplainPending:output_type -> portolan.link.v1.ExplainPendingResponse
+	2,  // 51: portolan.link.v1.ClusterAdminService.ListLaggards:output_type -> portolan.link.v1.ListLaggardsResponse
+	8,  // 52: portolan.link.v1.ClusterAdminService.SetNode:output_type -> portolan.link.v1.ListNodesResponse
+	44, // [44:53] is the sub-list for method output_type
+	35, // [35:44] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_portolan_link_v1_link_proto_init() }

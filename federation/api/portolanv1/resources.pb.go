@@ -1055,10 +1055,14 @@ type PoolStatus struct {
 	// Devices by kind and model, "gpu/A100".
 	Devices map[string]int32 `protobuf:"bytes,9,rep,name=devices,proto3" json:"devices,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// How many nodes more or fewer the pool should have, and why; 0 when right.
-	WantedNodes   int32  `protobuf:"varint,10,opt,name=wanted_nodes,json=wantedNodes,proto3" json:"wanted_nodes,omitempty"`
-	WantedReason  string `protobuf:"bytes,11,opt,name=wanted_reason,json=wantedReason,proto3" json:"wanted_reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	WantedNodes  int32  `protobuf:"varint,10,opt,name=wanted_nodes,json=wantedNodes,proto3" json:"wanted_nodes,omitempty"`
+	WantedReason string `protobuf:"bytes,11,opt,name=wanted_reason,json=wantedReason,proto3" json:"wanted_reason,omitempty"`
+	// Which nodes should go, by ID, when there should be fewer.
+	UnneededNodes []string `protobuf:"bytes,12,rep,name=unneeded_nodes,json=unneededNodes,proto3" json:"unneeded_nodes,omitempty"`
+	// What the wanted nodes cost, or save, negative; micro-units per hour.
+	WantedHourMicros int64 `protobuf:"varint,13,opt,name=wanted_hour_micros,json=wantedHourMicros,proto3" json:"wanted_hour_micros,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *PoolStatus) Reset() {
@@ -1166,6 +1170,20 @@ func (x *PoolStatus) GetWantedReason() string {
 		return x.WantedReason
 	}
 	return ""
+}
+
+func (x *PoolStatus) GetUnneededNodes() []string {
+	if x != nil {
+		return x.UnneededNodes
+	}
+	return nil
+}
+
+func (x *PoolStatus) GetWantedHourMicros() int64 {
+	if x != nil {
+		return x.WantedHourMicros
+	}
+	return 0
 }
 
 // Laggard is a consumer that has not applied a revision.
@@ -3109,7 +3127,7 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	" \x03(\v2\x16.portolan.v1.ConditionR\n" +
 	"conditions\x12+\n" +
 	"\x11ingress_addresses\x18\v \x03(\tR\x10ingressAddresses\x12-\n" +
-	"\x05pools\x18\f \x03(\v2\x17.portolan.v1.PoolStatusR\x05pools\"\xd5\x03\n" +
+	"\x05pools\x18\f \x03(\v2\x17.portolan.v1.PoolStatusR\x05pools\"\xaa\x04\n" +
 	"\n" +
 	"PoolStatus\x12\x12\n" +
 	"\x04pool\x18\x01 \x01(\tR\x04pool\x12\x1b\n" +
@@ -3124,7 +3142,9 @@ const file_portolan_v1_resources_proto_rawDesc = "" +
 	"\adevices\x18\t \x03(\v2$.portolan.v1.PoolStatus.DevicesEntryR\adevices\x12!\n" +
 	"\fwanted_nodes\x18\n" +
 	" \x01(\x05R\vwantedNodes\x12#\n" +
-	"\rwanted_reason\x18\v \x01(\tR\fwantedReason\x1a:\n" +
+	"\rwanted_reason\x18\v \x01(\tR\fwantedReason\x12%\n" +
+	"\x0eunneeded_nodes\x18\f \x03(\tR\runneededNodes\x12,\n" +
+	"\x12wanted_hour_micros\x18\r \x01(\x03R\x10wantedHourMicros\x1a:\n" +
 	"\fDevicesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"`\n" +

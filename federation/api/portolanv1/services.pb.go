@@ -4847,7 +4847,9 @@ type ExplainWorkloadResponse struct {
 	// What scores measure: OBJECTIVE_LATENCY is the mean round trip, in microseconds;
 	// OBJECTIVE_COST the price of the next replica for an hour, in micro-units of
 	// currency.
-	ScoreOf       Objective `protobuf:"varint,10,opt,name=score_of,json=scoreOf,proto3,enum=portolan.v1.Objective" json:"score_of,omitempty"`
+	ScoreOf Objective `protobuf:"varint,10,opt,name=score_of,json=scoreOf,proto3,enum=portolan.v1.Objective" json:"score_of,omitempty"`
+	// How it scales by itself, by cluster, read through.
+	Scaling       []*ScaleVerdict `protobuf:"bytes,11,rep,name=scaling,proto3" json:"scaling,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4952,6 +4954,76 @@ func (x *ExplainWorkloadResponse) GetScoreOf() Objective {
 	return Objective_OBJECTIVE_UNSPECIFIED
 }
 
+func (x *ExplainWorkloadResponse) GetScaling() []*ScaleVerdict {
+	if x != nil {
+		return x.Scaling
+	}
+	return nil
+}
+
+// ScaleVerdict is what a cluster's last look at a workload that scales by itself
+// came to, also when it changed nothing.
+type ScaleVerdict struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Cluster  string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Replicas int32                  `protobuf:"varint,2,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	// What schedules and each metric ask for, then what kept from it.
+	Reasons       []*Reason `protobuf:"bytes,3,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScaleVerdict) Reset() {
+	*x = ScaleVerdict{}
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScaleVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScaleVerdict) ProtoMessage() {}
+
+func (x *ScaleVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScaleVerdict.ProtoReflect.Descriptor instead.
+func (*ScaleVerdict) Descriptor() ([]byte, []int) {
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *ScaleVerdict) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *ScaleVerdict) GetReplicas() int32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
+}
+
+func (x *ScaleVerdict) GetReasons() []*Reason {
+	if x != nil {
+		return x.Reasons
+	}
+	return nil
+}
+
 // RequestAdvice is of one replica, all its containers together.
 type RequestAdvice struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -4970,7 +5042,7 @@ type RequestAdvice struct {
 
 func (x *RequestAdvice) Reset() {
 	*x = RequestAdvice{}
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4982,7 +5054,7 @@ func (x *RequestAdvice) String() string {
 func (*RequestAdvice) ProtoMessage() {}
 
 func (x *RequestAdvice) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[71]
+	mi := &file_portolan_v1_services_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4995,7 +5067,7 @@ func (x *RequestAdvice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestAdvice.ProtoReflect.Descriptor instead.
 func (*RequestAdvice) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{71}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *RequestAdvice) GetCluster() string {
@@ -5050,7 +5122,7 @@ type ReplicaResources struct {
 
 func (x *ReplicaResources) Reset() {
 	*x = ReplicaResources{}
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5062,7 +5134,7 @@ func (x *ReplicaResources) String() string {
 func (*ReplicaResources) ProtoMessage() {}
 
 func (x *ReplicaResources) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[72]
+	mi := &file_portolan_v1_services_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5075,7 +5147,7 @@ func (x *ReplicaResources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicaResources.ProtoReflect.Descriptor instead.
 func (*ReplicaResources) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{72}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ReplicaResources) GetCpuMilli() int64 {
@@ -5108,7 +5180,7 @@ type ClusterVerdict struct {
 
 func (x *ClusterVerdict) Reset() {
 	*x = ClusterVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5120,7 +5192,7 @@ func (x *ClusterVerdict) String() string {
 func (*ClusterVerdict) ProtoMessage() {}
 
 func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[73]
+	mi := &file_portolan_v1_services_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5133,7 +5205,7 @@ func (x *ClusterVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterVerdict.ProtoReflect.Descriptor instead.
 func (*ClusterVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{73}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ClusterVerdict) GetCluster() string {
@@ -5186,15 +5258,17 @@ type NodeVerdict struct {
 	Reasons []*Reason `protobuf:"bytes,3,rep,name=reasons,proto3" json:"reasons,omitempty"`
 	// The node that comes nearest, and the smallest changes that would make it fit,
 	// each enough by itself. Nodes are named to fleet admins only.
-	Nearest       string    `protobuf:"bytes,4,opt,name=nearest,proto3" json:"nearest,omitempty"`
-	Remedies      []*Reason `protobuf:"bytes,5,rep,name=remedies,proto3" json:"remedies,omitempty"`
+	Nearest  string    `protobuf:"bytes,4,opt,name=nearest,proto3" json:"nearest,omitempty"`
+	Remedies []*Reason `protobuf:"bytes,5,rep,name=remedies,proto3" json:"remedies,omitempty"`
+	// What the nearest node lacks or is.
+	NearestReason string `protobuf:"bytes,6,opt,name=nearest_reason,json=nearestReason,proto3" json:"nearest_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeVerdict) Reset() {
 	*x = NodeVerdict{}
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5206,7 +5280,7 @@ func (x *NodeVerdict) String() string {
 func (*NodeVerdict) ProtoMessage() {}
 
 func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[74]
+	mi := &file_portolan_v1_services_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5219,7 +5293,7 @@ func (x *NodeVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeVerdict.ProtoReflect.Descriptor instead.
 func (*NodeVerdict) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{74}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *NodeVerdict) GetCluster() string {
@@ -5257,6 +5331,13 @@ func (x *NodeVerdict) GetRemedies() []*Reason {
 	return nil
 }
 
+func (x *NodeVerdict) GetNearestReason() string {
+	if x != nil {
+		return x.NearestReason
+	}
+	return ""
+}
+
 type WatchRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Kinds by message name: "Workload", "Placement", …; empty means all but
@@ -5271,7 +5352,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5283,7 +5364,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[75]
+	mi := &file_portolan_v1_services_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5296,7 +5377,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{75}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *WatchRequest) GetKinds() []string {
@@ -5335,7 +5416,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5347,7 +5428,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[76]
+	mi := &file_portolan_v1_services_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5360,7 +5441,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -5448,7 +5529,7 @@ type WaitConvergedRequest struct {
 
 func (x *WaitConvergedRequest) Reset() {
 	*x = WaitConvergedRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5460,7 +5541,7 @@ func (x *WaitConvergedRequest) String() string {
 func (*WaitConvergedRequest) ProtoMessage() {}
 
 func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[77]
+	mi := &file_portolan_v1_services_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5473,7 +5554,7 @@ func (x *WaitConvergedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedRequest.ProtoReflect.Descriptor instead.
 func (*WaitConvergedRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *WaitConvergedRequest) GetRevision() int64 {
@@ -5511,7 +5592,7 @@ type WaitConvergedResponse struct {
 
 func (x *WaitConvergedResponse) Reset() {
 	*x = WaitConvergedResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5523,7 +5604,7 @@ func (x *WaitConvergedResponse) String() string {
 func (*WaitConvergedResponse) ProtoMessage() {}
 
 func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[78]
+	mi := &file_portolan_v1_services_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5536,7 +5617,7 @@ func (x *WaitConvergedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitConvergedResponse.ProtoReflect.Descriptor instead.
 func (*WaitConvergedResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{78}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *WaitConvergedResponse) GetRevision() int64 {
@@ -5600,7 +5681,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_portolan_v1_services_proto_msgTypes[79]
+	mi := &file_portolan_v1_services_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5612,7 +5693,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[79]
+	mi := &file_portolan_v1_services_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5625,7 +5706,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{79}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *Replica) GetName() string {
@@ -5740,7 +5821,7 @@ type ContainerState struct {
 
 func (x *ContainerState) Reset() {
 	*x = ContainerState{}
-	mi := &file_portolan_v1_services_proto_msgTypes[80]
+	mi := &file_portolan_v1_services_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5752,7 +5833,7 @@ func (x *ContainerState) String() string {
 func (*ContainerState) ProtoMessage() {}
 
 func (x *ContainerState) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[80]
+	mi := &file_portolan_v1_services_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5765,7 +5846,7 @@ func (x *ContainerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerState.ProtoReflect.Descriptor instead.
 func (*ContainerState) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{80}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ContainerState) GetName() string {
@@ -5860,7 +5941,7 @@ type Timeline struct {
 
 func (x *Timeline) Reset() {
 	*x = Timeline{}
-	mi := &file_portolan_v1_services_proto_msgTypes[81]
+	mi := &file_portolan_v1_services_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5872,7 +5953,7 @@ func (x *Timeline) String() string {
 func (*Timeline) ProtoMessage() {}
 
 func (x *Timeline) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[81]
+	mi := &file_portolan_v1_services_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5885,7 +5966,7 @@ func (x *Timeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timeline.ProtoReflect.Descriptor instead.
 func (*Timeline) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{81}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *Timeline) GetAtCluster() *timestamppb.Timestamp {
@@ -5956,7 +6037,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_portolan_v1_services_proto_msgTypes[82]
+	mi := &file_portolan_v1_services_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5968,7 +6049,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[82]
+	mi := &file_portolan_v1_services_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5981,7 +6062,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{82}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -6050,7 +6131,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[83]
+	mi := &file_portolan_v1_services_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6062,7 +6143,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[83]
+	mi := &file_portolan_v1_services_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6075,7 +6156,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{83}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListReplicasRequest) GetParent() string {
@@ -6118,7 +6199,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[84]
+	mi := &file_portolan_v1_services_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6130,7 +6211,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[84]
+	mi := &file_portolan_v1_services_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6143,7 +6224,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{84}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*Replica {
@@ -6180,7 +6261,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[85]
+	mi := &file_portolan_v1_services_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6192,7 +6273,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[85]
+	mi := &file_portolan_v1_services_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6205,7 +6286,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{85}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListEventsRequest) GetParent() string {
@@ -6240,7 +6321,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[86]
+	mi := &file_portolan_v1_services_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6252,7 +6333,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[86]
+	mi := &file_portolan_v1_services_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6265,7 +6346,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{86}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListEventsResponse) GetEvents() []*Event {
@@ -6298,7 +6379,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[87]
+	mi := &file_portolan_v1_services_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6310,7 +6391,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[87]
+	mi := &file_portolan_v1_services_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6323,7 +6404,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{87}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *LogsRequest) GetReplica() string {
@@ -6370,7 +6451,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[88]
+	mi := &file_portolan_v1_services_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6382,7 +6463,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[88]
+	mi := &file_portolan_v1_services_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6395,7 +6476,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{88}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *LogsResponse) GetData() []byte {
@@ -6420,7 +6501,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_portolan_v1_services_proto_msgTypes[89]
+	mi := &file_portolan_v1_services_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6432,7 +6513,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[89]
+	mi := &file_portolan_v1_services_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6445,7 +6526,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{89}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ExecRequest) GetMessage() isExecRequest_Message {
@@ -6529,7 +6610,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_portolan_v1_services_proto_msgTypes[90]
+	mi := &file_portolan_v1_services_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6541,7 +6622,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[90]
+	mi := &file_portolan_v1_services_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6554,7 +6635,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{90}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *TerminalSize) GetRows() int32 {
@@ -6585,7 +6666,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_portolan_v1_services_proto_msgTypes[91]
+	mi := &file_portolan_v1_services_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6597,7 +6678,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[91]
+	mi := &file_portolan_v1_services_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6610,7 +6691,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{91}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ExecResponse) GetMessage() isExecResponse_Message {
@@ -6678,7 +6759,7 @@ type WatchResponse_Established struct {
 
 func (x *WatchResponse_Established) Reset() {
 	*x = WatchResponse_Established{}
-	mi := &file_portolan_v1_services_proto_msgTypes[105]
+	mi := &file_portolan_v1_services_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6690,7 +6771,7 @@ func (x *WatchResponse_Established) String() string {
 func (*WatchResponse_Established) ProtoMessage() {}
 
 func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[105]
+	mi := &file_portolan_v1_services_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6703,7 +6784,7 @@ func (x *WatchResponse_Established) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Established.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Established) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77, 0}
 }
 
 type WatchResponse_Change struct {
@@ -6717,7 +6798,7 @@ type WatchResponse_Change struct {
 
 func (x *WatchResponse_Change) Reset() {
 	*x = WatchResponse_Change{}
-	mi := &file_portolan_v1_services_proto_msgTypes[106]
+	mi := &file_portolan_v1_services_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6729,7 +6810,7 @@ func (x *WatchResponse_Change) String() string {
 func (*WatchResponse_Change) ProtoMessage() {}
 
 func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[106]
+	mi := &file_portolan_v1_services_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6742,7 +6823,7 @@ func (x *WatchResponse_Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Change.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Change) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 1}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77, 1}
 }
 
 func (x *WatchResponse_Change) GetKind() ChangeKind {
@@ -6775,7 +6856,7 @@ type WatchResponse_SnapshotEnd struct {
 
 func (x *WatchResponse_SnapshotEnd) Reset() {
 	*x = WatchResponse_SnapshotEnd{}
-	mi := &file_portolan_v1_services_proto_msgTypes[107]
+	mi := &file_portolan_v1_services_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6787,7 +6868,7 @@ func (x *WatchResponse_SnapshotEnd) String() string {
 func (*WatchResponse_SnapshotEnd) ProtoMessage() {}
 
 func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[107]
+	mi := &file_portolan_v1_services_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6800,7 +6881,7 @@ func (x *WatchResponse_SnapshotEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_SnapshotEnd.ProtoReflect.Descriptor instead.
 func (*WatchResponse_SnapshotEnd) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 2}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77, 2}
 }
 
 func (x *WatchResponse_SnapshotEnd) GetRevision() int64 {
@@ -6820,7 +6901,7 @@ type WatchResponse_Bookmark struct {
 
 func (x *WatchResponse_Bookmark) Reset() {
 	*x = WatchResponse_Bookmark{}
-	mi := &file_portolan_v1_services_proto_msgTypes[108]
+	mi := &file_portolan_v1_services_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6832,7 +6913,7 @@ func (x *WatchResponse_Bookmark) String() string {
 func (*WatchResponse_Bookmark) ProtoMessage() {}
 
 func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[108]
+	mi := &file_portolan_v1_services_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6845,7 +6926,7 @@ func (x *WatchResponse_Bookmark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse_Bookmark.ProtoReflect.Descriptor instead.
 func (*WatchResponse_Bookmark) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{76, 3}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{77, 3}
 }
 
 func (x *WatchResponse_Bookmark) GetRevision() int64 {
@@ -6867,7 +6948,7 @@ type ExecRequest_Start struct {
 
 func (x *ExecRequest_Start) Reset() {
 	*x = ExecRequest_Start{}
-	mi := &file_portolan_v1_services_proto_msgTypes[109]
+	mi := &file_portolan_v1_services_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6879,7 +6960,7 @@ func (x *ExecRequest_Start) String() string {
 func (*ExecRequest_Start) ProtoMessage() {}
 
 func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_portolan_v1_services_proto_msgTypes[109]
+	mi := &file_portolan_v1_services_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6892,7 +6973,7 @@ func (x *ExecRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecRequest_Start) Descriptor() ([]byte, []int) {
-	return file_portolan_v1_services_proto_rawDescGZIP(), []int{89, 0}
+	return file_portolan_v1_services_proto_rawDescGZIP(), []int{90, 0}
 }
 
 func (x *ExecRequest_Start) GetReplica() string {
@@ -7340,7 +7421,7 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x14reserved_cost_micros\x18\v \x01(\x03R\x12reservedCostMicros\x120\n" +
 	"\x14capacity_cost_micros\x18\f \x01(\x03R\x12capacityCostMicros\",\n" +
 	"\x16ExplainWorkloadRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\xfd\x03\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\xb2\x04\n" +
 	"\x17ExplainWorkloadResponse\x127\n" +
 	"\bclusters\x18\x01 \x03(\v2\x1b.portolan.v1.ClusterVerdictR\bclusters\x12)\n" +
 	"\x10desired_replicas\x18\x02 \x01(\x05R\x0fdesiredReplicas\x12+\n" +
@@ -7352,7 +7433,12 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\x1afailover_unplaced_replicas\x18\b \x01(\x05R\x18failoverUnplacedReplicas\x12-\n" +
 	"\x04kind\x18\t \x01(\x0e2\x19.portolan.v1.WorkloadKindR\x04kind\x121\n" +
 	"\bscore_of\x18\n" +
-	" \x01(\x0e2\x16.portolan.v1.ObjectiveR\ascoreOf\"\xb4\x02\n" +
+	" \x01(\x0e2\x16.portolan.v1.ObjectiveR\ascoreOf\x123\n" +
+	"\ascaling\x18\v \x03(\v2\x19.portolan.v1.ScaleVerdictR\ascaling\"s\n" +
+	"\fScaleVerdict\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1a\n" +
+	"\breplicas\x18\x02 \x01(\x05R\breplicas\x12-\n" +
+	"\areasons\x18\x03 \x03(\v2\x13.portolan.v1.ReasonR\areasons\"\xb4\x02\n" +
 	"\rRequestAdvice\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12;\n" +
 	"\trequested\x18\x02 \x01(\v2\x1d.portolan.v1.ReplicaResourcesR\trequested\x123\n" +
@@ -7369,13 +7455,14 @@ const file_portolan_v1_services_proto_rawDesc = "" +
 	"\breplicas\x18\x03 \x01(\x05R\breplicas\x12\x14\n" +
 	"\x05score\x18\x04 \x01(\x03R\x05score\x12-\n" +
 	"\areasons\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12/\n" +
-	"\bremedies\x18\x06 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\"\xbb\x01\n" +
+	"\bremedies\x18\x06 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\"\xe2\x01\n" +
 	"\vNodeVerdict\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12-\n" +
 	"\areasons\x18\x03 \x03(\v2\x13.portolan.v1.ReasonR\areasons\x12\x18\n" +
 	"\anearest\x18\x04 \x01(\tR\anearest\x12/\n" +
-	"\bremedies\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\"k\n" +
+	"\bremedies\x18\x05 \x03(\v2\x13.portolan.v1.ReasonR\bremedies\x12%\n" +
+	"\x0enearest_reason\x18\x06 \x01(\tR\rnearestReason\"k\n" +
 	"\fWatchRequest\x12\x1e\n" +
 	"\x05kinds\x18\x01 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10\x10R\x05kinds\x12\x16\n" +
 	"\x06parent\x18\x02 \x01(\tR\x06parent\x12#\n" +
@@ -7598,7 +7685,7 @@ func file_portolan_v1_services_proto_rawDescGZIP() []byte {
 }
 
 var file_portolan_v1_services_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 110)
+var file_portolan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 111)
 var file_portolan_v1_services_proto_goTypes = []any{
 	(ChangeKind)(0),                        // 0: portolan.v1.ChangeKind
 	(ReplicaState)(0),                      // 1: portolan.v1.ReplicaState
@@ -7674,294 +7761,297 @@ var file_portolan_v1_services_proto_goTypes = []any{
 	(*ClusterCapacity)(nil),                // 71: portolan.v1.ClusterCapacity
 	(*ExplainWorkloadRequest)(nil),         // 72: portolan.v1.ExplainWorkloadRequest
 	(*ExplainWorkloadResponse)(nil),        // 73: portolan.v1.ExplainWorkloadResponse
-	(*RequestAdvice)(nil),                  // 74: portolan.v1.RequestAdvice
-	(*ReplicaResources)(nil),               // 75: portolan.v1.ReplicaResources
-	(*ClusterVerdict)(nil),                 // 76: portolan.v1.ClusterVerdict
-	(*NodeVerdict)(nil),                    // 77: portolan.v1.NodeVerdict
-	(*WatchRequest)(nil),                   // 78: portolan.v1.WatchRequest
-	(*WatchResponse)(nil),                  // 79: portolan.v1.WatchResponse
-	(*WaitConvergedRequest)(nil),           // 80: portolan.v1.WaitConvergedRequest
-	(*WaitConvergedResponse)(nil),          // 81: portolan.v1.WaitConvergedResponse
-	(*Replica)(nil),                        // 82: portolan.v1.Replica
-	(*ContainerState)(nil),                 // 83: portolan.v1.ContainerState
-	(*Timeline)(nil),                       // 84: portolan.v1.Timeline
-	(*Event)(nil),                          // 85: portolan.v1.Event
-	(*ListReplicasRequest)(nil),            // 86: portolan.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),           // 87: portolan.v1.ListReplicasResponse
-	(*ListEventsRequest)(nil),              // 88: portolan.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),             // 89: portolan.v1.ListEventsResponse
-	(*LogsRequest)(nil),                    // 90: portolan.v1.LogsRequest
-	(*LogsResponse)(nil),                   // 91: portolan.v1.LogsResponse
-	(*ExecRequest)(nil),                    // 92: portolan.v1.ExecRequest
-	(*TerminalSize)(nil),                   // 93: portolan.v1.TerminalSize
-	(*ExecResponse)(nil),                   // 94: portolan.v1.ExecResponse
-	nil,                                    // 95: portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	nil,                                    // 96: portolan.v1.ListClustersRequest.LabelSelectorEntry
-	nil,                                    // 97: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	nil,                                    // 98: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	nil,                                    // 99: portolan.v1.ListServicesRequest.LabelSelectorEntry
-	nil,                                    // 100: portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	nil,                                    // 101: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	nil,                                    // 102: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	nil,                                    // 103: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	nil,                                    // 104: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	nil,                                    // 105: portolan.v1.NodeInfo.LabelsEntry
-	nil,                                    // 106: portolan.v1.NodeInfo.DevicesMilliEntry
-	nil,                                    // 107: portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
-	(*WatchResponse_Established)(nil),      // 108: portolan.v1.WatchResponse.Established
-	(*WatchResponse_Change)(nil),           // 109: portolan.v1.WatchResponse.Change
-	(*WatchResponse_SnapshotEnd)(nil),      // 110: portolan.v1.WatchResponse.SnapshotEnd
-	(*WatchResponse_Bookmark)(nil),         // 111: portolan.v1.WatchResponse.Bookmark
-	(*ExecRequest_Start)(nil),              // 112: portolan.v1.ExecRequest.Start
-	(*Tenant)(nil),                         // 113: portolan.v1.Tenant
-	(*fieldmaskpb.FieldMask)(nil),          // 114: google.protobuf.FieldMask
-	(*Cluster)(nil),                        // 115: portolan.v1.Cluster
-	(*RoleBinding)(nil),                    // 116: portolan.v1.RoleBinding
-	(*Workload)(nil),                       // 117: portolan.v1.Workload
-	(*Service)(nil),                        // 118: portolan.v1.Service
-	(*Route)(nil),                          // 119: portolan.v1.Route
-	(*PolicyBundle)(nil),                   // 120: portolan.v1.PolicyBundle
-	(*WorkloadRevision)(nil),               // 121: portolan.v1.WorkloadRevision
-	(*Placement)(nil),                      // 122: portolan.v1.Placement
-	(*AuditEntry)(nil),                     // 123: portolan.v1.AuditEntry
-	(*timestamppb.Timestamp)(nil),          // 124: google.protobuf.Timestamp
-	(*Taint)(nil),                          // 125: portolan.v1.Taint
-	(NodeMode)(0),                          // 126: portolan.v1.NodeMode
-	(*Reason)(nil),                         // 127: portolan.v1.Reason
-	(*durationpb.Duration)(nil),            // 128: google.protobuf.Duration
-	(ClusterState)(0),                      // 129: portolan.v1.ClusterState
-	(*PoolStatus)(nil),                     // 130: portolan.v1.PoolStatus
-	(WorkloadKind)(0),                      // 131: portolan.v1.WorkloadKind
-	(Objective)(0),                         // 132: portolan.v1.Objective
-	(*Laggard)(nil),                        // 133: portolan.v1.Laggard
-	(*anypb.Any)(nil),                      // 134: google.protobuf.Any
-	(*emptypb.Empty)(nil),                  // 135: google.protobuf.Empty
+	(*ScaleVerdict)(nil),                   // 74: portolan.v1.ScaleVerdict
+	(*RequestAdvice)(nil),                  // 75: portolan.v1.RequestAdvice
+	(*ReplicaResources)(nil),               // 76: portolan.v1.ReplicaResources
+	(*ClusterVerdict)(nil),                 // 77: portolan.v1.ClusterVerdict
+	(*NodeVerdict)(nil),                    // 78: portolan.v1.NodeVerdict
+	(*WatchRequest)(nil),                   // 79: portolan.v1.WatchRequest
+	(*WatchResponse)(nil),                  // 80: portolan.v1.WatchResponse
+	(*WaitConvergedRequest)(nil),           // 81: portolan.v1.WaitConvergedRequest
+	(*WaitConvergedResponse)(nil),          // 82: portolan.v1.WaitConvergedResponse
+	(*Replica)(nil),                        // 83: portolan.v1.Replica
+	(*ContainerState)(nil),                 // 84: portolan.v1.ContainerState
+	(*Timeline)(nil),                       // 85: portolan.v1.Timeline
+	(*Event)(nil),                          // 86: portolan.v1.Event
+	(*ListReplicasRequest)(nil),            // 87: portolan.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),           // 88: portolan.v1.ListReplicasResponse
+	(*ListEventsRequest)(nil),              // 89: portolan.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),             // 90: portolan.v1.ListEventsResponse
+	(*LogsRequest)(nil),                    // 91: portolan.v1.LogsRequest
+	(*LogsResponse)(nil),                   // 92: portolan.v1.LogsResponse
+	(*ExecRequest)(nil),                    // 93: portolan.v1.ExecRequest
+	(*TerminalSize)(nil),                   // 94: portolan.v1.TerminalSize
+	(*ExecResponse)(nil),                   // 95: portolan.v1.ExecResponse
+	nil,                                    // 96: portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	nil,                                    // 97: portolan.v1.ListClustersRequest.LabelSelectorEntry
+	nil,                                    // 98: portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	nil,                                    // 99: portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	nil,                                    // 100: portolan.v1.ListServicesRequest.LabelSelectorEntry
+	nil,                                    // 101: portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	nil,                                    // 102: portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	nil,                                    // 103: portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	nil,                                    // 104: portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	nil,                                    // 105: portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	nil,                                    // 106: portolan.v1.NodeInfo.LabelsEntry
+	nil,                                    // 107: portolan.v1.NodeInfo.DevicesMilliEntry
+	nil,                                    // 108: portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
+	(*WatchResponse_Established)(nil),      // 109: portolan.v1.WatchResponse.Established
+	(*WatchResponse_Change)(nil),           // 110: portolan.v1.WatchResponse.Change
+	(*WatchResponse_SnapshotEnd)(nil),      // 111: portolan.v1.WatchResponse.SnapshotEnd
+	(*WatchResponse_Bookmark)(nil),         // 112: portolan.v1.WatchResponse.Bookmark
+	(*ExecRequest_Start)(nil),              // 113: portolan.v1.ExecRequest.Start
+	(*Tenant)(nil),                         // 114: portolan.v1.Tenant
+	(*fieldmaskpb.FieldMask)(nil),          // 115: google.protobuf.FieldMask
+	(*Cluster)(nil),                        // 116: portolan.v1.Cluster
+	(*RoleBinding)(nil),                    // 117: portolan.v1.RoleBinding
+	(*Workload)(nil),                       // 118: portolan.v1.Workload
+	(*Service)(nil),                        // 119: portolan.v1.Service
+	(*Route)(nil),                          // 120: portolan.v1.Route
+	(*PolicyBundle)(nil),                   // 121: portolan.v1.PolicyBundle
+	(*WorkloadRevision)(nil),               // 122: portolan.v1.WorkloadRevision
+	(*Placement)(nil),                      // 123: portolan.v1.Placement
+	(*AuditEntry)(nil),                     // 124: portolan.v1.AuditEntry
+	(*timestamppb.Timestamp)(nil),          // 125: google.protobuf.Timestamp
+	(*Taint)(nil),                          // 126: portolan.v1.Taint
+	(NodeMode)(0),                          // 127: portolan.v1.NodeMode
+	(*Reason)(nil),                         // 128: portolan.v1.Reason
+	(*durationpb.Duration)(nil),            // 129: google.protobuf.Duration
+	(ClusterState)(0),                      // 130: portolan.v1.ClusterState
+	(*PoolStatus)(nil),                     // 131: portolan.v1.PoolStatus
+	(WorkloadKind)(0),                      // 132: portolan.v1.WorkloadKind
+	(Objective)(0),                         // 133: portolan.v1.Objective
+	(*Laggard)(nil),                        // 134: portolan.v1.Laggard
+	(*anypb.Any)(nil),                      // 135: google.protobuf.Any
+	(*emptypb.Empty)(nil),                  // 136: google.protobuf.Empty
 }
 var file_portolan_v1_services_proto_depIdxs = []int32{
-	95,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
-	113, // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
-	113, // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	113, // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
-	114, // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
-	96,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
-	115, // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
-	115, // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	115, // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
-	114, // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
-	97,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
-	116, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
-	116, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	116, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
-	114, // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
-	98,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
-	117, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
-	117, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	117, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
-	114, // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
-	99,  // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
-	118, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
-	118, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
-	118, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
-	114, // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	100, // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
-	119, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
-	119, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
-	119, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
-	114, // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
-	101, // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
-	120, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
-	120, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	120, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
-	114, // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
-	102, // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
-	121, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
-	103, // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
-	122, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
-	104, // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
-	123, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
-	124, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
-	124, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	96,  // 0: portolan.v1.ListTenantsRequest.label_selector:type_name -> portolan.v1.ListTenantsRequest.LabelSelectorEntry
+	114, // 1: portolan.v1.ListTenantsResponse.tenants:type_name -> portolan.v1.Tenant
+	114, // 2: portolan.v1.CreateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	114, // 3: portolan.v1.UpdateTenantRequest.tenant:type_name -> portolan.v1.Tenant
+	115, // 4: portolan.v1.UpdateTenantRequest.update_mask:type_name -> google.protobuf.FieldMask
+	97,  // 5: portolan.v1.ListClustersRequest.label_selector:type_name -> portolan.v1.ListClustersRequest.LabelSelectorEntry
+	116, // 6: portolan.v1.ListClustersResponse.clusters:type_name -> portolan.v1.Cluster
+	116, // 7: portolan.v1.CreateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	116, // 8: portolan.v1.UpdateClusterRequest.cluster:type_name -> portolan.v1.Cluster
+	115, // 9: portolan.v1.UpdateClusterRequest.update_mask:type_name -> google.protobuf.FieldMask
+	98,  // 10: portolan.v1.ListRoleBindingsRequest.label_selector:type_name -> portolan.v1.ListRoleBindingsRequest.LabelSelectorEntry
+	117, // 11: portolan.v1.ListRoleBindingsResponse.role_bindings:type_name -> portolan.v1.RoleBinding
+	117, // 12: portolan.v1.CreateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	117, // 13: portolan.v1.UpdateRoleBindingRequest.role_binding:type_name -> portolan.v1.RoleBinding
+	115, // 14: portolan.v1.UpdateRoleBindingRequest.update_mask:type_name -> google.protobuf.FieldMask
+	99,  // 15: portolan.v1.ListWorkloadsRequest.label_selector:type_name -> portolan.v1.ListWorkloadsRequest.LabelSelectorEntry
+	118, // 16: portolan.v1.ListWorkloadsResponse.workloads:type_name -> portolan.v1.Workload
+	118, // 17: portolan.v1.CreateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	118, // 18: portolan.v1.UpdateWorkloadRequest.workload:type_name -> portolan.v1.Workload
+	115, // 19: portolan.v1.UpdateWorkloadRequest.update_mask:type_name -> google.protobuf.FieldMask
+	100, // 20: portolan.v1.ListServicesRequest.label_selector:type_name -> portolan.v1.ListServicesRequest.LabelSelectorEntry
+	119, // 21: portolan.v1.ListServicesResponse.services:type_name -> portolan.v1.Service
+	119, // 22: portolan.v1.CreateServiceRequest.service:type_name -> portolan.v1.Service
+	119, // 23: portolan.v1.UpdateServiceRequest.service:type_name -> portolan.v1.Service
+	115, // 24: portolan.v1.UpdateServiceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	101, // 25: portolan.v1.ListRoutesRequest.label_selector:type_name -> portolan.v1.ListRoutesRequest.LabelSelectorEntry
+	120, // 26: portolan.v1.ListRoutesResponse.routes:type_name -> portolan.v1.Route
+	120, // 27: portolan.v1.CreateRouteRequest.route:type_name -> portolan.v1.Route
+	120, // 28: portolan.v1.UpdateRouteRequest.route:type_name -> portolan.v1.Route
+	115, // 29: portolan.v1.UpdateRouteRequest.update_mask:type_name -> google.protobuf.FieldMask
+	102, // 30: portolan.v1.ListPolicyBundlesRequest.label_selector:type_name -> portolan.v1.ListPolicyBundlesRequest.LabelSelectorEntry
+	121, // 31: portolan.v1.ListPolicyBundlesResponse.policy_bundles:type_name -> portolan.v1.PolicyBundle
+	121, // 32: portolan.v1.CreatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	121, // 33: portolan.v1.UpdatePolicyBundleRequest.policy_bundle:type_name -> portolan.v1.PolicyBundle
+	115, // 34: portolan.v1.UpdatePolicyBundleRequest.update_mask:type_name -> google.protobuf.FieldMask
+	103, // 35: portolan.v1.ListWorkloadRevisionsRequest.label_selector:type_name -> portolan.v1.ListWorkloadRevisionsRequest.LabelSelectorEntry
+	122, // 36: portolan.v1.ListWorkloadRevisionsResponse.workload_revisions:type_name -> portolan.v1.WorkloadRevision
+	104, // 37: portolan.v1.ListPlacementsRequest.label_selector:type_name -> portolan.v1.ListPlacementsRequest.LabelSelectorEntry
+	123, // 38: portolan.v1.ListPlacementsResponse.placements:type_name -> portolan.v1.Placement
+	105, // 39: portolan.v1.ListAuditEntriesRequest.label_selector:type_name -> portolan.v1.ListAuditEntriesRequest.LabelSelectorEntry
+	124, // 40: portolan.v1.ListAuditEntriesResponse.audit_entries:type_name -> portolan.v1.AuditEntry
+	125, // 41: portolan.v1.CreateClusterJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
+	125, // 42: portolan.v1.CreateNodeJoinTokenResponse.expire_time:type_name -> google.protobuf.Timestamp
 	61,  // 43: portolan.v1.ListNodesResponse.nodes:type_name -> portolan.v1.NodeInfo
-	105, // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
-	125, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
-	124, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
-	126, // 47: portolan.v1.NodeInfo.mode:type_name -> portolan.v1.NodeMode
-	106, // 48: portolan.v1.NodeInfo.devices_milli:type_name -> portolan.v1.NodeInfo.DevicesMilliEntry
-	107, // 49: portolan.v1.NodeInfo.allocated_devices_milli:type_name -> portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
-	127, // 50: portolan.v1.NodeInfo.blocked:type_name -> portolan.v1.Reason
-	126, // 51: portolan.v1.SetNodeModeRequest.mode:type_name -> portolan.v1.NodeMode
-	128, // 52: portolan.v1.SetNodeModeRequest.deadline:type_name -> google.protobuf.Duration
-	117, // 53: portolan.v1.PlanRequest.workload:type_name -> portolan.v1.Workload
+	106, // 44: portolan.v1.NodeInfo.labels:type_name -> portolan.v1.NodeInfo.LabelsEntry
+	126, // 45: portolan.v1.NodeInfo.taints:type_name -> portolan.v1.Taint
+	125, // 46: portolan.v1.NodeInfo.last_seen_time:type_name -> google.protobuf.Timestamp
+	127, // 47: portolan.v1.NodeInfo.mode:type_name -> portolan.v1.NodeMode
+	107, // 48: portolan.v1.NodeInfo.devices_milli:type_name -> portolan.v1.NodeInfo.DevicesMilliEntry
+	108, // 49: portolan.v1.NodeInfo.allocated_devices_milli:type_name -> portolan.v1.NodeInfo.AllocatedDevicesMilliEntry
+	128, // 50: portolan.v1.NodeInfo.blocked:type_name -> portolan.v1.Reason
+	127, // 51: portolan.v1.SetNodeModeRequest.mode:type_name -> portolan.v1.NodeMode
+	129, // 52: portolan.v1.SetNodeModeRequest.deadline:type_name -> google.protobuf.Duration
+	118, // 53: portolan.v1.PlanRequest.workload:type_name -> portolan.v1.Workload
 	64,  // 54: portolan.v1.PlanRequest.cluster:type_name -> portolan.v1.ClusterChange
 	2,   // 55: portolan.v1.ClusterChange.kind:type_name -> portolan.v1.ClusterChange.Kind
-	115, // 56: portolan.v1.ClusterChange.cluster:type_name -> portolan.v1.Cluster
+	116, // 56: portolan.v1.ClusterChange.cluster:type_name -> portolan.v1.Cluster
 	66,  // 57: portolan.v1.PlanResponse.workloads:type_name -> portolan.v1.WorkloadPlan
-	127, // 58: portolan.v1.PlanResponse.admission:type_name -> portolan.v1.Reason
+	128, // 58: portolan.v1.PlanResponse.admission:type_name -> portolan.v1.Reason
 	68,  // 59: portolan.v1.WorkloadPlan.placements:type_name -> portolan.v1.PlacementPlan
-	127, // 60: portolan.v1.WorkloadPlan.reasons:type_name -> portolan.v1.Reason
+	128, // 60: portolan.v1.WorkloadPlan.reasons:type_name -> portolan.v1.Reason
 	67,  // 61: portolan.v1.WorkloadPlan.displaced:type_name -> portolan.v1.Displaced
-	127, // 62: portolan.v1.PlacementPlan.reasons:type_name -> portolan.v1.Reason
+	128, // 62: portolan.v1.PlacementPlan.reasons:type_name -> portolan.v1.Reason
 	71,  // 63: portolan.v1.GetCapacityResponse.clusters:type_name -> portolan.v1.ClusterCapacity
-	129, // 64: portolan.v1.ClusterCapacity.state:type_name -> portolan.v1.ClusterState
-	130, // 65: portolan.v1.ClusterCapacity.pools:type_name -> portolan.v1.PoolStatus
-	76,  // 66: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
-	77,  // 67: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
-	74,  // 68: portolan.v1.ExplainWorkloadResponse.requests:type_name -> portolan.v1.RequestAdvice
-	127, // 69: portolan.v1.ExplainWorkloadResponse.reasons:type_name -> portolan.v1.Reason
-	131, // 70: portolan.v1.ExplainWorkloadResponse.kind:type_name -> portolan.v1.WorkloadKind
-	132, // 71: portolan.v1.ExplainWorkloadResponse.score_of:type_name -> portolan.v1.Objective
-	75,  // 72: portolan.v1.RequestAdvice.requested:type_name -> portolan.v1.ReplicaResources
-	75,  // 73: portolan.v1.RequestAdvice.lower:type_name -> portolan.v1.ReplicaResources
-	75,  // 74: portolan.v1.RequestAdvice.target:type_name -> portolan.v1.ReplicaResources
-	75,  // 75: portolan.v1.RequestAdvice.upper:type_name -> portolan.v1.ReplicaResources
-	127, // 76: portolan.v1.RequestAdvice.reason:type_name -> portolan.v1.Reason
-	127, // 77: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
-	127, // 78: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
-	127, // 79: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
-	127, // 80: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
-	108, // 81: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
-	109, // 82: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
-	110, // 83: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
-	111, // 84: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
-	128, // 85: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
-	133, // 86: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
-	1,   // 87: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
-	127, // 88: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
-	83,  // 89: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
-	84,  // 90: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
-	1,   // 91: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
-	124, // 92: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
-	124, // 93: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
-	124, // 94: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
-	124, // 95: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
-	124, // 96: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
-	124, // 97: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
-	124, // 98: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
-	124, // 99: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
-	124, // 100: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
-	124, // 101: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
-	124, // 102: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
-	82,  // 103: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
-	85,  // 104: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
-	112, // 105: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
-	93,  // 106: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
-	0,   // 107: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
-	134, // 108: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
-	3,   // 109: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
-	4,   // 110: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
-	6,   // 111: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
-	7,   // 112: portolan.v1.TenantService.UpdateTenant:input_type -> portolan.v1.UpdateTenantRequest
-	8,   // 113: portolan.v1.TenantService.DeleteTenant:input_type -> portolan.v1.DeleteTenantRequest
-	15,  // 114: portolan.v1.TenantService.GetRoleBinding:input_type -> portolan.v1.GetRoleBindingRequest
-	16,  // 115: portolan.v1.TenantService.ListRoleBindings:input_type -> portolan.v1.ListRoleBindingsRequest
-	18,  // 116: portolan.v1.TenantService.CreateRoleBinding:input_type -> portolan.v1.CreateRoleBindingRequest
-	19,  // 117: portolan.v1.TenantService.UpdateRoleBinding:input_type -> portolan.v1.UpdateRoleBindingRequest
-	20,  // 118: portolan.v1.TenantService.DeleteRoleBinding:input_type -> portolan.v1.DeleteRoleBindingRequest
-	9,   // 119: portolan.v1.ClusterService.GetCluster:input_type -> portolan.v1.GetClusterRequest
-	10,  // 120: portolan.v1.ClusterService.ListClusters:input_type -> portolan.v1.ListClustersRequest
-	12,  // 121: portolan.v1.ClusterService.CreateCluster:input_type -> portolan.v1.CreateClusterRequest
-	13,  // 122: portolan.v1.ClusterService.UpdateCluster:input_type -> portolan.v1.UpdateClusterRequest
-	14,  // 123: portolan.v1.ClusterService.DeleteCluster:input_type -> portolan.v1.DeleteClusterRequest
-	54,  // 124: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
-	56,  // 125: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
-	58,  // 126: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
-	62,  // 127: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
-	69,  // 128: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
-	59,  // 129: portolan.v1.ClusterService.DeleteNode:input_type -> portolan.v1.DeleteNodeRequest
-	21,  // 130: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
-	22,  // 131: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
-	24,  // 132: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
-	25,  // 133: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
-	26,  // 134: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
-	45,  // 135: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
-	46,  // 136: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
-	48,  // 137: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
-	49,  // 138: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
-	72,  // 139: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
-	63,  // 140: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
-	27,  // 141: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
-	28,  // 142: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
-	30,  // 143: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
-	31,  // 144: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
-	32,  // 145: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
-	33,  // 146: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
-	34,  // 147: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
-	36,  // 148: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
-	37,  // 149: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
-	38,  // 150: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
-	39,  // 151: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
-	40,  // 152: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
-	42,  // 153: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
-	43,  // 154: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
-	44,  // 155: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
-	51,  // 156: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
-	52,  // 157: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
-	78,  // 158: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
-	80,  // 159: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
-	86,  // 160: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
-	88,  // 161: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
-	90,  // 162: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
-	92,  // 163: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
-	113, // 164: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
-	5,   // 165: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
-	113, // 166: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
-	113, // 167: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
-	135, // 168: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
-	116, // 169: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
-	17,  // 170: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
-	116, // 171: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
-	116, // 172: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
-	135, // 173: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
-	115, // 174: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
-	11,  // 175: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
-	115, // 176: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
-	115, // 177: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
-	135, // 178: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
-	55,  // 179: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
-	57,  // 180: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
-	60,  // 181: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
-	60,  // 182: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
-	70,  // 183: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
-	135, // 184: portolan.v1.ClusterService.DeleteNode:output_type -> google.protobuf.Empty
-	117, // 185: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
-	23,  // 186: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
-	117, // 187: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
-	117, // 188: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
-	135, // 189: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
-	121, // 190: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
-	47,  // 191: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
-	122, // 192: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
-	50,  // 193: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
-	73,  // 194: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
-	65,  // 195: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
-	118, // 196: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
-	29,  // 197: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
-	118, // 198: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
-	118, // 199: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
-	135, // 200: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
-	119, // 201: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
-	35,  // 202: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
-	119, // 203: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
-	119, // 204: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
-	135, // 205: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
-	120, // 206: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
-	41,  // 207: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
-	120, // 208: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	120, // 209: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
-	135, // 210: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
-	123, // 211: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
-	53,  // 212: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
-	79,  // 213: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
-	81,  // 214: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
-	87,  // 215: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
-	89,  // 216: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
-	91,  // 217: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
-	94,  // 218: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
-	164, // [164:219] is the sub-list for method output_type
-	109, // [109:164] is the sub-list for method input_type
-	109, // [109:109] is the sub-list for extension type_name
-	109, // [109:109] is the sub-list for extension extendee
-	0,   // [0:109] is the sub-list for field type_name
+	130, // 64: portolan.v1.ClusterCapacity.state:type_name -> portolan.v1.ClusterState
+	131, // 65: portolan.v1.ClusterCapacity.pools:type_name -> portolan.v1.PoolStatus
+	77,  // 66: portolan.v1.ExplainWorkloadResponse.clusters:type_name -> portolan.v1.ClusterVerdict
+	78,  // 67: portolan.v1.ExplainWorkloadResponse.nodes:type_name -> portolan.v1.NodeVerdict
+	75,  // 68: portolan.v1.ExplainWorkloadResponse.requests:type_name -> portolan.v1.RequestAdvice
+	128, // 69: portolan.v1.ExplainWorkloadResponse.reasons:type_name -> portolan.v1.Reason
+	132, // 70: portolan.v1.ExplainWorkloadResponse.kind:type_name -> portolan.v1.WorkloadKind
+	133, // 71: portolan.v1.ExplainWorkloadResponse.score_of:type_name -> portolan.v1.Objective
+	74,  // 72: portolan.v1.ExplainWorkloadResponse.scaling:type_name -> portolan.v1.ScaleVerdict
+	128, // 73: portolan.v1.ScaleVerdict.reasons:type_name -> portolan.v1.Reason
+	76,  // 74: portolan.v1.RequestAdvice.requested:type_name -> portolan.v1.ReplicaResources
+	76,  // 75: portolan.v1.RequestAdvice.lower:type_name -> portolan.v1.ReplicaResources
+	76,  // 76: portolan.v1.RequestAdvice.target:type_name -> portolan.v1.ReplicaResources
+	76,  // 77: portolan.v1.RequestAdvice.upper:type_name -> portolan.v1.ReplicaResources
+	128, // 78: portolan.v1.RequestAdvice.reason:type_name -> portolan.v1.Reason
+	128, // 79: portolan.v1.ClusterVerdict.reasons:type_name -> portolan.v1.Reason
+	128, // 80: portolan.v1.ClusterVerdict.remedies:type_name -> portolan.v1.Reason
+	128, // 81: portolan.v1.NodeVerdict.reasons:type_name -> portolan.v1.Reason
+	128, // 82: portolan.v1.NodeVerdict.remedies:type_name -> portolan.v1.Reason
+	109, // 83: portolan.v1.WatchResponse.established:type_name -> portolan.v1.WatchResponse.Established
+	110, // 84: portolan.v1.WatchResponse.change:type_name -> portolan.v1.WatchResponse.Change
+	111, // 85: portolan.v1.WatchResponse.snapshot_end:type_name -> portolan.v1.WatchResponse.SnapshotEnd
+	112, // 86: portolan.v1.WatchResponse.bookmark:type_name -> portolan.v1.WatchResponse.Bookmark
+	129, // 87: portolan.v1.WaitConvergedRequest.timeout:type_name -> google.protobuf.Duration
+	134, // 88: portolan.v1.WaitConvergedResponse.laggards:type_name -> portolan.v1.Laggard
+	1,   // 89: portolan.v1.Replica.state:type_name -> portolan.v1.ReplicaState
+	128, // 90: portolan.v1.Replica.reason:type_name -> portolan.v1.Reason
+	84,  // 91: portolan.v1.Replica.containers:type_name -> portolan.v1.ContainerState
+	85,  // 92: portolan.v1.Replica.timeline:type_name -> portolan.v1.Timeline
+	1,   // 93: portolan.v1.ContainerState.state:type_name -> portolan.v1.ReplicaState
+	125, // 94: portolan.v1.ContainerState.start_time:type_name -> google.protobuf.Timestamp
+	125, // 95: portolan.v1.ContainerState.last_exit_time:type_name -> google.protobuf.Timestamp
+	125, // 96: portolan.v1.ContainerState.next_start_time:type_name -> google.protobuf.Timestamp
+	125, // 97: portolan.v1.Timeline.at_cluster:type_name -> google.protobuf.Timestamp
+	125, // 98: portolan.v1.Timeline.bound:type_name -> google.protobuf.Timestamp
+	125, // 99: portolan.v1.Timeline.at_node:type_name -> google.protobuf.Timestamp
+	125, // 100: portolan.v1.Timeline.pulled:type_name -> google.protobuf.Timestamp
+	125, // 101: portolan.v1.Timeline.network_ready:type_name -> google.protobuf.Timestamp
+	125, // 102: portolan.v1.Timeline.started:type_name -> google.protobuf.Timestamp
+	125, // 103: portolan.v1.Timeline.ready:type_name -> google.protobuf.Timestamp
+	125, // 104: portolan.v1.Event.time:type_name -> google.protobuf.Timestamp
+	83,  // 105: portolan.v1.ListReplicasResponse.replicas:type_name -> portolan.v1.Replica
+	86,  // 106: portolan.v1.ListEventsResponse.events:type_name -> portolan.v1.Event
+	113, // 107: portolan.v1.ExecRequest.start:type_name -> portolan.v1.ExecRequest.Start
+	94,  // 108: portolan.v1.ExecRequest.resize:type_name -> portolan.v1.TerminalSize
+	0,   // 109: portolan.v1.WatchResponse.Change.kind:type_name -> portolan.v1.ChangeKind
+	135, // 110: portolan.v1.WatchResponse.Change.object:type_name -> google.protobuf.Any
+	3,   // 111: portolan.v1.TenantService.GetTenant:input_type -> portolan.v1.GetTenantRequest
+	4,   // 112: portolan.v1.TenantService.ListTenants:input_type -> portolan.v1.ListTenantsRequest
+	6,   // 113: portolan.v1.TenantService.CreateTenant:input_type -> portolan.v1.CreateTenantRequest
+	7,   // 114: portolan.v1.TenantService.UpdateTenant:input_type -> portolan.v1.UpdateTenantRequest
+	8,   // 115: portolan.v1.TenantService.DeleteTenant:input_type -> portolan.v1.DeleteTenantRequest
+	15,  // 116: portolan.v1.TenantService.GetRoleBinding:input_type -> portolan.v1.GetRoleBindingRequest
+	16,  // 117: portolan.v1.TenantService.ListRoleBindings:input_type -> portolan.v1.ListRoleBindingsRequest
+	18,  // 118: portolan.v1.TenantService.CreateRoleBinding:input_type -> portolan.v1.CreateRoleBindingRequest
+	19,  // 119: portolan.v1.TenantService.UpdateRoleBinding:input_type -> portolan.v1.UpdateRoleBindingRequest
+	20,  // 120: portolan.v1.TenantService.DeleteRoleBinding:input_type -> portolan.v1.DeleteRoleBindingRequest
+	9,   // 121: portolan.v1.ClusterService.GetCluster:input_type -> portolan.v1.GetClusterRequest
+	10,  // 122: portolan.v1.ClusterService.ListClusters:input_type -> portolan.v1.ListClustersRequest
+	12,  // 123: portolan.v1.ClusterService.CreateCluster:input_type -> portolan.v1.CreateClusterRequest
+	13,  // 124: portolan.v1.ClusterService.UpdateCluster:input_type -> portolan.v1.UpdateClusterRequest
+	14,  // 125: portolan.v1.ClusterService.DeleteCluster:input_type -> portolan.v1.DeleteClusterRequest
+	54,  // 126: portolan.v1.ClusterService.CreateClusterJoinToken:input_type -> portolan.v1.CreateClusterJoinTokenRequest
+	56,  // 127: portolan.v1.ClusterService.CreateNodeJoinToken:input_type -> portolan.v1.CreateNodeJoinTokenRequest
+	58,  // 128: portolan.v1.ClusterService.ListNodes:input_type -> portolan.v1.ListNodesRequest
+	62,  // 129: portolan.v1.ClusterService.SetNodeMode:input_type -> portolan.v1.SetNodeModeRequest
+	69,  // 130: portolan.v1.ClusterService.GetCapacity:input_type -> portolan.v1.GetCapacityRequest
+	59,  // 131: portolan.v1.ClusterService.DeleteNode:input_type -> portolan.v1.DeleteNodeRequest
+	21,  // 132: portolan.v1.WorkloadService.GetWorkload:input_type -> portolan.v1.GetWorkloadRequest
+	22,  // 133: portolan.v1.WorkloadService.ListWorkloads:input_type -> portolan.v1.ListWorkloadsRequest
+	24,  // 134: portolan.v1.WorkloadService.CreateWorkload:input_type -> portolan.v1.CreateWorkloadRequest
+	25,  // 135: portolan.v1.WorkloadService.UpdateWorkload:input_type -> portolan.v1.UpdateWorkloadRequest
+	26,  // 136: portolan.v1.WorkloadService.DeleteWorkload:input_type -> portolan.v1.DeleteWorkloadRequest
+	45,  // 137: portolan.v1.WorkloadService.GetWorkloadRevision:input_type -> portolan.v1.GetWorkloadRevisionRequest
+	46,  // 138: portolan.v1.WorkloadService.ListWorkloadRevisions:input_type -> portolan.v1.ListWorkloadRevisionsRequest
+	48,  // 139: portolan.v1.WorkloadService.GetPlacement:input_type -> portolan.v1.GetPlacementRequest
+	49,  // 140: portolan.v1.WorkloadService.ListPlacements:input_type -> portolan.v1.ListPlacementsRequest
+	72,  // 141: portolan.v1.WorkloadService.ExplainWorkload:input_type -> portolan.v1.ExplainWorkloadRequest
+	63,  // 142: portolan.v1.WorkloadService.Plan:input_type -> portolan.v1.PlanRequest
+	27,  // 143: portolan.v1.MeshService.GetService:input_type -> portolan.v1.GetServiceRequest
+	28,  // 144: portolan.v1.MeshService.ListServices:input_type -> portolan.v1.ListServicesRequest
+	30,  // 145: portolan.v1.MeshService.CreateService:input_type -> portolan.v1.CreateServiceRequest
+	31,  // 146: portolan.v1.MeshService.UpdateService:input_type -> portolan.v1.UpdateServiceRequest
+	32,  // 147: portolan.v1.MeshService.DeleteService:input_type -> portolan.v1.DeleteServiceRequest
+	33,  // 148: portolan.v1.MeshService.GetRoute:input_type -> portolan.v1.GetRouteRequest
+	34,  // 149: portolan.v1.MeshService.ListRoutes:input_type -> portolan.v1.ListRoutesRequest
+	36,  // 150: portolan.v1.MeshService.CreateRoute:input_type -> portolan.v1.CreateRouteRequest
+	37,  // 151: portolan.v1.MeshService.UpdateRoute:input_type -> portolan.v1.UpdateRouteRequest
+	38,  // 152: portolan.v1.MeshService.DeleteRoute:input_type -> portolan.v1.DeleteRouteRequest
+	39,  // 153: portolan.v1.PolicyService.GetPolicyBundle:input_type -> portolan.v1.GetPolicyBundleRequest
+	40,  // 154: portolan.v1.PolicyService.ListPolicyBundles:input_type -> portolan.v1.ListPolicyBundlesRequest
+	42,  // 155: portolan.v1.PolicyService.CreatePolicyBundle:input_type -> portolan.v1.CreatePolicyBundleRequest
+	43,  // 156: portolan.v1.PolicyService.UpdatePolicyBundle:input_type -> portolan.v1.UpdatePolicyBundleRequest
+	44,  // 157: portolan.v1.PolicyService.DeletePolicyBundle:input_type -> portolan.v1.DeletePolicyBundleRequest
+	51,  // 158: portolan.v1.AuditService.GetAuditEntry:input_type -> portolan.v1.GetAuditEntryRequest
+	52,  // 159: portolan.v1.AuditService.ListAuditEntries:input_type -> portolan.v1.ListAuditEntriesRequest
+	79,  // 160: portolan.v1.WatchService.Watch:input_type -> portolan.v1.WatchRequest
+	81,  // 161: portolan.v1.ConvergenceService.WaitConverged:input_type -> portolan.v1.WaitConvergedRequest
+	87,  // 162: portolan.v1.RuntimeService.ListReplicas:input_type -> portolan.v1.ListReplicasRequest
+	89,  // 163: portolan.v1.RuntimeService.ListEvents:input_type -> portolan.v1.ListEventsRequest
+	91,  // 164: portolan.v1.RuntimeService.Logs:input_type -> portolan.v1.LogsRequest
+	93,  // 165: portolan.v1.RuntimeService.Exec:input_type -> portolan.v1.ExecRequest
+	114, // 166: portolan.v1.TenantService.GetTenant:output_type -> portolan.v1.Tenant
+	5,   // 167: portolan.v1.TenantService.ListTenants:output_type -> portolan.v1.ListTenantsResponse
+	114, // 168: portolan.v1.TenantService.CreateTenant:output_type -> portolan.v1.Tenant
+	114, // 169: portolan.v1.TenantService.UpdateTenant:output_type -> portolan.v1.Tenant
+	136, // 170: portolan.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
+	117, // 171: portolan.v1.TenantService.GetRoleBinding:output_type -> portolan.v1.RoleBinding
+	17,  // 172: portolan.v1.TenantService.ListRoleBindings:output_type -> portolan.v1.ListRoleBindingsResponse
+	117, // 173: portolan.v1.TenantService.CreateRoleBinding:output_type -> portolan.v1.RoleBinding
+	117, // 174: portolan.v1.TenantService.UpdateRoleBinding:output_type -> portolan.v1.RoleBinding
+	136, // 175: portolan.v1.TenantService.DeleteRoleBinding:output_type -> google.protobuf.Empty
+	116, // 176: portolan.v1.ClusterService.GetCluster:output_type -> portolan.v1.Cluster
+	11,  // 177: portolan.v1.ClusterService.ListClusters:output_type -> portolan.v1.ListClustersResponse
+	116, // 178: portolan.v1.ClusterService.CreateCluster:output_type -> portolan.v1.Cluster
+	116, // 179: portolan.v1.ClusterService.UpdateCluster:output_type -> portolan.v1.Cluster
+	136, // 180: portolan.v1.ClusterService.DeleteCluster:output_type -> google.protobuf.Empty
+	55,  // 181: portolan.v1.ClusterService.CreateClusterJoinToken:output_type -> portolan.v1.CreateClusterJoinTokenResponse
+	57,  // 182: portolan.v1.ClusterService.CreateNodeJoinToken:output_type -> portolan.v1.CreateNodeJoinTokenResponse
+	60,  // 183: portolan.v1.ClusterService.ListNodes:output_type -> portolan.v1.ListNodesResponse
+	60,  // 184: portolan.v1.ClusterService.SetNodeMode:output_type -> portolan.v1.ListNodesResponse
+	70,  // 185: portolan.v1.ClusterService.GetCapacity:output_type -> portolan.v1.GetCapacityResponse
+	136, // 186: portolan.v1.ClusterService.DeleteNode:output_type -> google.protobuf.Empty
+	118, // 187: portolan.v1.WorkloadService.GetWorkload:output_type -> portolan.v1.Workload
+	23,  // 188: portolan.v1.WorkloadService.ListWorkloads:output_type -> portolan.v1.ListWorkloadsResponse
+	118, // 189: portolan.v1.WorkloadService.CreateWorkload:output_type -> portolan.v1.Workload
+	118, // 190: portolan.v1.WorkloadService.UpdateWorkload:output_type -> portolan.v1.Workload
+	136, // 191: portolan.v1.WorkloadService.DeleteWorkload:output_type -> google.protobuf.Empty
+	122, // 192: portolan.v1.WorkloadService.GetWorkloadRevision:output_type -> portolan.v1.WorkloadRevision
+	47,  // 193: portolan.v1.WorkloadService.ListWorkloadRevisions:output_type -> portolan.v1.ListWorkloadRevisionsResponse
+	123, // 194: portolan.v1.WorkloadService.GetPlacement:output_type -> portolan.v1.Placement
+	50,  // 195: portolan.v1.WorkloadService.ListPlacements:output_type -> portolan.v1.ListPlacementsResponse
+	73,  // 196: portolan.v1.WorkloadService.ExplainWorkload:output_type -> portolan.v1.ExplainWorkloadResponse
+	65,  // 197: portolan.v1.WorkloadService.Plan:output_type -> portolan.v1.PlanResponse
+	119, // 198: portolan.v1.MeshService.GetService:output_type -> portolan.v1.Service
+	29,  // 199: portolan.v1.MeshService.ListServices:output_type -> portolan.v1.ListServicesResponse
+	119, // 200: portolan.v1.MeshService.CreateService:output_type -> portolan.v1.Service
+	119, // 201: portolan.v1.MeshService.UpdateService:output_type -> portolan.v1.Service
+	136, // 202: portolan.v1.MeshService.DeleteService:output_type -> google.protobuf.Empty
+	120, // 203: portolan.v1.MeshService.GetRoute:output_type -> portolan.v1.Route
+	35,  // 204: portolan.v1.MeshService.ListRoutes:output_type -> portolan.v1.ListRoutesResponse
+	120, // 205: portolan.v1.MeshService.CreateRoute:output_type -> portolan.v1.Route
+	120, // 206: portolan.v1.MeshService.UpdateRoute:output_type -> portolan.v1.Route
+	136, // 207: portolan.v1.MeshService.DeleteRoute:output_type -> google.protobuf.Empty
+	121, // 208: portolan.v1.PolicyService.GetPolicyBundle:output_type -> portolan.v1.PolicyBundle
+	41,  // 209: portolan.v1.PolicyService.ListPolicyBundles:output_type -> portolan.v1.ListPolicyBundlesResponse
+	121, // 210: portolan.v1.PolicyService.CreatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	121, // 211: portolan.v1.PolicyService.UpdatePolicyBundle:output_type -> portolan.v1.PolicyBundle
+	136, // 212: portolan.v1.PolicyService.DeletePolicyBundle:output_type -> google.protobuf.Empty
+	124, // 213: portolan.v1.AuditService.GetAuditEntry:output_type -> portolan.v1.AuditEntry
+	53,  // 214: portolan.v1.AuditService.ListAuditEntries:output_type -> portolan.v1.ListAuditEntriesResponse
+	80,  // 215: portolan.v1.WatchService.Watch:output_type -> portolan.v1.WatchResponse
+	82,  // 216: portolan.v1.ConvergenceService.WaitConverged:output_type -> portolan.v1.WaitConvergedResponse
+	88,  // 217: portolan.v1.RuntimeService.ListReplicas:output_type -> portolan.v1.ListReplicasResponse
+	90,  // 218: portolan.v1.RuntimeService.ListEvents:output_type -> portolan.v1.ListEventsResponse
+	92,  // 219: portolan.v1.RuntimeService.Logs:output_type -> portolan.v1.LogsResponse
+	95,  // 220: portolan.v1.RuntimeService.Exec:output_type -> portolan.v1.ExecResponse
+	166, // [166:221] is the sub-list for method output_type
+	111, // [111:166] is the sub-list for method input_type
+	111, // [111:111] is the sub-list for extension type_name
+	111, // [111:111] is the sub-list for extension extendee
+	0,   // [0:111] is the sub-list for field type_name
 }
 
 func init() { file_portolan_v1_services_proto_init() }
@@ -7976,19 +8066,19 @@ func file_portolan_v1_services_proto_init() {
 		(*PlanRequest_DeleteWorkload)(nil),
 		(*PlanRequest_Cluster)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[76].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[77].OneofWrappers = []any{
 		(*WatchResponse_Established_)(nil),
 		(*WatchResponse_Change_)(nil),
 		(*WatchResponse_SnapshotEnd_)(nil),
 		(*WatchResponse_Bookmark_)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[89].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[90].OneofWrappers = []any{
 		(*ExecRequest_Start_)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 	}
-	file_portolan_v1_services_proto_msgTypes[91].OneofWrappers = []any{
+	file_portolan_v1_services_proto_msgTypes[92].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -7999,7 +8089,7 @@ func file_portolan_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_portolan_v1_services_proto_rawDesc), len(file_portolan_v1_services_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   110,
+			NumMessages:   111,
 			NumExtensions: 0,
 			NumServices:   9,
 		},

@@ -1571,7 +1571,8 @@ func (x *WorkloadSpec) GetNeverPreempt() bool {
 // share of min and max; max is what is reserved.
 type Autoscale struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// 1 when absent. 0 needs a metric that is there without replicas.
+	// 1 when absent. 0 needs a schedule whose min is more: metrics are measured at
+	// replicas, and without any nothing else would bring one back.
 	Min *int32 `protobuf:"varint,1,opt,name=min,proto3,oneof" json:"min,omitempty"`
 	Max int32  `protobuf:"varint,2,opt,name=max,proto3" json:"max,omitempty"`
 	// The greatest answer counts.

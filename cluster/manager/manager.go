@@ -238,7 +238,11 @@ func (m *Manager) pass(ctx context.Context, s *state.Snapshot) (time.Time, error
 
 // plan decides what should run and where, and writes it.
 func (m *Manager) plan(ctx context.Context, s *state.Snapshot, now time.Time) (time.Time, error) {
+	begins := m.mirror.last == nil
 	m.mirror.follow(s, func(n *clusterv1.Node) schedule.Code { return m.notReady(s, n, now) })
+	if begins {
+		m.mirror.observeBound()
+	}
 	in := s.Input(now)
 	scale := m.scale(s, &in, now)
 	m.learn(s, &in, now, &scale)

@@ -1,8 +1,10 @@
 package manager
 
 import (
+	"maps"
 	"net/netip"
 	"reflect"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -120,6 +122,18 @@ func ownerOf(a *clusterv1.Allocation) schedule.Owner {
 	return schedule.Owner{Tenant: a.GetTenant(), Workload: a.GetWorkload(), Revision: a.GetRevision()}
 }
 
+// observeBound tells the table, once, of the devices that were asked for before this
+// process began: pools that keep fragmentation low learn from it.
+func (x *mirror) observeBound() {
+	for _, id := range slices.Sorted(maps.Keys(x.replicas)) {
+		if a := x.replicas[id].record; len(a.GetDevices()) > 0 && a.GetFinal() == nil {
+			if class, err := x.class(ownerOf(a), a.GetSpec()); err == nil {
+				x.table.Observe(class, 1)
+			}
+		}
+	}
+}
+
 // follow brings the table to a snapshot. down is why a node takes nothing now.
 func (x *mirror) follow(s *state.Snapshot, down func(*clusterv1.Node) schedule.Code) {
 	x.followPools(s)
@@ -155,15 +169,25 @@ func (x *mirror) followNodes(s *state.Snapshot, down func(*clusterv1.Node) sched
 			continue
 		}
 		x.nodes[id], x.changed = is, true
+		x.readyKept(id)
 		x.table.PutNode(schedule.Node{ID: id, Facts: n.GetFacts(), Addresses: lastHost - firstHost + 1, Mode: n.GetMode(), Down: is.down})
 		x.queue.Wake(x.table, schedule.NodeBetter, id)
 	}
 	for id := range x.nodes {
 		if s.Nodes[id] == nil {
 			delete(x.nodes, id)
+			x.readyKept(id)
 			x.table.DeleteNode(id)
 			x.changed = true
 		}
+	}
+}
+
+// readyKept has those looked at again for whom a node keeps room: it may be of no use
+// to them now.
+func (x *mirror) readyKept(node string) {
+	for _, key := range x.table.KeptFor(node) {
+		x.queue.Ready(key)
 	}
 }
 
@@ -243,6 +267,11 @@ func (x *mirror) putReplica(s *state.Snapshot, a *clusterv1.Allocation) {
 		Leaving: a.GetStop() || a.GetReplacedBy() != "", Ended: a.GetFinal() != nil,
 	})
 	switch {
+	case known && was.record.GetSpec() != a.GetSpec() && !proto.Equal(was.record.GetSpec(), a.GetSpec()):
+		// Changed in place: it may have lost its place, or others be let in.
+		x.changed = true
+		x.queue.Wake(x.table, schedule.RoomFreed, a.GetNode())
+		x.queue.Wake(x.table, schedule.ReplicaBound, a.GetNode())
 	case !known:
 		x.queue.Wake(x.table, schedule.ReplicaBound, a.GetNode())
 	case a.GetFinal() != nil && was.record.GetFinal() == nil:

@@ -94,6 +94,7 @@ func (d *decider) gather(steps []*reconcile.Step) {
 			m.mirror.table.Withdraw(key, "")
 		}
 	}
+	was := m.waiting
 	m.waiting = now
 	for _, key := range order {
 		w := now[key]
@@ -102,6 +103,11 @@ func (d *decider) gather(steps []*reconcile.Step) {
 			w.refused = []state.PendingReason{{Code: "InvalidResources", Message: w.bad.Error()}}
 			continue
 		}
+		more := w.group.Count
+		if before := was[key]; before != nil {
+			more -= before.group.Count
+		}
+		m.mirror.table.Observe(w.group.Class, more)
 		dropped := m.mirror.queue.Put(schedule.Waiting{Key: key, Class: w.group.Class, Count: w.group.Count, Since: w.since})
 		w.dropped = false
 		if v := now[dropped]; v != nil {
@@ -178,6 +184,9 @@ func (d *decider) served(w *waiting, p schedule.Placed) {
 			}
 		})
 	}
+	for _, node := range p.Unkept {
+		d.out.committed = append(d.out.committed, func() { x.table.Withdraw(key, node) })
+	}
 	for _, n := range p.Nominations {
 		d.displace(w, n)
 	}
@@ -217,7 +226,13 @@ func (d *decider) displace(w *waiting, n schedule.Nomination) {
 		d.disrupted(k, a.GetUid(), 1)
 	}
 	x, key, class, node := d.m.mirror, w.group.Key, w.group.Class, n.Node
-	d.out.committed = append(d.out.committed, func() { x.table.Nominate(key, class, node) })
+	d.out.committed = append(d.out.committed, func() {
+		for _, k := range n.Withdrawn {
+			x.table.Withdraw(k, node)
+			x.queue.Ready(k) // it waits for room that it will not have
+		}
+		x.table.Nominate(key, class, node)
+	})
 	d.out.events = append(d.out.events, d.m.workloadEvent(w.steps[0].Key, "Nominated", fmt.Sprintf("room is made on a node: %d replicas of lower priority leave it", len(n.Victims)), d.now))
 }
 
@@ -230,7 +245,10 @@ func (d *decider) gangs() {
 		if w == nil {
 			continue
 		}
-		w.refused = append(w.refused, state.PendingReason{Code: "GangDeadline", Message: "not all replicas found room before the deadline"})
+		late := state.PendingReason{Code: "GangDeadline", Message: "not all replicas found room before the deadline"}
+		if !slices.ContainsFunc(w.refused, late.Equal) { // it is said again after each time that it was served
+			w.refused = append(w.refused, late)
+		}
 		if !w.expired {
 			w.expired = true
 			d.out.events = append(d.out.events, d.m.workloadEvent(w.steps[0].Key, "GangExpired", "not all replicas found room before the deadline", d.now))

@@ -183,6 +183,10 @@ type Placed struct {
 	Bindings []Binding
 	// Nominations of replicas that displace others; they are not bound yet.
 	Nominations []Nomination
+	// Unkept are the nodes on which room that is kept for the group is of no use any
+	// more, as they take nothing of it now: the owner withdraws it. Each stands once per
+	// replica.
+	Unkept []string
 	// Missing replicas found no node, nominated ones apart.
 	Missing int
 	// Refusal is nil when all are bound.

@@ -66,6 +66,9 @@ func (t *Table) Observe(c *Class, n int) {
 	}
 }
 
+// Observed is how many requests the table was told of.
+func (t *Table) Observed() int { return t.fragments.seen }
+
 // shapeOf reads an ask for devices of one kind.
 func (f *fragments) shapeOf(a *ask) (shape, bool) {
 	if len(a.devices) != 1 {

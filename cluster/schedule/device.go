@@ -33,6 +33,7 @@ func (t *Table) readDevices(i int32) {
 		list = append(list, device{kind: d.GetKind(), model: d.GetModel(), index: d.GetIndex(), free: whole})
 	}
 	slices.SortStableFunc(list, func(a, b device) int { return int(a.index - b.index) })
+	t.stock += int64(len(list)-len(t.devices[i])) * whole
 	t.devices[i] = list
 	t.readModel(i)
 }

@@ -39,6 +39,19 @@ func (t *Table) Withdraw(group, node string) {
 	}
 }
 
+// KeptFor gives the groups that room is kept for on a node.
+func (t *Table) KeptFor(node string) []string {
+	i, ok := t.index[node]
+	if !ok || len(t.keeps[i]) == 0 {
+		return nil
+	}
+	var out []string
+	for _, n := range t.keeps[i] {
+		out = append(out, n.group)
+	}
+	return out
+}
+
 // Nominations is how many replicas of a group have room kept.
 func (t *Table) Nominations(group string) int { return len(t.nominations[group]) }
 

@@ -5,8 +5,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/portolan-io/portolan/federation/api"
 )
 
 // Event is what happened to a table, as far as it may help who waits.
@@ -112,6 +110,13 @@ func (q *Queue) Refuse(key string, codes Codes) {
 	}
 }
 
+// Ready wakes one group.
+func (q *Queue) Ready(key string) {
+	if g, ok := q.groups[key]; ok {
+		g.ready = true
+	}
+}
+
 // Wake makes those ready that an event can help. node is where it happened, empty
 // when it concerns no single one: one whose labels and taints refuse a group helps
 // it only by the room of others, of which there is none.
@@ -152,7 +157,7 @@ func (q *Queue) Take(t *Table, weights map[string]int32, limit int) []string {
 	}
 	slices.SortFunc(ready, compareWaiting)
 	var out []string
-	extra := map[string]api.Resources{}
+	extra := map[string]*usage{}
 	for len(ready) > 0 && len(out) < limit {
 		n := 1
 		for n < len(ready) && ready[n].Class.priority == ready[0].Class.priority {
@@ -165,7 +170,7 @@ func (q *Queue) Take(t *Table, weights map[string]int32, limit int) []string {
 }
 
 // fair orders groups of one priority.
-func fair(t *Table, groups []*waiting, weights map[string]int32, extra map[string]api.Resources, limit int) []string {
+func fair(t *Table, groups []*waiting, weights map[string]int32, extra map[string]*usage, limit int) []string {
 	byTenant := map[string][]*waiting{}
 	for _, g := range groups {
 		k := g.Class.owner.Tenant
@@ -181,7 +186,10 @@ func fair(t *Table, groups []*waiting, weights map[string]int32, extra map[strin
 		name := h[0].name
 		g := byTenant[name][0]
 		out = append(out, g.Key)
-		extra[name] = extra[name].Add(g.Class.Request().Times(int64(g.Count)))
+		if extra[name] == nil {
+			extra[name] = &usage{}
+		}
+		extra[name].add(g.Class, int64(g.Count))
 		h = h[1:]
 		if byTenant[name] = byTenant[name][1:]; len(byTenant[name]) > 0 {
 			x := tenant{name, t.weighted(name, weights, extra), byTenant[name][0].Since}
@@ -204,8 +212,12 @@ func (a tenant) compare(b tenant) int {
 	return cmp.Or(cmp.Compare(a.share, b.share), a.oldest.Compare(b.oldest), strings.Compare(a.name, b.name))
 }
 
-func (t *Table) weighted(name string, weights map[string]int32, extra map[string]api.Resources) int64 {
-	return t.share(name, extra[name]) / int64(max(weights[name], 1))
+func (t *Table) weighted(name string, weights map[string]int32, extra map[string]*usage) int64 {
+	var more usage
+	if e := extra[name]; e != nil {
+		more = *e
+	}
+	return t.share(name, more) / int64(max(weights[name], 1))
 }
 
 // Expired gives the gangs whose deadline is over, oldest first, and when the next

@@ -3,8 +3,6 @@ package schedule
 import (
 	"fmt"
 	"slices"
-
-	"github.com/portolan-io/portolan/federation/api"
 )
 
 // replica is a Replica in its slot; slot is -1 while its node is not there.
@@ -274,13 +272,23 @@ func (t *Table) owe(r *replica, n int64) {
 	}
 }
 
-// share is the greatest part that a tenant has of a resource, in millionths.
-func (t *Table) share(tenant string, more api.Resources) int64 {
-	var cpu, memory int64
-	if u := t.usage[tenant]; u != nil {
-		cpu, memory = u.cpu, u.memory
+// add counts n replicas of a class.
+func (u *usage) add(c *Class, n int64) {
+	u.cpu += n * c.ask.cpu
+	u.memory += n * c.ask.memory
+	for k := range c.ask.devices {
+		milli, count := c.ask.devices[k].amount()
+		u.devices += n * int64(milli) * int64(count)
 	}
-	return max(part(cpu+more.CPUMilli, t.capacity.CPUMilli), part(memory+more.MemoryBytes, t.capacity.MemoryBytes))
+}
+
+// share is the greatest part that a tenant has of a resource, in millionths, with
+// more beside what it has.
+func (t *Table) share(tenant string, more usage) int64 {
+	if u := t.usage[tenant]; u != nil {
+		more.cpu, more.memory, more.devices = more.cpu+u.cpu, more.memory+u.memory, more.devices+u.devices
+	}
+	return max(part(more.cpu, t.capacity.CPUMilli), part(more.memory, t.capacity.MemoryBytes), part(more.devices, t.stock))
 }
 
 func part(n, of int64) int64 {

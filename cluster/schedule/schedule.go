@@ -72,7 +72,7 @@ func Schedule(t *Table, b Batch) Result {
 func (t *Table) serve(g *Group, p *Placed) {
 	w, r := &t.work, t.resolve(g.Class)
 	start := len(w.ops)
-	waiting := t.useKept(g, r)
+	waiting := t.useKept(g, r, p)
 	u := &w.run
 	t.begin(u, g, r)
 	for t.placedSince(start)+waiting < g.Count && u.more() {
@@ -193,9 +193,14 @@ func (t *Table) placedSince(since int) int {
 	return n
 }
 
+// unusable are the codes of a node that no room on it helps against. One that is not
+// heard for a moment is waited for: it comes back or is lost.
+const unusable = (InsufficientCPU - 1) &^ NodeNotReady
+
 // useKept places replicas of a group on the nodes that keep room for them, and says
-// how many have to wait for their victims.
-func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
+// how many have to wait for their victims. Where the node itself is against it, the
+// room is given up, and the replica is placed as any other.
+func (t *Table) useKept(g *Group, r *resolved, p *Placed) (waiting int) {
 	w := &t.work
 	kept := t.nominations[g.Key]
 	kept = kept[:min(len(kept), g.Count)]
@@ -211,10 +216,15 @@ func (t *Table) useKept(g *Group, r *resolved) (waiting int) {
 		}
 		u := &w.run
 		t.begin(u, g, r)
-		if u.check(n.slot) == 0 {
+		switch codes := u.check(n.slot); {
+		case codes == 0:
 			n.gone = true // it is used: nobody can have it given up as well
 			w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
 			u.pinned(n.slot)
+		case codes&unusable != 0:
+			n.gone = true
+			w.ops = append(w.ops, op{kind: withdrawn, node: n.slot, kept: n})
+			p.Unkept = append(p.Unkept, n.node)
 		}
 		u.finish()
 	}

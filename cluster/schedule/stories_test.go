@@ -198,6 +198,9 @@ func (s *story) place() string {
 		}
 		s.t.PutReplica(Replica{ID: fmt.Sprintf("%s-%d", name, s.n), Class: c, Node: bd.Node, Devices: bd.Devices})
 	}
+	for _, node := range p.Unkept {
+		s.t.Withdraw(g.Key, node)
+	}
 	for _, n := range p.Nominations {
 		for _, id := range n.Victims {
 			r := s.t.replicas[id].Replica
@@ -216,6 +219,9 @@ func tell(p Placed) string {
 	var b strings.Builder
 	for _, line := range tellBindings(p.Bindings) {
 		b.WriteString(line)
+	}
+	for _, node := range p.Unkept {
+		fmt.Fprintf(&b, "no room is kept on %s any more\n", node)
 	}
 	for _, n := range p.Nominations {
 		fmt.Fprintf(&b, "nominated for %s", n.Node)
@@ -265,7 +271,14 @@ func tellBindings(list []Binding) []string {
 
 func (s *story) bind() string {
 	w := s.words()
-	s.t.PutReplica(Replica{ID: w[0], Class: s.class(w[1], s.arg("tenant", "t"), s.arg("revision", "r1")), Node: w[2], Bound: s.number("since", 0), Leaving: s.has("leaving")})
+	var devices []Share
+	for _, d := range s.list("devices") {
+		index, milli, _ := strings.Cut(d, ":")
+		i, _ := strconv.Atoi(index)
+		m, _ := strconv.Atoi(milli)
+		devices = append(devices, Share{Kind: "gpu", Index: int32(i), Milli: int32(m)})
+	}
+	s.t.PutReplica(Replica{Devices: devices, ID: w[0], Class: s.class(w[1], s.arg("tenant", "t"), s.arg("revision", "r1")), Node: w[2], Bound: s.number("since", 0), Leaving: s.has("leaving")})
 	return ""
 }
 

@@ -57,6 +57,7 @@ type Table struct {
 	priorities  map[int32]int   // replicas that could be displaced, by priority
 	usage       map[string]*usage
 	capacity    api.Resources
+	stock       int64 // of devices, in milli
 	scopeIndex  map[scopeKey]*scope
 	scopeIDs    int32
 
@@ -322,6 +323,7 @@ func (t *Table) DeleteNode(id string) {
 	t.fragments.stale = t.fragments.stale || t.fragments.seen < firstLearn
 	t.relabel(i)
 	t.addCapacity(i, -1)
+	t.stock -= int64(len(t.devices[i])) * whole
 	t.capCPU[i], t.capMemory[i], t.capStorage[i], t.devices[i] = 0, 0, 0, nil
 	t.rejudge(i)
 	t.free = append(t.free, i)

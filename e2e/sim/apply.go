@@ -172,6 +172,10 @@ func (c *Cluster) placed(steps []reconcile.Step, g schedule.Group, p schedule.Pl
 		}
 		c.bind(steps[j], bind)
 	}
+	for _, node := range p.Unkept {
+		c.table.Withdraw(g.Key, node)
+		c.Reached["room of no use"]++
+	}
 	for _, n := range p.Nominations {
 		for _, key := range n.Withdrawn {
 			c.table.Withdraw(key, n.Node)

@@ -99,7 +99,6 @@ func admitted(t *testing.T, file, yaml string, tenant *portolanv1.Tenant) []*por
 		if !ok {
 			continue
 		}
-		show(w.ProtoReflect()) // as it is written
 		snap := &admit.Snapshot{Tenant: tenant}
 		admit.Defaults(w, snap)
 		for _, v := range admit.Validate(admit.Input{Object: w, Snapshot: snap}) {
@@ -142,9 +141,7 @@ func taintOf(t *testing.T, s string) *portolanv1.Taint {
 	if !ok {
 		t.Fatalf("taint %q: write key/value:NO_SCHEDULE", s)
 	}
-	taint := &portolanv1.Taint{Key: k, Value: v, Effect: portolanv1.TaintEffect(e)}
-	show(taint.ProtoReflect())
-	return taint
+	return &portolanv1.Taint{Key: k, Value: v, Effect: portolanv1.TaintEffect(e)}
 }
 
 // nodes is a cluster as the scheduler sees it.
@@ -225,7 +222,6 @@ func (w *nodes) pool(t *testing.T, name string, fs [][2]string) {
 			t.Fatalf("pool field %q is not known", k)
 		}
 	}
-	show(p.ProtoReflect())
 	w.pools = append(w.pools, p)
 	w.table.SetPools(schedule.Pools{Pools: w.pools, CPUCoreHourMicros: 50_000, MemGiBHourMicros: 5_000})
 }
@@ -337,16 +333,12 @@ func (w *clusters) there(t *testing.T, text string) {
 		}
 		c := place.Cluster{
 			ID: name, Labels: map[string]string{}, Spec: &portolanv1.ClusterSpec{Region: name, CpuCoreHourMicros: 50_000, RttMillis: map[string]int32{}},
-			State: portolanv1.ClusterState_CLUSTER_STATE_READY, LastSeen: w.now, Changed: w.now, Nodes: 10, Free: api.Resources{CPUMilli: 100_000, MemoryBytes: 1 << 40},
+			State: portolanv1.ClusterState_CLUSTER_STATE_READY, LastSeen: w.now, Nodes: 10, Free: api.Resources{CPUMilli: 100_000, MemoryBytes: 1 << 40},
 		}
 		for _, kv := range fs {
 			w.field(t, &c, kv[0], kv[1])
 		}
-		if i := slices.IndexFunc(w.world.Clusters, func(o place.Cluster) bool { return o.ID == c.ID }); i >= 0 {
-			w.world.Clusters[i] = c // it changes
-		} else {
-			w.world.Clusters = append(w.world.Clusters, c)
-		}
+		w.world.Clusters = append(w.world.Clusters, c)
 	}
 }
 
@@ -407,8 +399,7 @@ func (w *clusters) decide(t *testing.T, file, yaml string) string {
 		}
 		item := place.Item{Name: wl.GetName(), Tenant: "shop", Workload: place.Workload{ID: id, Spec: proto.CloneOf(wl.GetSpec()), Residency: w.tenant.GetAllowedRegions(), Revisions: []place.Revision{rev}}}
 		if i := slices.IndexFunc(w.world.Workloads, func(o place.Item) bool { return o.Name == item.Name }); i >= 0 {
-			item.Held = w.world.Workloads[i].Held
-			w.world.Workloads[i] = item
+			item.Held, w.world.Workloads[i] = w.world.Workloads[i].Held, item
 		} else {
 			w.world.Workloads = append(w.world.Workloads, item)
 		}

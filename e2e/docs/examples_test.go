@@ -338,6 +338,10 @@ func (w *clusters) there(t *testing.T, text string) {
 		for _, kv := range fs {
 			w.field(t, &c, kv[0], kv[1])
 		}
+		if i := slices.IndexFunc(w.world.Clusters, func(o place.Cluster) bool { return o.ID == name }); i >= 0 {
+			w.world.Clusters[i] = c // it has changed
+			continue
+		}
 		w.world.Clusters = append(w.world.Clusters, c)
 	}
 }
@@ -378,6 +382,12 @@ func (w *clusters) field(t *testing.T, c *place.Cluster, k, v string) {
 		n := amount(t, cores, api.ParseCPU)
 		c.Spot = api.Resources{CPUMilli: n, MemoryBytes: 1 << 40}
 		c.Pools = append(c.Pools, &portolanv1.PoolStatus{Pool: "spot", Spot: true, CpuMilli: n, MemoryBytes: 1 << 40, CpuCoreHourMicros: price(at)})
+	case "since":
+		d, err := time.ParseDuration(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Changed = w.now.Add(-d)
 	case "state":
 		c.State = portolanv1.ClusterState(portolanv1.ClusterState_value["CLUSTER_STATE_"+strings.ToUpper(v)])
 		c.LastSeen = w.now.Add(-time.Hour)
@@ -399,7 +409,8 @@ func (w *clusters) decide(t *testing.T, file, yaml string) string {
 		}
 		item := place.Item{Name: wl.GetName(), Tenant: "shop", Workload: place.Workload{ID: id, Spec: proto.CloneOf(wl.GetSpec()), Residency: w.tenant.GetAllowedRegions(), Revisions: []place.Revision{rev}}}
 		if i := slices.IndexFunc(w.world.Workloads, func(o place.Item) bool { return o.Name == item.Name }); i >= 0 {
-			item.Held, w.world.Workloads[i] = w.world.Workloads[i].Held, item
+			item.Held = w.world.Workloads[i].Held
+			w.world.Workloads[i] = item
 		} else {
 			w.world.Workloads = append(w.world.Workloads, item)
 		}

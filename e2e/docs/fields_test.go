@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/portolan-io/portolan/cluster/schedule"
 	"github.com/portolan-io/portolan/federation/api/portolanv1"
 	"github.com/portolan-io/portolan/federation/cli/manifest"
 )
@@ -115,6 +116,65 @@ func used(m protoreflect.Message, out map[string]bool) {
 			}
 		case nested(f):
 			used(v.Message(), out)
+		}
+		return true
+	})
+}
+
+// cleared is a field that the examples go without, while effects are looked at.
+var cleared string
+
+// ineffective are fields without which the pages say the same, and why.
+var ineffective = map[string]string{}
+
+// TestEveryFieldHasAnEffect decides the examples without one field after the other:
+// a page has to tell the difference.
+func TestEveryFieldHasAnEffect(t *testing.T) {
+	defer func() { cleared = "" }()
+	tell := func(field string) string {
+		cleared = field
+		return replay(t, "../../docs/placement.md", &clusters{}) + replay(t, "../../docs/scheduling.md", &nodes{table: schedule.NewTable(1)})
+	}
+	all := tell("")
+	for _, d := range []protoreflect.MessageDescriptor{(&portolanv1.WorkloadSpec_Placement{}).ProtoReflect().Descriptor(), (&portolanv1.WorkloadSpec_Scheduling{}).ProtoReflect().Descriptor()} {
+		for i := range d.Fields().Len() {
+			k := key(d.Fields().Get(i))
+			if _, excused := ineffective[k]; (tell(k) == all) != excused {
+				t.Errorf("%s: either no example shows what it does, or it is needlessly on the list (on it: %v)", k, excused)
+			}
+		}
+	}
+}
+
+// replay is what comes of all examples of a page.
+func replay(t *testing.T, file string, w decider) string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out strings.Builder
+	for _, m := range fence.FindAllStringSubmatch(string(b), -1) {
+		switch {
+		case strings.HasPrefix(m[0], "## "):
+			if _, ok := w.(*clusters); ok {
+				w = &clusters{}
+			} else {
+				w = &nodes{table: schedule.NewTable(1)}
+			}
+		case m[1] == "nodes" || m[1] == "clusters":
+			w.there(t, m[2])
+		case m[1] == "yaml":
+			out.WriteString(w.decide(t, file, m[2]))
+		}
+	}
+	return out.String()
+}
+
+func clearField(m protoreflect.Message, k string) {
+	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		if key(f) == k {
+			m.Clear(f)
 		}
 		return true
 	})

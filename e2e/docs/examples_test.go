@@ -431,10 +431,29 @@ func (w *clusters) decide(t *testing.T, file, yaml string) string {
 				fmt.Fprintf(&b, "%s:\n", it.Workload.ID)
 			}
 			b.WriteString(tellPlan(plans[i]))
+			b.WriteString(w.tellOverrides(it.Workload.Spec, plans[i]))
 		}
 		it.Held = nil
 		for _, a := range plans[i].Assignments {
 			it.Held = append(it.Held, place.Held{Cluster: a.Cluster, Previous: place.Previous{Present: true, Declared: max(a.Replicas, a.Max) - a.Failover, Failover: a.Failover, Claim: a.Claim, Basis: plans[i].Basis}})
+		}
+	}
+	return b.String()
+}
+
+// tellOverrides says what containers are like where they differ from the template.
+func (w *clusters) tellOverrides(spec *portolanv1.WorkloadSpec, p place.Plan) string {
+	var b strings.Builder
+	for _, a := range p.Assignments {
+		i := slices.IndexFunc(w.world.Clusters, func(c place.Cluster) bool { return c.ID == a.Cluster })
+		c := w.world.Clusters[i]
+		o := place.Override(spec, c.ID, c.Spec, c.Labels)
+		if o == spec {
+			continue
+		}
+		for _, k := range o.GetContainers() {
+			fmt.Fprintf(&b, "in %s: %s has args %v, env %v, requests %s CPU, is limited to %s CPU\n",
+				c.ID, k.GetName(), k.GetArgs(), k.GetEnv(), k.GetRequests().GetCpu(), k.GetLimits().GetCpu())
 		}
 	}
 	return b.String()

@@ -99,10 +99,16 @@ func admitted(t *testing.T, file, yaml string, tenant *portolanv1.Tenant) []*por
 		if !ok {
 			continue
 		}
+		if cleared != "" { // to see what it does
+			clearField(w.GetSpec().GetPlacement().ProtoReflect(), cleared)
+			clearField(w.GetSpec().GetScheduling().ProtoReflect(), cleared)
+		}
 		snap := &admit.Snapshot{Tenant: tenant}
 		admit.Defaults(w, snap)
 		for _, v := range admit.Validate(admit.Input{Object: w, Snapshot: snap}) {
-			t.Errorf("%s: %s: %s\n%s", file, v.Field, v.Message, yaml)
+			if cleared == "" {
+				t.Errorf("%s: %s: %s\n%s", file, v.Field, v.Message, yaml)
+			}
 		}
 		out = append(out, w)
 	}
@@ -338,6 +344,10 @@ func (w *clusters) there(t *testing.T, text string) {
 		for _, kv := range fs {
 			w.field(t, &c, kv[0], kv[1])
 		}
+		if i := slices.IndexFunc(w.world.Clusters, func(o place.Cluster) bool { return o.ID == name }); i >= 0 {
+			w.world.Clusters[i] = c // it has changed
+			continue
+		}
 		w.world.Clusters = append(w.world.Clusters, c)
 	}
 }
@@ -378,6 +388,12 @@ func (w *clusters) field(t *testing.T, c *place.Cluster, k, v string) {
 		n := amount(t, cores, api.ParseCPU)
 		c.Spot = api.Resources{CPUMilli: n, MemoryBytes: 1 << 40}
 		c.Pools = append(c.Pools, &portolanv1.PoolStatus{Pool: "spot", Spot: true, CpuMilli: n, MemoryBytes: 1 << 40, CpuCoreHourMicros: price(at)})
+	case "since":
+		d, err := time.ParseDuration(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Changed = w.now.Add(-d)
 	case "state":
 		c.State = portolanv1.ClusterState(portolanv1.ClusterState_value["CLUSTER_STATE_"+strings.ToUpper(v)])
 		c.LastSeen = w.now.Add(-time.Hour)
@@ -399,7 +415,8 @@ func (w *clusters) decide(t *testing.T, file, yaml string) string {
 		}
 		item := place.Item{Name: wl.GetName(), Tenant: "shop", Workload: place.Workload{ID: id, Spec: proto.CloneOf(wl.GetSpec()), Residency: w.tenant.GetAllowedRegions(), Revisions: []place.Revision{rev}}}
 		if i := slices.IndexFunc(w.world.Workloads, func(o place.Item) bool { return o.Name == item.Name }); i >= 0 {
-			item.Held, w.world.Workloads[i] = w.world.Workloads[i].Held, item
+			item.Held = w.world.Workloads[i].Held
+			w.world.Workloads[i] = item
 		} else {
 			w.world.Workloads = append(w.world.Workloads, item)
 		}
@@ -414,10 +431,29 @@ func (w *clusters) decide(t *testing.T, file, yaml string) string {
 				fmt.Fprintf(&b, "%s:\n", it.Workload.ID)
 			}
 			b.WriteString(tellPlan(plans[i]))
+			b.WriteString(w.tellOverrides(it.Workload.Spec, plans[i]))
 		}
 		it.Held = nil
 		for _, a := range plans[i].Assignments {
 			it.Held = append(it.Held, place.Held{Cluster: a.Cluster, Previous: place.Previous{Present: true, Declared: max(a.Replicas, a.Max) - a.Failover, Failover: a.Failover, Claim: a.Claim, Basis: plans[i].Basis}})
+		}
+	}
+	return b.String()
+}
+
+// tellOverrides says what containers are like where they differ from the template.
+func (w *clusters) tellOverrides(spec *portolanv1.WorkloadSpec, p place.Plan) string {
+	var b strings.Builder
+	for _, a := range p.Assignments {
+		i := slices.IndexFunc(w.world.Clusters, func(c place.Cluster) bool { return c.ID == a.Cluster })
+		c := w.world.Clusters[i]
+		o := place.Override(spec, c.ID, c.Spec, c.Labels)
+		if o == spec {
+			continue
+		}
+		for _, k := range o.GetContainers() {
+			fmt.Fprintf(&b, "in %s: %s has args %v, env %v, requests %s CPU, is limited to %s CPU\n",
+				c.ID, k.GetName(), k.GetArgs(), k.GetEnv(), k.GetRequests().GetCpu(), k.GetLimits().GetCpu())
 		}
 	}
 	return b.String()

@@ -246,27 +246,40 @@ func (p *planner) whyLeave(d desired, r *replica) (code, reason string) {
 // progress notes an update that gets nowhere. What leaves its node for another
 // reason is not part of it.
 func (p *planner) progress(k Key, w Workload, d desired, rs []*replica, keep map[string][]*replica, leave []*replica) {
-	available, going := 0, 0
+	available, through, going := 0, 0, 0
+	count := func(r *replica) {
+		if r.available {
+			available++
+		}
+		if r.through() {
+			through++
+		}
+	}
 	for _, have := range keep {
 		for _, r := range have {
-			if r.available {
-				available++
-			}
+			count(r)
 		}
 	}
 	for _, r := range leave {
 		if r.surplus {
 			going++
-		} else if r.available {
-			available++
+		} else {
+			count(r)
 		}
 	}
 	_, halted := p.plan.Halted[k]
 	_, waiting := p.plan.Waiting[k]
-	if halted || waiting || d.frozen || (available >= d.total && going == 0) {
+	if halted || waiting || d.frozen || (through >= d.total && going == 0) {
 		return
 	}
 	p.overdue(k, w, d, rs, fmt.Sprintf("%d of %d replicas are available, %d are to go", available, d.total, going))
+}
+
+// through says that a replica is no matter of an update any more: it got ready once,
+// and what befalls it later is told as such; or its node is not heard yet by this
+// process, and it is believed to be as it was.
+func (r *replica) through() bool {
+	return r.available || r.mute || r.status.GetTimeline().GetReady() != nil
 }
 
 // overdue notes that nothing got on for the progress deadline.

@@ -203,7 +203,7 @@ func (p *planner) updateHighest(k Key, d desired, b *budget, want []*linkv1.Revi
 }
 
 func (p *planner) statefulProgress(k Key, w Workload, d desired, want []*linkv1.RevisionIntent, at, rest []*replica) {
-	available, old, lost, there := 0, len(rest), false, 0
+	available, through, old, lost, there := 0, 0, len(rest), false, 0
 	for i, r := range at {
 		if r == nil {
 			continue
@@ -212,14 +212,19 @@ func (p *planner) statefulProgress(k Key, w Workload, d desired, want []*linkv1.
 		there++
 		if r.active() && !r.of(want[i]) {
 			old++
-		} else if r.available {
+			continue
+		}
+		if r.available {
 			available++
+		}
+		if r.through() {
+			through++
 		}
 	}
 	_, halted := p.plan.Halted[k]
 	_, waiting := p.plan.Waiting[k]
 	// One that is not there waits for its node or its volume: Scheduled tells of it.
-	if halted || waiting || lost || d.frozen || (available >= there && old == 0) {
+	if halted || waiting || lost || d.frozen || (through >= there && old == 0) {
 		return
 	}
 	all := append(slices.Clone(rest), slices.DeleteFunc(slices.Clone(at), func(r *replica) bool { return r == nil })...)

@@ -280,7 +280,11 @@ func (a *app) showCapacity(cs []clusterRoom, fit bool) {
 // wishText says by how many nodes a pool should change, which should go, what that
 // costs or saves an hour, and why.
 func wishText(p poolRoom) string {
-	text := fmt.Sprintf("pool %s: %+d nodes", poolName(p.Pool), p.Wanted)
+	unit := "nodes"
+	if p.Wanted == 1 || p.Wanted == -1 {
+		unit = "node"
+	}
+	text := fmt.Sprintf("pool %s: %+d %s", poolName(p.Pool), p.Wanted, unit)
 	if len(p.Unneeded) > 0 {
 		text += ": " + strings.Join(p.Unneeded, ", ")
 	}

@@ -363,7 +363,7 @@ func (a *app) explain(name string, r *portolanv1.ExplainWorkloadResponse) {
 		a.printf("; %d without a place", r.GetUnplacedReplicas())
 	}
 	if r.GetFailoverUnplacedReplicas() > 0 {
-		a.printf("; %d of lost clusters without another", r.GetFailoverUnplacedReplicas())
+		a.printf("; %d more, to stand in for lost clusters, have no place", r.GetFailoverUnplacedReplicas())
 	}
 	a.printf("\n\n")
 	a.verdicts(r)

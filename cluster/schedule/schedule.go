@@ -1,5 +1,7 @@
 package schedule
 
+import "slices"
+
 // scratch is what a call of Schedule works with, kept from call to call.
 type scratch struct {
 	stored  Batch
@@ -198,8 +200,9 @@ func (t *Table) placedSince(since int) int {
 const unusable = (InsufficientCPU - 1) &^ NodeNotReady
 
 // useKept places replicas of a group on the nodes that keep room for them, and says
-// how many have to wait for their victims. Where the node itself is against it, the
-// room is given up, and the replica is placed as any other.
+// how many have to wait for their victims. Where the node itself is against it, or
+// nobody leaves it any more, the room is given up, and the replica is placed as any
+// other.
 func (t *Table) useKept(g *Group, r *resolved, p *Placed) (waiting int) {
 	w := &t.work
 	kept := t.nominations[g.Key]
@@ -221,7 +224,7 @@ func (t *Table) useKept(g *Group, r *resolved, p *Placed) (waiting int) {
 			n.gone = true // it is used: nobody can have it given up as well
 			w.ops = append(w.ops, op{kind: unkept, node: n.slot, kept: n})
 			u.pinned(n.slot)
-		case codes&unusable != 0:
+		case codes&unusable != 0, codes&NodeNotReady == 0 && !t.someLeave(n.slot, codes):
 			n.gone = true
 			w.ops = append(w.ops, op{kind: withdrawn, node: n.slot, kept: n})
 			p.Unkept = append(p.Unkept, n.node)
@@ -236,6 +239,14 @@ func (t *Table) useKept(g *Group, r *resolved, p *Placed) (waiting int) {
 		}
 	}
 	return waiting
+}
+
+// someLeave says that somebody is about to leave a node. Who has ended has left all
+// but its address and its ports.
+func (t *Table) someLeave(i int32, codes Code) bool {
+	return slices.ContainsFunc(t.bound[i], func(r *replica) bool {
+		return r.Leaving && !r.Ended || r.Ended && codes&(NoFreeAddress|PortTaken) != 0
+	})
 }
 
 // seat binds what was placed since.

@@ -108,8 +108,14 @@ func (c *Cluster) leftovers() error {
 	return errors.Join(errs...)
 }
 
-// excused says that the plan itself says why a workload is not as declared.
+// excused says that the plan itself says why a workload is not as declared, or that
+// a replica of it is on its way out for a higher priority, which events tell.
 func (c *Cluster) excused(k reconcile.Key) bool {
+	for _, a := range c.allocs {
+		if a.GetTenant() == k.Tenant && a.GetWorkload() == k.Workload && a.GetStop() && a.GetDisrupted() && a.GetFinal() == nil {
+			return true
+		}
+	}
 	p := reconcile.Reconcile(c.input())
 	return p.Halted[k].Code != "" || p.Waiting[k].Code != "" || p.Draining[k].Code != ""
 }

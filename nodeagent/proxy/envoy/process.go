@@ -199,6 +199,12 @@ func readRecord(path string) (record, bool) {
 	return r, true
 }
 
+// How often and how long it is waited for a process that executes another file.
+const (
+	execTries = 100
+	execPause = 10 * time.Millisecond
+)
+
 // findOrphan looks for a process that was started in the proxy's directory but
 // whose record was not written before its parent died.
 func findOrphan(dir string) (record, bool) {
@@ -215,7 +221,7 @@ func findOrphan(dir string) (record, bool) {
 		if err != nil || cwd != dir {
 			continue
 		}
-		cmdline, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
+		cmdline, err := readCmdline(e.Name())
 		if err != nil || !bytes.Contains(cmdline, []byte("\x00"+configFlag+"\x00")) {
 			continue
 		}
@@ -224,6 +230,18 @@ func findOrphan(dir string) (record, bool) {
 		}
 	}
 	return record{}, false
+}
+
+// readCmdline reads the arguments of a process. They are empty for the moment in
+// which it executes another file, as ours does on its way to Envoy: that is waited for.
+func readCmdline(pid string) ([]byte, error) {
+	for tries := 0; ; tries++ {
+		b, err := os.ReadFile(filepath.Join("/proc", pid, "cmdline"))
+		if err != nil || len(b) > 0 || tries == execTries {
+			return b, err
+		}
+		time.Sleep(execPause)
+	}
 }
 
 // startTicks is field 22 of /proc/<pid>/stat, see proc_pid_stat(5). The fields

@@ -40,8 +40,9 @@ type Input struct {
 	// any order.
 	Samples []Sample
 	// Demand is the load on the workload as a whole, by MetricName: a caller that
-	// knows demand without replicas gives it, any other leaves it nil. It brings a workload back from zero; where it is not
-	// known, and no schedule would, the workload does not go there.
+	// knows demand without replicas gives it, any other leaves it nil. It brings a
+	// workload back from zero; where it is not known, and no schedule would, the
+	// workload does not go there.
 	Demand map[string]float64
 	// State is what the last decision wrote; nil before the first.
 	State *clusterv1.Scale

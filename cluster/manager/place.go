@@ -80,7 +80,7 @@ func (d *decider) gather(steps []*reconcile.Step) {
 			if was := m.waiting[key]; was != nil {
 				*w = *was
 			}
-			w.steps, w.group, w.bad = make([]*reconcile.Step, 0, len(steps)-i), g, nil
+			w.steps, w.group, w.bad = nil, g, nil
 			w.group.Class, w.bad = m.mirror.class(schedule.Owner{Tenant: st.Key.Tenant, Workload: st.Key.Workload, Revision: st.Revision.GetRevision()}, st.Revision.GetSpec())
 			now[key] = w
 			order = append(order, key)

@@ -262,11 +262,7 @@ func (t *Table) owe(r *replica, n int64) {
 		u = &usage{}
 		t.usage[tenant] = u
 	}
-	u.cpu += n * r.Class.ask.cpu
-	u.memory += n * r.Class.ask.memory
-	for _, d := range r.Devices {
-		u.devices += n * int64(d.Milli)
-	}
+	u.add(r.Class, n)
 	if u.replicas += int(n); u.replicas == 0 {
 		delete(t.usage, tenant)
 	}

@@ -271,14 +271,7 @@ func tellBindings(list []Binding) []string {
 
 func (s *story) bind() string {
 	w := s.words()
-	var devices []Share
-	for _, d := range s.list("devices") {
-		index, milli, _ := strings.Cut(d, ":")
-		i, _ := strconv.Atoi(index)
-		m, _ := strconv.Atoi(milli)
-		devices = append(devices, Share{Kind: "gpu", Index: int32(i), Milli: int32(m)})
-	}
-	s.t.PutReplica(Replica{Devices: devices, ID: w[0], Class: s.class(w[1], s.arg("tenant", "t"), s.arg("revision", "r1")), Node: w[2], Bound: s.number("since", 0), Leaving: s.has("leaving")})
+	s.t.PutReplica(Replica{ID: w[0], Class: s.class(w[1], s.arg("tenant", "t"), s.arg("revision", "r1")), Node: w[2], Bound: s.number("since", 0), Leaving: s.has("leaving")})
 	return ""
 }
 

@@ -108,11 +108,15 @@ func (c *Cluster) leftovers() error {
 	return errors.Join(errs...)
 }
 
+// justDisplaced is how long a displaced replica takes to stop, and until its
+// workload is looked at again.
+const justDisplaced = time.Minute
+
 // excused says that the plan itself says why a workload is not as declared, or that
-// a replica of it is on its way out for a higher priority, which events tell.
+// a replica of it makes way for a higher priority at this moment, which events tell.
 func (c *Cluster) excused(k reconcile.Key) bool {
 	for _, a := range c.allocs {
-		if a.GetTenant() == k.Tenant && a.GetWorkload() == k.Workload && a.GetStop() && a.GetDisrupted() && a.GetFinal() == nil {
+		if a.GetTenant() == k.Tenant && a.GetWorkload() == k.Workload && a.GetStopReason() == reconcile.Displaced && c.Now.Sub(a.GetStopTime().AsTime()) < justDisplaced {
 			return true
 		}
 	}

@@ -28,15 +28,7 @@ type claim struct {
 }
 
 func claimAs(r api.Resources, w *portolanv1.Workload) claim {
-	return claim{r, potOf(w.GetSpec()), w.GetSpec().GetPriority()}
-}
-
-// potOf is the capacity type as claims are booked: who names none lies on demand.
-func potOf(spec *portolanv1.WorkloadSpec) portolanv1.CapacityType {
-	if t := place.CapacityOf(spec); t != portolanv1.CapacityType_CAPACITY_TYPE_UNSPECIFIED {
-		return t
-	}
-	return portolanv1.CapacityType_CAPACITY_TYPE_ON_DEMAND
+	return claim{r, place.CapacityOf(w.GetSpec()), w.GetSpec().GetPriority()}
 }
 
 func newLedger() *ledger {
@@ -137,7 +129,7 @@ func lower(s source, led *ledger, name string, snap place.Snapshot) bool {
 	some := false
 	for placement, have := range led.claims { // place puts them in order
 		c := clusters[lastID(placement)]
-		if have.priority >= spec.GetPriority() || !helps(have.on, spec) || c == nil || workloadOf(placement) == name {
+		if have.priority >= spec.GetPriority() || !place.MakesRoom(have.on, spec) || c == nil || workloadOf(placement) == name {
 			continue
 		}
 		if l, ok := claimant(s, led, placement, c); ok {
@@ -145,12 +137,6 @@ func lower(s source, led *ledger, name string, snap place.Snapshot) bool {
 		}
 	}
 	return some
-}
-
-// helps says that room of these nodes is of use to a workload: a daemon needs it on
-// every node, others on the nodes that they may lie on.
-func helps(on portolanv1.CapacityType, spec *portolanv1.WorkloadSpec) bool {
-	return spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON || on == potOf(spec)
 }
 
 // claimant is what a workload has in a cluster, as another may take it.

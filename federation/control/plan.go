@@ -147,7 +147,7 @@ func (p *planner) tell(name string) {
 		wp.CostAfterMicros += p.cost(p.after, name, next, after[c], c)
 	}
 	if stored != nil {
-		wp.UnplacedBefore = max(0, desiredOf(stored)-declared(before))
+		wp.UnplacedBefore = max(0, int32(place.Desired(stored.GetSpec()))-declared(before))
 	}
 	if name != p.asked && !moved && wp.GetUnplacedReplicas() <= wp.GetUnplacedBefore() {
 		return
@@ -190,32 +190,6 @@ func declared(ps map[string]*portolanv1.PlacementSpec) int32 {
 	return int32(n)
 }
 
-// desiredOf is what is to be placed: of a workload that scales by itself, its maximum.
-func desiredOf(w *portolanv1.Workload) int32 {
-	spec := w.GetSpec()
-	n := int32(1)
-	if spec != nil && spec.Replicas != nil {
-		n = spec.GetReplicas()
-	}
-	switch spec.GetKind() {
-	case portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON:
-		return 0
-	case portolanv1.WorkloadKind_WORKLOAD_KIND_JOB, portolanv1.WorkloadKind_WORKLOAD_KIND_CRON:
-		n = max(1, spec.GetJob().GetCompletions())
-	default:
-		if a := spec.GetAutoscale(); a != nil {
-			n = a.GetMax()
-			for _, s := range a.GetSchedules() {
-				n = max(n, s.GetMax())
-			}
-		}
-	}
-	if spec.GetPlacement().GetExclusive() {
-		n = min(n, 1)
-	}
-	return n
-}
-
 // waiting are the workloads of which less is placed than is desired.
 func waiting(s source) map[string]bool {
 	placed, out := map[string]int32{}, map[string]bool{}
@@ -223,7 +197,7 @@ func waiting(s source) map[string]bool {
 		placed[workloadOf(rec.Name)] += int32(place.PreviousOf(message[*portolanv1.Placement](rec).GetSpec()).Declared)
 	}
 	for _, rec := range s.under(store.Workload, "") {
-		if desiredOf(message[*portolanv1.Workload](rec)) > placed[rec.Name] {
+		if int32(place.Desired(message[*portolanv1.Workload](rec).GetSpec())) > placed[rec.Name] {
 			out[rec.Name] = true
 		}
 	}

@@ -95,9 +95,9 @@ func (l *loop) queue() *place.Fair {
 }
 
 // batch decides the next workloads, also those for which nothing is to be written;
-// more is false when it is the last. A
-// displacement is always the last: who lost something is decided and stored
-// together with who took it, and what follows must see both.
+// more is false when it is the last. A displacement is always the last: who lost
+// something is decided and stored together with who took it, and what follows must
+// see both.
 func (l *loop) batch(queue *place.Fair, now time.Time) (made []decision, more bool) {
 	for range l.cfg.MaxBatch {
 		turn, ok := queue.Next()

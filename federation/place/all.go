@@ -202,7 +202,7 @@ func (a *all) fillLower(i int) bool {
 		for _, o := range a.holders[c] {
 			other := &a.items[o]
 			low := a.priority(int(o)) < a.priority(i) || plant.displacesEquals && a.priority(int(o)) <= a.priority(i)
-			if !low || int(o) == i || !makesRoom(other, &a.items[i]) {
+			if !low || int(o) == i || !MakesRoom(CapacityOf(other.Workload.Spec), a.items[i].Workload.Spec) {
 				continue
 			}
 			for _, h := range a.held[o] {
@@ -213,12 +213,6 @@ func (a *all) fillLower(i int) bool {
 		}
 	}
 	return some
-}
-
-// makesRoom says whether what a claim leaves is of use to another: it lies on nodes
-// of the same kind. A daemon's are all.
-func makesRoom(of, to *Item) bool {
-	return isDaemon(to.Workload.Spec) || class(CapacityOf(of.Workload.Spec)) == class(CapacityOf(to.Workload.Spec))
 }
 
 // cut takes from a victim what it loses.

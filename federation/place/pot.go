@@ -47,10 +47,16 @@ func (p *Pot) Free() (onDemand, spot api.Resources) {
 // CapacityOf is on what nodes the claims of a workload lie: a daemon's on every
 // node, spot or not, whatever its placement says.
 func CapacityOf(spec *portolanv1.WorkloadSpec) portolanv1.CapacityType {
-	if spec.GetKind() == portolanv1.WorkloadKind_WORKLOAD_KIND_DAEMON {
+	if isDaemon(spec) {
 		return portolanv1.CapacityType_CAPACITY_TYPE_SPOT_PREFERRED
 	}
 	return spec.GetPlacement().GetCapacity()
+}
+
+// MakesRoom says whether what a claim on nodes of a capacity type leaves is of use to
+// a workload: its own lies on nodes of the same kind. A daemon's are all.
+func MakesRoom(on portolanv1.CapacityType, spec *portolanv1.WorkloadSpec) bool {
+	return isDaemon(spec) || class(on) == class(CapacityOf(spec))
 }
 
 func class(t portolanv1.CapacityType) int {

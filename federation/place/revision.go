@@ -120,7 +120,7 @@ func most(spec *portolanv1.WorkloadSpec) int {
 
 // begin is how many replicas the spec declares.
 func begin(spec *portolanv1.WorkloadSpec) int {
-	if spec.Replicas == nil {
+	if spec == nil || spec.Replicas == nil {
 		return 1
 	}
 	return max(0, int(spec.GetReplicas()))

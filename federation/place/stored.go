@@ -48,6 +48,16 @@ func Count(spec *portolanv1.WorkloadSpec, revision string, placements []*portola
 	return c
 }
 
+// Desired is how many replicas of a spec are to be placed: of a workload that scales
+// by itself, its maximum; of a daemon, whose clusters know, 0.
+func Desired(spec *portolanv1.WorkloadSpec) int {
+	n := most(spec)
+	if spec.GetPlacement().GetExclusive() {
+		n = min(n, 1)
+	}
+	return n
+}
+
 // placedIn is how many replicas of a revision a placement has, but for those that
 // stand in.
 func placedIn(p *portolanv1.PlacementSpec, revision string) int {

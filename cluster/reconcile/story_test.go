@@ -69,21 +69,8 @@ func (w *world) command(t *testing.T, d *datadriven.TestData) string {
 		}
 		return ""
 	}
-	states := map[string]portolanv1.ReplicaState{
-		"ready": portolanv1.ReplicaState_REPLICA_STATE_RUNNING, "starting": portolanv1.ReplicaState_REPLICA_STATE_STARTING, "crash": portolanv1.ReplicaState_REPLICA_STATE_BACKOFF,
-		"succeed": portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED, "fail": portolanv1.ReplicaState_REPLICA_STATE_FAILED,
-	}
-	if st, ok := states[d.Cmd]; ok {
-		return names(func(id string) {
-			if w.allocs[id] == nil {
-				t.Fatalf("%s: there is no replica %s", d.Pos, id)
-			}
-			if d.Cmd == "crash" {
-				w.crash(id)
-				return
-			}
-			w.report(id, st, d.Cmd == "ready")
-		})
+	if st, ok := replicaStates[d.Cmd]; ok {
+		return names(func(id string) { w.said(t, d, id, st) })
 	}
 	switch d.Cmd {
 	case "nodes":
@@ -163,6 +150,24 @@ func (w *world) command(t *testing.T, d *datadriven.TestData) string {
 		t.Fatalf("command %s is not known", d.Cmd)
 	}
 	return ""
+}
+
+// replicaStates are the commands by which a node says something of a replica.
+var replicaStates = map[string]portolanv1.ReplicaState{
+	"ready": portolanv1.ReplicaState_REPLICA_STATE_RUNNING, "starting": portolanv1.ReplicaState_REPLICA_STATE_STARTING, "crash": portolanv1.ReplicaState_REPLICA_STATE_BACKOFF,
+	"succeed": portolanv1.ReplicaState_REPLICA_STATE_SUCCEEDED, "fail": portolanv1.ReplicaState_REPLICA_STATE_FAILED,
+}
+
+func (w *world) said(t *testing.T, d *datadriven.TestData, id string, st portolanv1.ReplicaState) {
+	t.Helper()
+	switch {
+	case w.allocs[id] == nil:
+		t.Fatalf("%s: there is no replica %s", d.Pos, id)
+	case d.Cmd == "crash":
+		w.crash(id)
+	default:
+		w.report(id, st, d.Cmd == "ready")
+	}
 }
 
 func (w *world) fault(cmd, id string) {

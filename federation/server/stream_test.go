@@ -364,27 +364,7 @@ func TestRuntime(t *testing.T) {
 	_, err = logs.Recv()
 	wantCode(t, err, codes.NotFound)
 
-	ex := must[grpc.BidiStreamingClient[portolanv1.ExecRequest, portolanv1.ExecResponse]](t)(c.Exec(e.as("shop")))
-	for _, m := range []*portolanv1.ExecRequest{
-		{Message: &portolanv1.ExecRequest_Start_{Start: &portolanv1.ExecRequest_Start{Replica: replica, Command: []string{"sh"}}}},
-		{Message: &portolanv1.ExecRequest_Stdin{Stdin: []byte("in")}},
-	} {
-		if err := ex.Send(m); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if m := must[*portolanv1.ExecResponse](t)(ex.Recv()); string(m.GetStdout()) != "in" {
-		t.Fatal(m)
-	}
-	if err := ex.CloseSend(); err != nil {
-		t.Fatal(err)
-	}
-	if m := must[*portolanv1.ExecResponse](t)(ex.Recv()); m.GetExitCode() != 7 {
-		t.Fatal(m)
-	}
-	if _, err := ex.Recv(); !errors.Is(err, io.EOF) {
-		t.Fatal(err)
-	}
+	execs(t, e, c)
 	tok := must[*portolanv1.CreateNodeJoinTokenResponse](t)(portolanv1.NewClusterServiceClient(e.conn).CreateNodeJoinToken(e.root(), &portolanv1.CreateNodeJoinTokenRequest{Cluster: "clusters/eu-west", Node: "n9"}))
 	if tok.GetToken() == "" {
 		t.Fatal(tok)
@@ -421,6 +401,32 @@ func TestRuntime(t *testing.T) {
 	s := must[grpc.ServerStreamingClient[portolanv1.WaitConvergedResponse]](t)(portolanv1.NewConvergenceServiceClient(e.conn).WaitConverged(e.root(), &portolanv1.WaitConvergedRequest{Timeout: durationpb.New(100 * time.Millisecond)}))
 	if m := must[*portolanv1.WaitConvergedResponse](t)(s.Recv()); names(m.GetLaggards()) != "clusters/eu-west clusters/eu-west/nodes/n1" {
 		t.Fatal(m)
+	}
+}
+
+// execs runs a command in a replica, and gets what it says and how it ends.
+func execs(t *testing.T, e *env, c portolanv1.RuntimeServiceClient) {
+	t.Helper()
+	ex := must[grpc.BidiStreamingClient[portolanv1.ExecRequest, portolanv1.ExecResponse]](t)(c.Exec(e.as("shop")))
+	for _, m := range []*portolanv1.ExecRequest{
+		{Message: &portolanv1.ExecRequest_Start_{Start: &portolanv1.ExecRequest_Start{Replica: replica, Command: []string{"sh"}}}},
+		{Message: &portolanv1.ExecRequest_Stdin{Stdin: []byte("in")}},
+	} {
+		if err := ex.Send(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if m := must[*portolanv1.ExecResponse](t)(ex.Recv()); string(m.GetStdout()) != "in" {
+		t.Fatal(m)
+	}
+	if err := ex.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if m := must[*portolanv1.ExecResponse](t)(ex.Recv()); m.GetExitCode() != 7 {
+		t.Fatal(m)
+	}
+	if _, err := ex.Recv(); !errors.Is(err, io.EOF) {
+		t.Fatal(err)
 	}
 }
 

@@ -172,17 +172,9 @@ func (d *decider) served(w *waiting, p schedule.Placed) {
 	key := w.group.Key
 	for i, b := range p.Bindings {
 		d.bind(w.steps[i], schedule.Binding{Node: b.Node, Devices: slices.Clone(b.Devices)})
-	}
-	if x.table.Nominations(key) > 0 {
-		bound := make([]string, 0, len(p.Bindings))
-		for _, b := range p.Bindings {
-			bound = append(bound, b.Node)
+		if b.Kept {
+			d.out.committed = append(d.out.committed, func() { x.table.Withdraw(key, b.Node) })
 		}
-		d.out.committed = append(d.out.committed, func() {
-			for _, node := range bound {
-				x.table.Withdraw(key, node)
-			}
-		})
 	}
 	for _, node := range p.Unkept {
 		d.out.committed = append(d.out.committed, func() { x.table.Withdraw(key, node) })

@@ -29,7 +29,7 @@ func pids(t *testing.T) map[string]int32 {
 	out := map[string]int32{}
 	for _, r := range replicas(t, "-") {
 		if strings.Contains(r.GetName(), "/workloads/restock/") {
-			continue // a cron run comes to its end by itself
+			continue // a job comes to its end by itself
 		}
 		for _, c := range r.GetContainers() {
 			if c.GetPid() > 0 {
